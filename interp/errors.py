@@ -1,0 +1,42 @@
+"""One base error: every message says what was given, what was wanted and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InterpError(Exception):
+    """Something the user can mend; the command line prints its message as one line."""
+
+    exit_code = 1
+
+
+class BadInput(InterpError):
+    """What was asked for cannot be done; found out before the expensive pass."""
+
+    exit_code = 2
+
+
+class Refused(InterpError):
+    """This model cannot give this site or analysis, for the reason named (see `interp inspect`)."""
+
+    exit_code = 2
+
+
+class SaveFailed(InterpError):
+    """A result could not be written; nothing half-written was left in its place."""
+
+    exit_code = 1
+
+
+def unknown(what: str, got: str, known: Iterable[str]) -> BadInput:
+    """The error for a name that is not there, with the nearest one that is.
+
+    >>> str(unknown("site", "resid_pst", ["resid_post", "z"]))
+    "no site 'resid_pst'; did you mean 'resid_post'? known: resid_post, z"
+    """
+    names = list(known)
+    near = difflib.get_close_matches(got, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    return BadInput(f"no {what} '{got}'{hint} known: {', '.join(names)}")

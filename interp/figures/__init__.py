@@ -1,0 +1,1 @@
+"""Pictures of reports. Drawing never computes: a figure shows what the Report already holds."""

@@ -1,0 +1,305 @@
+"""One self-contained page from a heads Report: the map of all heads, and a card for each of them.
+
+The page holds its data as one gzip member in base64: JSON for the tables, then the attention
+patterns as bytes of 255·√A, only the lower triangle when the model is causal. A small script
+(`page.js`) unpacks and draws it. Nothing is fetched: the page's own Content-Security-Policy forbids
+the network and every script but that one, and tokens only ever travel inside the base64, so no
+tokenizer can write HTML into it.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import re
+import struct
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from interp.report import Report
+
+_HERE = Path(__file__).parent
+_DIGITS = 6  # significant digits of every number that travels with the page
+
+
+def head_page(report: Report) -> str:
+    """A whole HTML document that shows `report` and opens from disk, without a network.
+
+    Args:
+        report: a Report of the analysis "heads". `arrays["pattern"]` and `tables["ov_tokens"]` may
+            be absent; any score may be NaN; heads may be missing.
+
+    Returns:
+        The document. Numbers in it carry six significant digits, attention weights eight bits.
+    """
+    meta, heads = report.meta, report.tables["heads"]
+    style, script = _part("page.css"), _part("page.js")
+    page = _template().render(
+        model=meta.get("model", {}),
+        summary=_summary(meta, heads),
+        detectors=meta.get("detectors", []),
+        skipped=meta.get("skipped") or {},
+        notes=meta.get("notes") or [],
+        provenance=_provenance(meta),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+        data=Markup(base64.b64encode(_payload(report)).decode("ascii")),
+    )
+    return _writable(page)
+
+
+def notebook_frame(page: str, *, height: int = 900) -> str:
+    """`page` in a sandboxed frame: the form that JupyterLab, nbconvert and other pages can show.
+
+    Example:
+        >>> notebook_frame("<p>hello</p>", height=100)[:64]
+        '<iframe title="interp report" sandbox="allow-scripts allow-downl'
+    """
+    return (
+        '<iframe title="interp report" sandbox="allow-scripts allow-downloads" '
+        f'style="width:100%;height:{int(height)}px;border:0" '
+        f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
+    )
+
+
+# ---------------------------------------------------------------- what travels with the page
+
+
+def _payload(report: Report) -> bytes:
+    """gzip of: length of the JSON (u32, little-endian), the JSON, the pattern bytes."""
+    meta, heads = report.meta, report.tables["heads"]
+    detectors = [
+        d | {"title": d.get("title", d["name"]), "letter": d.get("letter", d["name"][:1].upper())}
+        for d in meta.get("detectors", [])
+    ]
+    prompts, pattern = _patterns(report)
+    n_layers, n_heads = _grid_shape(meta, heads)
+    document = {
+        "shape": [n_layers, n_heads],
+        "slots": _pattern_shape(report),
+        "causal": bool(meta.get("causal", True)),
+        "detectors": detectors,
+        "columns": {
+            str(name): _column(heads[name]) for name in heads.columns if name != "labels"
+        },
+        "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
+        "prompts": prompts,
+        "ov": _ov_words(report.tables.get("ov_tokens"), heads),
+        "meta": {k: v for k, v in meta.items() if k != "prompts"},
+    }
+    # ensure_ascii keeps lone surrogates and control characters as escapes
+    text = json.dumps(_jsonable(document), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    encoded = text.encode("ascii")
+    return gzip.compress(struct.pack("<I", len(encoded)) + encoded + pattern, 6, mtime=0)
+
+
+def _patterns(report: Report) -> tuple[list[dict[str, Any]], bytes]:
+    """The prompts that have a pattern, and those patterns: prompt, layer, head, query, key."""
+    pattern = report.arrays.get("pattern")
+    if pattern is None or pattern.size == 0:
+        return [], b""
+    causal = report.meta.get("causal", True)
+    prompts, chunks = [], []
+    for prompt, grid in zip(report.meta.get("prompts", []), pattern, strict=False):
+        n = min(len(prompt["tokens"]), grid.shape[-1])
+        query, key = np.tril_indices(n) if causal else map(np.ravel, np.indices((n, n)))
+        prompts.append(dict(prompt) | {"tokens": list(prompt["tokens"][:n])})
+        chunks.append(np.ascontiguousarray(grid[:, :, query, key], dtype=np.uint8).tobytes())
+    return prompts, b"".join(chunks)
+
+
+def _pattern_shape(report: Report) -> list[int]:
+    pattern = report.arrays.get("pattern")
+    return [] if pattern is None else [int(n) for n in pattern.shape[1:3]]
+
+
+def _ov_words(table: pd.DataFrame | None, heads: pd.DataFrame) -> dict[str, Any]:
+    """Per head: [direction, reads, writes], each a list of [index into words, score]."""
+    if table is None or table.empty:
+        return {"words": [], "heads": []}
+    table = table.sort_values(["layer", "head", "direction", "side", "rank"])
+    codes, words = pd.factorize(table["token"])
+    where = {key: i for i, key in enumerate(zip(heads["layer"], heads["head"], strict=True))}
+    found: list[dict[int, dict[str, list[Any]]]] = [{} for _ in range(len(heads))]
+    columns = [table[name] for name in ("layer", "head", "direction", "side")]
+    for layer, head, direction, side, code, score in zip(
+        *columns, codes, _column(table["score"]), strict=True
+    ):
+        row = where.get((layer, head))
+        if row is not None:
+            sides = found[row].setdefault(int(direction), {"reads": [], "writes": []})
+            sides[side].append([int(code), score])
+    return {
+        "words": [str(word) for word in words],
+        "heads": [[[d, s["reads"], s["writes"]] for d, s in entry.items()] for entry in found],
+    }
+
+
+def _column(values: pd.Series) -> list[Any]:
+    """The values as JSON takes them: whole numbers, numbers of six digits, text, None for NaN."""
+    if pd.api.types.is_integer_dtype(values) and not values.hasnans:
+        return values.tolist()
+    if not pd.api.types.is_numeric_dtype(values):
+        return [None if pd.isna(value) else str(value) for value in values]
+    x = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(x))))
+        rounded = np.round(x * scale) / scale
+    rounded = np.where((np.abs(x) > 1e-9) & np.isfinite(rounded), rounded, x)
+    return [value if np.isfinite(value) else None for value in rounded.tolist()]
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain Python all the way down: numpy scalars unwrapped, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return str(value)
+
+
+# ---------------------------------------------------------------- what is written in words
+
+
+def _summary(meta: dict[str, Any], heads: pd.DataFrame) -> dict[str, Any]:
+    """The counts of the opening paragraph, read off the table."""
+    labels = [_names(text) for text in heads["labels"]] if "labels" in heads else [[]] * len(heads)
+    roles = []
+    for detector in meta.get("detectors", []):
+        name = detector["name"]
+        rows = heads[[name in own for own in labels]]
+        if rows.empty:
+            continue
+        score = rows[name] if name in rows else rows["confidence"]
+        first, last = int(rows["layer"].min()), int(rows["layer"].max())
+        roles.append(
+            {
+                "count": len(rows),
+                "title": _lower_first(detector.get("title", name)),
+                "layers": f"L{first}" if first == last else f"L{first}–L{last}",
+                "best": _head_name(rows.loc[score.idxmax()]) if score.notna().any() else None,
+            }
+        )
+    labelled = sum(bool(own) for own in labels)
+    return {
+        "heads": len(heads),
+        "layers": _grid_shape(meta, heads)[0],
+        "labelled": labelled,
+        "unlabelled": len(heads) - labelled,
+        "roles": sorted(roles, key=lambda role: -role["count"]),
+        "ablation": _largest_effect(heads),
+    }
+
+
+def _largest_effect(heads: pd.DataFrame) -> dict[str, Any] | None:
+    if "ablation_effect" not in heads or not heads["ablation_effect"].notna().any():
+        return None
+    row = heads.loc[heads["ablation_effect"].idxmax()]
+    interval = ""
+    if pd.notna(row.get("ablation_low")) and pd.notna(row.get("ablation_high")):
+        interval = f" [{_signed(row['ablation_low'])}, {_signed(row['ablation_high'])}]"
+    metric = row.get("ablation_metric")
+    return {
+        "tested": int(heads["ablation_effect"].notna().sum()),
+        "head": _head_name(row),
+        "effect": f"{_signed(row['ablation_effect'])} nats{interval}",
+        "metric": metric if isinstance(metric, str) and metric else "the loss",
+    }
+
+
+def _provenance(meta: dict[str, Any]) -> list[tuple[str, str]]:
+    model = {f"model {key}": value for key, value in meta.get("model", {}).items()}
+    rest = {
+        "created": meta.get("created"),
+        "wall time": _seconds(meta.get("wall_time_s")),
+        "seed": meta.get("seed"),
+        "schema version": meta.get("schema_version"),
+        "options": _pairs(meta.get("options")),
+        "versions": _pairs(meta.get("versions")),
+    }
+    return [(k, str(v)) for k, v in (model | rest).items() if v not in (None, "")]
+
+
+def _grid_shape(meta: dict[str, Any], heads: pd.DataFrame) -> tuple[int, int]:
+    model = meta.get("model", {})
+    size = {"layer": model.get("n_layers"), "head": model.get("n_heads")}
+    n_layers, n_heads = (
+        max(n if isinstance(n, int) else 0, 0 if heads.empty else int(heads[axis].max()) + 1)
+        for axis, n in size.items()
+    )
+    return n_layers, n_heads
+
+
+def _head_name(row: Any) -> str:
+    return f"L{int(row['layer'])}H{int(row['head'])}"
+
+
+def _names(text: Any) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else []
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _signed(value: Any) -> str:
+    return f"{float(value):+.2f}".replace("-", "−")
+
+
+def _seconds(value: Any) -> str:
+    return "" if value is None else f"{float(value):.1f} s"
+
+
+def _pairs(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else ""
+
+
+# ---------------------------------------------------------------- the document
+
+
+@cache
+def _part(name: str) -> str:
+    text = (_HERE / name).read_text(encoding="utf-8")
+    assert not re.search(r"</(script|style)", text, re.IGNORECASE), f"{name} would end its own tag"
+    return text
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
+
+
+def _csp_hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _writable(text: str) -> str:
+    """`text` without what UTF-8 or HTML cannot hold: lone surrogates, control characters."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)

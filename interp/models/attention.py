@@ -1,0 +1,213 @@
+"""The window: one attention function of ours through which every architecture's heads are seen.
+
+Transformers dispatches nearly every model's attention through `AttentionInterface`. While a window
+is open on a model, its attention modules call `attend`, which shows q, k, v (after rotary
+positions), scores, pattern and z to a `Watch` and lets it change them. Where a watch does not need
+the pattern, the computation is PyTorch's SDPA; where it does, the pattern is formed for one chunk of
+query rows at a time, so memory grows with the number of tokens and not with its square.
+
+The trap this file closes: an attention function registered *without* a matching entry in
+`AttentionMaskInterface` is called with no mask at all, and every model silently becomes
+bidirectional. Ours is registered with SDPA's mask function: boolean, or None for "causal".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "interp_window"
+CHUNK_BYTES = 24 * 2**20
+"""Target size of one chunk of scores, all heads of one layer together."""
+
+
+class Watch:
+    """What is read and changed in one attention call; the base class watches nothing.
+
+    Heads are kept where the attention interface has them: q, k, v are [batch heads pos d_head].
+    """
+
+    needs_rows = False
+    """Whether scores or patterns are wanted; if not, SDPA computes z."""
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v to go on with."""
+        return q, k, v
+
+    def scores(self, scores: Tensor, start: int) -> Tensor:
+        """Masked scores [batch n_heads rows keys] of query rows from `start` on."""
+        return scores
+
+    def pattern(self, pattern: Tensor, start: int) -> Tensor:
+        """Pattern [batch n_heads rows keys] of query rows from `start` on.
+
+        In a causal model keys after the last row of the chunk are left out: their weight is 0.
+        """
+        return pattern
+
+    def z(self, z: Tensor) -> Tensor:
+        """Head outputs [batch pos n_heads d_head] to go on with."""
+        return z
+
+
+_listeners: dict[nn.Module, Callable[[nn.Module], Watch]] = {}
+
+
+@contextmanager
+def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator[None]:
+    """Route every attention call inside `model` to the Watch that `listener(module)` returns.
+
+    The model's configs name our function inside the `with` and their own again after it, also when
+    an exception flies.
+    """
+    modules = list(model.modules())
+    configs = {
+        id(config): config
+        for module in modules
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    outer = {module: _listeners.get(module) for module in modules}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = IMPLEMENTATION
+        _listeners.update(dict.fromkeys(modules, listener))
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        for module, listening in outer.items():
+            if listening is None:
+                _listeners.pop(module, None)
+            else:
+                _listeners[module] = listening
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """z [batch pos n_heads d_head] of one attention call, shown to whoever watches `module`."""
+    watch = _listeners[module](module) if module in _listeners else Watch()
+    query, key, value = watch.inputs(query, key, value)
+    if watch.needs_rows or softcap is not None or s_aux is not None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        z = _attend_in_chunks(
+            watch,
+            query,
+            key,
+            value,
+            mask=attention_mask,
+            causal=causal,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            bias=position_bias,
+            dropout=dropout if module.training else 0.0,
+        )
+    else:
+        z, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            **kwargs,
+        )
+    return watch.z(z), None
+
+
+def _attend_in_chunks(
+    watch: Watch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """z computed row chunk by row chunk, each chunk's scores and pattern passing through `watch`."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    outputs = []
+    for start, stop in row_chunks(query.shape[0] * query.shape[1], n_queries, n_keys):
+        # A causal row sees no key after itself: leave those keys out instead of masking them.
+        keys = min(stop, n_keys) if causal else n_keys
+        scores = _grouped(query[:, :, start:stop], key[:, :, :keys].transpose(-1, -2)) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            scores = scores + bias[:, :, start:stop, :keys]
+        hidden = torch.finfo(scores.dtype).min
+        if causal:
+            later = torch.ones(stop - start, keys, dtype=torch.bool, device=scores.device)
+            scores = scores.masked_fill(later.triu(start + 1), hidden)
+        elif mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask[:, :, start:stop, :keys], hidden)
+        elif mask is not None:
+            scores = scores + mask[:, :, start:stop, :keys]
+        scores = watch.scores(scores, start)
+        pattern = _softmax(scores, sinks).to(query.dtype)
+        pattern = watch.pattern(pattern, start)
+        weights = nn.functional.dropout(pattern, p=dropout) if dropout else pattern
+        outputs.append(_grouped(weights, value[:, :, :keys]))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def row_chunks(n_maps: int, n_queries: int, n_keys: int) -> list[tuple[int, int]]:
+    """Query row ranges whose scores take about CHUNK_BYTES for `n_maps` (batch × heads) maps."""
+    rows = max(16, CHUNK_BYTES // (4 * n_maps * n_keys))
+    return [(start, min(start + rows, n_queries)) for start in range(0, n_queries, rows)]
+
+
+def _grouped(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right where `right` has one map a kv group: heads of a group share it, uncopied."""
+    batch, n_heads, rows, inner = left.shape
+    groups = right.shape[1]
+    if groups == n_heads:
+        return left @ right
+    stacked = left.reshape(batch, groups, n_heads // groups * rows, inner)
+    return (stacked @ right).reshape(batch, n_heads, rows, right.shape[-1])
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over keys in float32; a sink logit takes its share and is then dropped."""
+    if sinks is None:
+        return torch.softmax(
+            scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None
+        )
+    extra = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+    logits = torch.cat([scores, extra], dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    return torch.softmax(logits, dim=-1)[..., :-1]
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

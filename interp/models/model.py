@@ -1,0 +1,677 @@
+"""Model: a Hugging Face module, its verified map, and the two ways to call it: run and replay."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import BadInput, Refused
+from interp.models.attention import Watch, window
+from interp.models.probe import call_model, output_tensor, probe, unembed
+from interp.models.spec import Spec, Write, first_tensor, module_device, with_first
+from interp.models.weights import linear_map, norm_gain
+from interp.run.batch import Batch
+from interp.run.cache import Cache, Run
+from interp.run.edits import Edit, Seen
+from interp.run.statistics import Entropy, Mass, RowStatistics
+from interp.sites import ATTENTION_SITES, AXES, Site
+
+TOKENS_PER_FORWARD = 4096
+"""How many tokens a replay puts into one forward, variants times prompts together."""
+
+
+class Model:
+    """A Hugging Face model with named sites.
+
+    Attributes:
+        module: the module itself, unchanged. tokenizer: or None. id: the name shown in reports.
+        spec: the verified map (`interp.models.spec.Spec`).
+
+    >>> model = tiny_model()
+    >>> run = model.run(torch.tensor([[5, 6, 7]]), capture=["z", "resid_post.1"])
+    >>> run.cache["z"].shape, run.cache["resid_post.1"].shape
+    (torch.Size([1, 3, 2, 4, 8]), torch.Size([1, 3, 32]))
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Any = None, id: str = "model", spec: Spec | None = None
+    ):
+        self.module = module.eval()
+        self.tokenizer = tokenizer
+        self.id = id
+        self.spec = probe(self.module) if spec is None else spec
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
+
+    def __repr__(self) -> str:
+        s = self.spec
+        return f"Model({self.id!r}, {s.family}, n_layers={s.n_layers}, n_heads={s.n_heads}, d_model={s.d_model})"
+
+    # --- facts ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return module_device(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the stack."""
+        return self.spec.n_layers
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks themselves."""
+        return [self.module.get_submodule(block.name) for block in self.spec.blocks]
+
+    def layers_with(self, name: str) -> list[int]:
+        """The layers that have the site called `name`; raises Refused with the reason if none."""
+        if name in self.spec.refused:
+            raise Refused(f"{self.id} cannot give '{name}': {self.spec.refused[name]}")
+        if name == "embed":
+            return [0]
+        return [layer for layer in range(self.n_layers) if self._has(name, layer)]
+
+    def _has(self, name: str, layer: int) -> bool:
+        block = self.spec.blocks[layer]
+        if name in ATTENTION_SITES:
+            return block.attention is not None
+        if name == "resid_mid":
+            return (
+                block.attn_write is not None and block.mlp_write is not None and not block.parallel
+            )
+        address = {
+            "attn_out": block.W_O,
+            "attn_write": block.attn_write,
+            "mlp_out": block.mlp_out,
+            "mlp_write": block.mlp_write,
+        }
+        return address.get(name, "resid") is not None
+
+    # --- weights -------------------------------------------------------------------------------
+
+    def W_O(self, layer: int) -> Tensor:
+        """Output projection of a layer, one slice a head [n_heads d_head d_model]."""
+        self.layers_with("attn_out")
+        block = self.spec.blocks[layer]
+        if block.W_O is None:
+            raise Refused(f"layer {layer} of {self.id} has no attention output projection")
+        W, _ = linear_map(
+            self.module.get_submodule(block.W_O), block.n_heads * block.d_head, self.device
+        )
+        return W.reshape(block.n_heads, block.d_head, -1)
+
+    def W_V(self, layer: int) -> Tensor:
+        """Value projection of a layer, one slice a kv head [n_kv_heads d_model d_head].
+
+        It reads the block's normed input; the norm's gain is folded in, so a residual vector divided
+        by its norm's scale can be multiplied with it. Refused where v is not a linear map of that
+        input (latent attention, shared values).
+        """
+        block = self.spec.blocks[layer]
+        if block.v is None:
+            raise Refused(
+                f"layer {layer} of {self.id}: no linear layer whose outputs are v was found"
+            )
+        gain = torch.ones(self.spec.d_model)
+        if block.v.input != "resid_pre":
+            if not block.v.input:
+                raise Refused(
+                    f"layer {layer} of {self.id}: v is not read from the normed residual stream"
+                )
+            gain = norm_gain(self.module.get_submodule(block.v.input), self.spec.d_model)
+        W, _ = linear_map(self.module.get_submodule(block.v.module), self.spec.d_model, self.device)
+        if W.shape[0] != self.spec.d_model:
+            raise Refused(
+                f"layer {layer} of {self.id}: v is read from a latent of width {W.shape[0]}"
+            )
+        columns = block.v.columns.to(W.device)
+        return (gain.to(W)[:, None, None] * W[:, columns]).permute(1, 0, 2)
+
+    @property
+    def W_U(self) -> Tensor:
+        """Unembedding [d_model d_vocab], without the final norm's gain (see `final_gain`)."""
+        self._require_unembedding()
+        W, _ = linear_map(
+            self.module.get_submodule(self.spec.unembedding or ""), self.spec.d_model, self.device
+        )
+        return W
+
+    @property
+    def W_E(self) -> Tensor:
+        """Token embedding [d_vocab d_model]."""
+        if self.spec.embedding is None:
+            raise Refused(f"{self.id} has no token embedding")
+        return self.module.get_submodule(self.spec.embedding).weight  # type: ignore[return-value]
+
+    @property
+    def final_gain(self) -> Tensor:
+        """Gain of the final norm [d_model]; ones where there is none."""
+        if self.spec.final_norm is None:
+            return torch.ones(self.spec.d_model)
+        return norm_gain(self.module.get_submodule(self.spec.final_norm), self.spec.d_model)
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
+        self._require_unembedding()
+        return unembed(self.spec, self.module, residual)
+
+    def _require_unembedding(self) -> None:
+        if self.spec.unembedding is None or "unembedding" in self.spec.refused:
+            reason = self.spec.refused.get("unembedding", "it has no language-model head")
+            raise Refused(f"{self.id} cannot be unembedded: {reason}")
+
+    # --- tokens --------------------------------------------------------------------------------
+
+    def tokenize(
+        self, prompts: str | Sequence[str], *, padding_side: str = "right", bos: bool | None = None
+    ) -> Batch:
+        """Token ids, mask and positions of texts; padded on either side to the same result.
+
+        `bos=True` puts a BOS token first where the tokenizer did not, `bos=False` leaves it out;
+        by default the tokenizer decides, as in Hugging Face.
+        """
+        if self.tokenizer is None:
+            raise BadInput(
+                f"{self.id} was loaded without a tokenizer: pass token ids, or load with tokenizer="
+            )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(texts):
+            raise BadInput(
+                f"prompt {texts.index('') if texts else 0} is empty: give at least one token of text"
+            )
+        if padding_side not in ("left", "right"):
+            raise BadInput(f"padding_side '{padding_side}' is neither 'left' nor 'right'")
+        rows = [list(self.tokenizer(text)["input_ids"]) for text in texts]
+        first = self.tokenizer.bos_token_id
+        if bos is True and first is None:
+            raise BadInput(f"the tokenizer of {self.id} has no BOS token; leave out bos=True")
+        if bos is not None and first is not None:
+            rows = [row[1:] if row and row[0] == first else row for row in rows]
+            rows = [[first, *row] for row in rows] if bos else rows
+        if empty := [text for text, row in zip(texts, rows, strict=True) if not row]:
+            raise BadInput(f"prompt {empty[0]!r} has no tokens: give at least one token of text")
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.full((len(rows), longest), pad)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            where = slice(longest - len(row), None) if padding_side == "left" else slice(len(row))
+            ids[i, where], mask[i, where] = torch.tensor(row), True
+        return Batch.of_ids(ids, mask)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """Each token's text, as it reads on its own; `#id` without a tokenizer."""
+        if self.tokenizer is None:
+            return [f"#{int(i)}" for i in ids]
+        return [self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
+
+    def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor]) -> Batch:
+        """Any accepted form of input as a checked Batch on the model's device."""
+        if isinstance(data, Batch):
+            batch = data
+        elif isinstance(data, Tensor):
+            batch = Batch.of_ids(data if data.ndim == 2 else data[None])
+        elif isinstance(data, Mapping):
+            batch = Batch(dict(data), data.get("attention_mask"))
+        else:
+            batch = self.tokenize(data)
+        if "input_ids" in batch.inputs:
+            self._check_ids(batch.ids)
+        return batch.to(self.device)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() == 0:
+            raise BadInput("the prompt has no tokens: give at least one")
+        n_ctx, d_vocab = self.spec.n_ctx, self.spec.d_vocab
+        if n_ctx is not None and ids.shape[1] > n_ctx:
+            raise BadInput(
+                f"the prompt has {ids.shape[1]} tokens, {self.id} reads at most {n_ctx} (n_ctx): shorten it"
+            )
+        if d_vocab is not None and (int(ids.max()) >= d_vocab or int(ids.min()) < 0):
+            raise BadInput(
+                f"token id {int(ids.max())} is outside the vocabulary of {d_vocab} tokens"
+            )
+
+    # --- run and replay ------------------------------------------------------------------------
+
+    def run(
+        self,
+        data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor],
+        capture: Iterable[str | Site] = (),
+        edits: Sequence[Edit] = (),
+        *,
+        statistics: Mapping[str, Mass | Entropy] | None = None,
+        stop_at: int | None = None,
+        logits: bool | Tensor = True,
+        grad: bool = False,
+    ) -> Run:
+        """One forward pass: logits, captured activations, row statistics.
+
+        Args:
+            data: text, token ids [batch pos], a Batch, or a mapping of model inputs.
+            capture: sites to keep, after edits. Captured tensors are views where they can be.
+            edits: applied in order at their sites.
+            statistics: row statistics by name (`interp.run.statistics`), streamed over the pattern.
+            stop_at: run only this many blocks; no logits then.
+            logits: False skips the unembedding and every block after the last one needed; a
+                LongTensor of positions unembeds only these.
+            grad: keep the graph, for `run.gradients`.
+
+        Raises:
+            BadInput: unknown site, head, or bad input. Refused: a site this model cannot give.
+        """
+        batch = self.as_batch(data)
+        plan = self._plan(capture, edits, statistics)
+        if stop_at is None and logits is False:
+            stop_at = plan.last_layer + 1
+        if stop_at is not None and not 0 <= stop_at <= self.n_layers:
+            raise BadInput(f"stop_at={stop_at}: this model has {self.n_layers} blocks")
+        return self._forward(batch, plan, stop_at=stop_at, logits=logits, grad=grad)
+
+    def replay(
+        self,
+        run: Run,
+        variants: Sequence[Sequence[Edit]],
+        metric: Callable[[Run], Tensor],
+        *,
+        logits: bool | Tensor = True,
+        capture: Iterable[str | Site] = (),
+        progress: Callable[[int], None] | None = None,
+        tokens_per_forward: int = TOKENS_PER_FORWARD,
+    ) -> list[Tensor]:
+        """`metric` of every variant of a clean run, each a list of edits, many in one forward.
+
+        Blocks before a variant's first edit are not computed again: their output is read from
+        `run.cache["resid_pre"]`, so `run` must have captured it. Equal to `self.run(run.batch,
+        edits=variant)` to rounding (batching may change the order of float additions).
+
+        Args:
+            run: a run with `capture=["resid_pre"]` and no edits.
+            metric: called with each variant's Run; its result is kept.
+            logits, capture: as in `run`.
+            progress: called with the number of variants done since the last call.
+        """
+        starts = [self._first_layer(variant) for variant in variants]
+        results: list[Tensor | None] = [None] * len(variants)
+        per_forward = max(1, tokens_per_forward // (run.batch.size * self._length(run)))
+        order = sorted(range(len(variants)), key=lambda i: starts[i])
+        for start in sorted(set(starts)):
+            same = [i for i in order if starts[i] == start]
+            for chunk in (same[i : i + per_forward] for i in range(0, len(same), per_forward)):
+                joint = self._replayed(run, start, [variants[i] for i in chunk], logits, capture)
+                for place, i in enumerate(chunk):
+                    results[i] = metric(_rows(joint, run.batch.size, place))
+                if progress is not None:
+                    progress(len(chunk))
+        return [result for result in results if result is not None]
+
+    def _replayed(
+        self, run: Run, start: int, variants: Sequence[Sequence[Edit]], logits, capture
+    ) -> Run:
+        size, n = run.batch.size, len(variants)
+        edits = [
+            edit.on_rows(slice(place * size, (place + 1) * size))
+            for place, variant in enumerate(variants)
+            for edit in variant
+        ]
+        plan = self._plan(capture, edits, None)
+        resid = run.cache[Site("resid_pre", start)].repeat(n, 1, 1)
+        stop_at = plan.last_layer + 1 if logits is False else None
+        with self._skipping(start, resid, run.extras, n):
+            return self._forward(run.batch.repeat(n), plan, stop_at=stop_at, logits=logits)
+
+    def _first_layer(self, edits: Sequence[Edit]) -> int:
+        if not edits:
+            return self.n_layers - 1
+        return min(min(edit.layers(self.layers_with(edit.site.name))) for edit in edits)
+
+    def _length(self, run: Run) -> int:
+        layer = run.cache.layers("resid_pre")
+        if not layer:
+            raise BadInput(
+                'a replay starts from a clean run: model.run(batch, capture=["resid_pre"])'
+            )
+        return run.cache[Site("resid_pre", layer[0])].shape[1]
+
+    def _plan(self, capture, edits: Sequence[Edit], statistics) -> _Plan:
+        plan = _Plan()
+        for text in capture:
+            site = Site.parse(text)
+            layers = self.layers_with(site.name)
+            if site.layer is not None and site.layer not in layers:
+                raise BadInput(
+                    f"no site '{site}' in {self.id}: layers are 0 to {self.n_layers - 1}"
+                )
+            if site.head is not None and site.head >= self.spec.blocks[site.layer or 0].n_heads:
+                raise BadInput(
+                    f"no site '{site}' in {self.id}: heads are 0 to {self.spec.n_heads - 1}"
+                )
+            for layer in layers if site.layer is None else [site.layer]:
+                plan.capture.add((site.name, layer))
+        for edit in edits:
+            for layer in edit.layers(self.layers_with(edit.site.name)):
+                plan.edits.setdefault((edit.site.name, layer), []).append(edit)
+        if statistics:
+            self.layers_with("pattern")
+            moved = {
+                name: _to_device(statistic, self.device) for name, statistic in statistics.items()
+            }
+            plan.statistics = RowStatistics(moved)
+            plan.statistics_until = max(self.spec.attention_layers)
+        return plan
+
+    def _forward(
+        self,
+        batch: Batch,
+        plan: _Plan,
+        *,
+        stop_at: int | None,
+        logits: bool | Tensor,
+        grad: bool = False,
+    ) -> Run:
+        run = Run(batch)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            self._hook(stack, run, plan, stop_at, grad)
+            extra = {}
+            if isinstance(logits, Tensor):
+                if self._keeps_logits:
+                    extra["logits_to_keep"] = logits.to(self.device)
+            try:
+                run.logits = output_tensor(call_model(self.module, batch, **extra))
+                if isinstance(logits, Tensor) and not self._keeps_logits:
+                    run.logits = run.logits[:, logits.to(run.logits.device)]
+            except _Stop:
+                run.logits = None
+        if plan.statistics is not None:
+            run.statistics = plan.statistics.means(self.n_layers)
+        return run
+
+    def _hook(
+        self, stack: ExitStack, run: Run, plan: _Plan, stop_at: int | None, grad: bool
+    ) -> None:
+        """Put hooks on every module that a captured or edited site needs; `stack` takes them off."""
+
+        def touch(name: str, layer: int, x: Tensor, start: int = 0) -> Tensor:
+            for edit in plan.edits.get((name, layer), ()):
+                x = edit(x, Seen(layer, start, run.batch.mask))
+            if (name, layer) in plan.capture:
+                run.cache.put(name, layer, x)
+            return x
+
+        if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):
+            raise BadInput("stop_at=0 runs no block: nothing to capture")
+        if any(name in ATTENTION_SITES for name, _ in plan.sites) or plan.statistics is not None:
+            layer_of = {
+                self.module.get_submodule(block.attention): layer
+                for layer, block in enumerate(self.spec.blocks)
+                if block.attention
+            }
+            stack.enter_context(
+                window(
+                    self.module,
+                    lambda m: (
+                        _RunWatch(layer_of[m], plan, touch, run) if m in layer_of else Watch()
+                    ),
+                )
+            )
+        for layer, (block, where) in enumerate(zip(self.blocks, self.spec.blocks, strict=True)):
+            if stop_at is not None and layer > stop_at:
+                break
+            pre = _BlockInput(
+                layer, touch, plan, run, stop=stop_at == layer, grad=grad and layer == 0
+            )
+            if pre.needed:
+                stack.callback(block.register_forward_pre_hook(pre, with_kwargs=True).remove)
+            if where.W_O and plan.wants("attn_out", layer):
+                self._on_output(
+                    stack, where.W_O, lambda x, layer=layer: touch("attn_out", layer, x), run
+                )
+            if where.attn_write and plan.wants_any(("attn_write", "resid_mid"), layer):
+                change = _attn_write(layer, where.attn_write, touch, plan, pre)
+                self._on_output(stack, where.attn_write.module, change, run)
+            if where.mlp_out and plan.wants("mlp_out", layer):
+                self._on_output(
+                    stack, where.mlp_out, lambda x, layer=layer: touch("mlp_out", layer, x), run
+                )
+            if where.mlp_write and plan.wants("mlp_write", layer):
+                scale = where.mlp_write.scale
+                self._on_output(
+                    stack,
+                    where.mlp_write.module,
+                    lambda x, layer=layer, s=scale: (
+                        touch("mlp_write", layer, x * s if s != 1 else x) / s
+                        if s != 1
+                        else touch("mlp_write", layer, x)
+                    ),
+                    run,
+                )
+            post = _BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
+            if post.needed or self.spec.tuple_blocks:
+                stack.callback(block.register_forward_hook(post).remove)
+
+    def _on_output(
+        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run
+    ) -> None:
+        """Hook a module's output, seen as [batch pos d_model] even where the block flattened it."""
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            x = first_tensor(output)
+            assert x is not None
+            seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
+            if name in self.spec.copies:  # the block changes this tensor in place later on
+                seen = seen.clone()
+            new = change(seen)
+            return None if new is seen else with_first(output, new.reshape(x.shape))
+
+        stack.callback(self.module.get_submodule(name).register_forward_hook(hook).remove)
+
+    @contextmanager
+    def _skipping(
+        self, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
+    ) -> Iterator[None]:
+        """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
+        blocks = self.blocks
+        before = [block.__dict__.get("forward") for block in blocks[:start]]
+        try:
+            for layer, block in enumerate(blocks[:start]):
+                rest = tuple(
+                    _repeated(x, resid.shape[0] // times, times) for x in extras.get(layer, ())
+                )
+                output = (resid, *rest) if self.spec.tuple_blocks else resid
+                block.forward = lambda *args, output=output, **kwargs: output
+            if start == 0:
+                hook = blocks[0].register_forward_pre_hook(
+                    lambda module, args, kwargs: _with_hidden(args, kwargs, resid),
+                    with_kwargs=True,
+                    prepend=True,
+                )
+            yield
+        finally:
+            if start == 0:
+                hook.remove()  # type: ignore[possibly-undefined]
+            for block, forward in zip(blocks[:start], before, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.forward = forward
+
+
+class _Stop(Exception):
+    """Raised inside a forward when nothing after this point is needed."""
+
+
+@dataclass
+class _Plan:
+    """What one pass captures and edits, by (site name, layer)."""
+
+    capture: set[tuple[str, int]] = field(default_factory=set)
+    edits: dict[tuple[str, int], list[Edit]] = field(default_factory=dict)
+    statistics: RowStatistics | None = None
+    statistics_until: int = -1
+
+    @property
+    def sites(self) -> set[tuple[str, int]]:
+        return self.capture | set(self.edits)
+
+    def wants(self, name: str, layer: int) -> bool:
+        return (name, layer) in self.capture or (name, layer) in self.edits
+
+    def wants_any(self, names: Iterable[str], layer: int) -> bool:
+        return any(self.wants(name, layer) for name in names)
+
+    def layers_of(self, *names: str) -> set[int]:
+        return {layer for name, layer in self.sites if name in names}
+
+    @property
+    def last_layer(self) -> int:
+        return max([layer for _, layer in self.sites] + [self.statistics_until], default=-1)
+
+
+class _RunWatch(Watch):
+    """Shows one attention call's tensors to `touch`, heads behind positions."""
+
+    def __init__(self, layer: int, plan: _Plan, touch: Callable[..., Tensor], run: Run):
+        self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
+        self.needs_rows = plan.statistics is not None or plan.wants_any(
+            ("scores", "pattern"), layer
+        )
+        self._whole: dict[str, list[Tensor]] = {}
+        self._n_keys = 0
+
+    def inputs(self, q, k, v):
+        self._n_keys = k.shape[2]
+        seen = []
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if self.plan.wants(name, self.layer):
+                x = self.touch(name, self.layer, x.transpose(1, 2)).transpose(1, 2)
+            seen.append(x)
+        return tuple(seen)
+
+    def scores(self, scores, start):
+        return self._chunk("scores", scores, start, fill=-torch.inf)
+
+    def pattern(self, pattern, start):
+        pattern = self._chunk("pattern", pattern, start, fill=0.0)
+        if self.plan.statistics is not None:
+            self.plan.statistics.update(self.layer, pattern, start)
+        return pattern
+
+    def z(self, z):
+        for name, chunks in self._whole.items():
+            self.run.cache.put(name, self.layer, torch.cat(chunks, dim=2))
+        return self.touch("z", self.layer, z) if self.plan.wants("z", self.layer) else z
+
+    def _chunk(self, name: str, x: Tensor, start: int, fill: float) -> Tensor:
+        for edit in self.plan.edits.get((name, self.layer), ()):
+            x = edit(x, Seen(self.layer, start, self.run.batch.mask))
+        if (name, self.layer) in self.plan.capture:
+            missing = self._n_keys - x.shape[-1]
+            whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x
+            self._whole.setdefault(name, []).append(whole)
+        return x
+
+
+class _BlockInput:
+    """Pre-hook of a block: embed, resid_pre, and what resid_mid needs to know."""
+
+    def __init__(self, layer: int, touch, plan: _Plan, run: Run, *, stop: bool, grad: bool):
+        self.layer, self.touch, self.plan, self.run, self.stop, self.grad = (
+            layer,
+            touch,
+            plan,
+            run,
+            stop,
+            grad,
+        )
+        self.resid: Tensor | None = None
+        names = ("resid_pre", "embed") if layer == 0 else ("resid_pre",)
+        self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        x = old = args[0] if args else kwargs["hidden_states"]
+        if self.grad and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
+            if self.plan.wants(name, self.layer):
+                x = self.touch(name, self.layer, x)
+        self.resid = x
+        if self.stop:
+            raise _Stop
+        return None if x is old else _with_hidden(args, kwargs, x)
+
+
+class _BlockOutput:
+    """Forward hook of a block: resid_post, the extras a replay needs, and stopping early."""
+
+    def __init__(self, layer: int, touch, run: Run, plan: _Plan, *, stop: bool):
+        self.layer, self.touch, self.run, self.plan, self.stop = layer, touch, run, plan, stop
+        self.needed = stop or plan.wants("resid_post", layer)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        x = old = first_tensor(output)
+        assert x is not None
+        if isinstance(output, tuple):
+            self.run.extras[self.layer] = output[1:]
+        if self.plan.wants("resid_post", self.layer):
+            x = self.touch("resid_post", self.layer, x)
+        if self.stop:
+            raise _Stop
+        return None if x is old else with_first(output, x)
+
+
+def _attn_write(
+    layer: int, write: Write, touch, plan: _Plan, pre: _BlockInput
+) -> Callable[[Tensor], Tensor]:
+    """Change of the attention write that carries edits of attn_write and of resid_mid."""
+
+    def change(x: Tensor) -> Tensor:
+        written = x if write.scale == 1 else x * write.scale
+        new = touch("attn_write", layer, written) if plan.wants("attn_write", layer) else written
+        if plan.wants("resid_mid", layer):
+            assert pre.resid is not None
+            mid = pre.resid + new
+            edited = touch("resid_mid", layer, mid)
+            new = new if edited is mid else edited - pre.resid
+        return x if new is written else new / write.scale
+
+    return change
+
+
+def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _repeated(x: Any, size: int, times: int) -> Any:
+    """A block's extra output for `times` copies of a batch of `size` rows."""
+    if isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == size and size > 1:
+        return x.repeat(times, *[1] * (x.ndim - 1))
+    return x
+
+
+def _rows(joint: Run, size: int, place: int) -> Run:
+    """One variant's part of a joint run."""
+    rows = slice(place * size, (place + 1) * size)
+    cache = Cache()
+    for name in joint.cache:
+        for layer, value in joint.cache.by_layer(name).items():
+            cache.put(name, layer, value[rows])
+    logits = None if joint.logits is None else joint.logits[rows]
+    return Run(joint.batch.rows(rows), logits, cache)
+
+
+def _to_device(statistic: Mass | Entropy, device: torch.device) -> Mass | Entropy:
+    return type(statistic)(
+        *(getattr(statistic, name).to(device) for name in statistic.__dataclass_fields__)
+    )

@@ -1,0 +1,812 @@
+"""Discover where a model's parts are from one probe forward, then verify it with identities.
+
+Nothing here knows an architecture. An attention module is whatever calls the window; W_O is the
+linear layer that reads z; a block is the member of the ModuleList that holds the attention module;
+what a block writes is solved for: the sub-module outputs, with multipliers, that sum to
+`resid_post - resid_pre`. What cannot be verified is refused by name, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import BadInput, Refused
+from interp.models.attention import Watch, window
+from interp.models.spec import BlockMap, Check, Source, Spec, Write, first_tensor, module_device
+from interp.models.weights import linear_map
+from interp.run.batch import Batch
+
+PROBE_ROWS, PROBE_LENGTH = 2, 7
+RELATIVE_TOLERANCE = {
+    torch.float64: 1e-9,  # depth × eps, with room for ill-conditioned random weights
+    torch.float32: 2e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
+
+
+@dataclass
+class ModuleCall:
+    """One module's call during the probe, its tensors cloned."""
+
+    inputs: list[Tensor]
+    output: Tensor | None
+    order: int
+    is_tuple: bool
+    original: Tensor | None
+    version: int
+
+    @property
+    def mutated(self) -> bool:
+        """Whether the output was changed in place after the module returned it."""
+        return self.original is not None and self.original._version != self.version
+
+
+@dataclass
+class AttentionCall(Watch):
+    """One attention call during the probe."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[Tensor] = field(default_factory=list)
+    needs_rows = True
+
+    def inputs(self, q, k, v):
+        self.tensors |= {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        return q, k, v
+
+    def pattern(self, pattern, start):
+        missing = self.tensors["k"].shape[2] - pattern.shape[3]
+        self.rows.append(nn.functional.pad(pattern, (0, missing)).clone())
+        return pattern
+
+    def z(self, z):
+        self.tensors["z"] = z.clone()
+        return z
+
+
+@dataclass
+class Recording:
+    """Everything seen in the probe forward."""
+
+    module: nn.Module
+    names: dict[nn.Module, str]
+    calls: dict[str, list[ModuleCall]]
+    attention: list[AttentionCall]
+    output: Tensor
+
+    def once(self, name: str | None) -> ModuleCall | None:
+        """The call of a module that was called exactly once."""
+        calls = [] if name is None else self.calls.get(name, [])
+        return calls[0] if len(calls) == 1 else None
+
+
+def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
+    """The verified map of `module`.
+
+    Args:
+        module: a Hugging Face model in eval mode.
+        batch: what to probe with; random tokens or pixels of the config's shape if not given.
+
+    Raises:
+        BadInput: the probe forward fails. Refused: no stack of blocks can be made out.
+    """
+    batch = (probe_batch(module) if batch is None else batch).to(module_device(module))
+    with torch.no_grad():
+        plain = output_tensor(call_model(module, batch))
+        seen = record(module, batch)
+        spec = discover(seen, batch)
+        return verify(spec, seen, plain)
+
+
+# --- the probe forward -------------------------------------------------------------------------
+
+
+def probe_batch(module: nn.Module) -> Batch:
+    """Random inputs of the kind the model takes."""
+    config: Any = getattr(module, "config", None)
+    kind = getattr(module, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+    if kind == "pixel_values":
+        config = getattr(config, "vision_config", config)
+        size = (
+            config.image_size
+            if isinstance(config.image_size, (tuple, list))
+            else [config.image_size] * 2
+        )
+        shape = (PROBE_ROWS, getattr(config, "num_channels", 3), *size)
+        dtype = next(module.parameters()).dtype
+        return Batch({"pixel_values": torch.randn(shape, generator=generator).to(dtype)})
+    if kind != "input_ids" or config is None:
+        raise Refused(
+            f"{type(module).__name__} takes '{kind}' and only token and image models can be probed; "
+            "pass its text or vision part"
+        )
+    d_vocab = text_config(module).vocab_size
+    special = {
+        value
+        for key, value in text_config(module).to_dict().items()
+        if key.endswith("token_id") and isinstance(value, int)
+    }
+    usable = torch.tensor([i for i in range(d_vocab) if i not in special] or [0])
+    picks = torch.randint(len(usable), (PROBE_ROWS, PROBE_LENGTH), generator=generator)
+    return Batch.of_ids(usable[picks])
+
+
+def text_config(module: nn.Module) -> Any:
+    """The config that describes the token model (a part of the whole for multimodal ones)."""
+    config: Any = module.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def call_model(module: nn.Module, batch: Batch, **extra: Any) -> Any:
+    """The model's output for a batch; inputs its forward does not take are left out."""
+    parameters = inspect.signature(type(module).forward).parameters
+    if (
+        getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        and "decoder_input_ids" in parameters
+    ):
+        raise Refused(
+            f"{type(module).__name__} is an encoder-decoder; load its encoder on its own, such as "
+            "interp.load(model.get_encoder())"
+        )
+    inputs = {
+        name: value
+        for name, value in batch.inputs.items()
+        if name in parameters or name in ("input_ids", "pixel_values")
+    }
+    if "use_cache" in parameters:
+        extra["use_cache"] = False
+    return module(**inputs, **extra)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Logits where the model has a head, else its last hidden state."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(tensor := getattr(output, name, None), Tensor):
+            return tensor
+    found = first_tensor(tuple(output.values()) if hasattr(output, "values") else output)
+    if found is None:
+        raise Refused("the model returns neither logits nor a hidden state")
+    return found
+
+
+def record(module: nn.Module, batch: Batch) -> Recording:
+    """One forward with every module call and every attention call recorded."""
+    names = {submodule: name for name, submodule in module.named_modules()}
+    seen = Recording(module, names, {}, [], torch.empty(0))
+    order = 0
+
+    def listen(attention: nn.Module) -> AttentionCall:
+        seen.attention.append(AttentionCall(attention))
+        return seen.attention[-1]
+
+    def keep(submodule: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        nonlocal order
+        order += 1
+        tensors = [
+            x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        out = first_tensor(output)
+        seen.calls.setdefault(names[submodule], []).append(
+            ModuleCall(
+                inputs.pop(id(submodule), []) if tensors else [],
+                None if out is None else out.clone(),
+                order,
+                not isinstance(output, Tensor),
+                out,
+                0 if out is None else out._version,
+            )
+        )
+
+    inputs: dict[int, list[Tensor]] = {}
+
+    def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs[id(submodule)] = [
+            x.clone()
+            for x in (*args, *kwargs.values())
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+
+    with ExitStack() as stack:
+        for submodule in names:
+            stack.callback(
+                submodule.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove
+            )
+            stack.callback(submodule.register_forward_hook(keep, with_kwargs=True).remove)
+        stack.enter_context(window(module, listen))
+        seen.output = output_tensor(call_model(module, batch)).clone()
+    return seen
+
+
+# --- discovery ---------------------------------------------------------------------------------
+
+
+def discover(seen: Recording, batch: Batch) -> Spec:
+    """The map that the recording suggests, not yet verified."""
+    refused: dict[str, str] = {}
+    stack, layer_of = _stack(seen, refused)
+    blocks_module = seen.module.get_submodule(stack)
+    block_calls = [seen.once(f"{stack}.{i}") for i in range(len(blocks_module))]  # type: ignore[arg-type]
+    if any(call is None or not call.inputs or call.output is None for call in block_calls):
+        raise Refused(
+            f"blocks of '{stack}' are not each called once with a hidden state: nothing can be addressed"
+        )
+    pre = block_calls[0].inputs[0]  # type: ignore[union-attr]
+    shape = pre.shape
+    if len(shape) != 3:
+        raise Refused(
+            f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
+        )
+
+    blocks, patterns = [], []
+    for layer, call in enumerate(block_calls):
+        name = f"{stack}.{layer}"
+        attention = layer_of.get(layer)
+        block = BlockMap(name)
+        if attention is not None:
+            block = _attention_map(seen, block, attention, refused)
+            patterns.append(torch.cat(attention.rows, dim=2))
+        blocks.append(_write_map(seen, block, call, shape, refused) if layer_of else block)
+    if all(block.parallel or block.attn_write is None for block in blocks):
+        refused.setdefault("resid_mid", "attention and MLP are parallel: nothing lies between them")
+    causal = bool(patterns) and all(not pattern.triu(1).any() for pattern in patterns)
+    config: Any = getattr(seen.module, "config", None)
+    text = text_config(seen.module) if config is not None else None
+    spec = Spec(
+        family=getattr(config, "model_type", type(seen.module).__name__),
+        stack=stack,
+        blocks=tuple(blocks),
+        d_model=shape[-1],
+        causal=causal,
+        d_vocab=getattr(text, "vocab_size", None) if "input_ids" in batch.inputs else None,
+        n_ctx=getattr(text, "max_position_embeddings", None),
+        tuple_blocks=any(call.is_tuple for call in block_calls if call),
+        copies=frozenset(
+            name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
+        ),
+        refused=refused,
+    )
+    return _with_ends(spec, seen, batch)
+
+
+def _stack(seen: Recording, refused: dict[str, str]) -> tuple[str, dict[int, AttentionCall]]:
+    """The ModuleList of blocks, and the attention call of each of its layers."""
+    placed, outside = _place(seen)
+    if not placed:
+        why = (
+            f"{type(seen.module).__name__} does not call transformers' attention interface"
+            if not outside
+            else f"attention module '{outside[0]}' stands in no ModuleList of blocks"
+        )
+        for site in (
+            "q",
+            "k",
+            "v",
+            "scores",
+            "pattern",
+            "z",
+            "attn_out",
+            "attn_write",
+            "mlp_out",
+            "mlp_write",
+            "resid_mid",
+        ):
+            refused[site] = f"{why}; resid_pre, resid_post and logits still work"
+        return _largest_chain(seen), {}
+    if len(placed) > 1:
+        raise Refused(
+            f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
+            f"({', '.join(placed)}); pass one part of the model, such as its encoder or vision tower"
+        )
+    ((stack, layers),) = placed.items()
+    counts = Counter(id(call.module) for call in seen.attention)
+    if max(counts.values()) > 1:
+        raise Refused(
+            f"{type(seen.module).__name__} calls one attention module several times "
+            f"('{seen.names[seen.attention[0].module]}'): its layers share weights and cannot be told apart"
+        )
+    if several := [layer for layer, calls in layers.items() if len(calls) > 1]:
+        raise Refused(
+            f"block {several[0]} of '{stack}' attends {len(layers[several[0]])} times (cross-attention or "
+            "several branches); one attention a block can be addressed"
+        )
+    return stack, {layer: calls[0] for layer, calls in layers.items()}
+
+
+def _place(seen: Recording) -> tuple[dict[str, dict[int, list[AttentionCall]]], list[str]]:
+    """Attention calls by ModuleList and index, and the names of attention modules in no list.
+
+    The nearest list counts, unless a list further out holds all calls (T5's blocks are lists too).
+    """
+    levels: list[dict[str, dict[int, list[AttentionCall]]]] = []
+    outside = []
+    for call in seen.attention:
+        places = _list_places(seen.module, seen.names[call.module])
+        if not places:
+            outside.append(seen.names[call.module])
+        for level, (name, index) in enumerate(places):
+            while len(levels) <= level:
+                levels.append({})
+            levels[level].setdefault(name, {}).setdefault(index, []).append(call)
+    single = [level for level in levels if len(level) == 1]
+    return (single or levels or [{}])[0], outside
+
+
+def _list_places(module: nn.Module, name: str) -> list[tuple[str, int]]:
+    """(list, index) of every ModuleList member that holds the module called `name`, nearest first."""
+    parts = name.split(".")
+    return [
+        (parent, int(parts[end]))
+        for end in range(len(parts) - 1, 0, -1)
+        if parts[end].isdigit()
+        and isinstance(module.get_submodule(parent := ".".join(parts[:end])), nn.ModuleList)
+    ]
+
+
+def _largest_chain(seen: Recording) -> str:
+    """The longest ModuleList whose members were each called once, each on its predecessor's output."""
+    chains = []
+    for name, submodule in seen.module.named_modules():
+        if isinstance(submodule, nn.ModuleList) and len(submodule):
+            calls = [seen.once(f"{name}.{i}") for i in range(len(submodule))]
+            linked = all(
+                call is not None
+                and call.output is not None
+                and call.inputs
+                and call.inputs[0].shape == call.output.shape
+                for call in calls
+            )
+            if linked and all(torch.equal(a.output, b.inputs[0]) for a, b in zip(calls, calls[1:])):  # type: ignore
+                chains.append((len(submodule), name))
+    if not chains:
+        raise Refused(
+            f"{type(seen.module).__name__} shows no stack of blocks: nothing can be addressed"
+        )
+    return max(chains)[1]
+
+
+def _attention_map(
+    seen: Recording, block: BlockMap, attention: AttentionCall, refused: dict[str, str]
+) -> BlockMap:
+    """Heads, W_O and the source of v of one attention call."""
+    z, k, v = (attention.tensors[name] for name in ("z", "k", "v"))
+    block = replace(
+        block,
+        attention=seen.names[attention.module],
+        n_heads=z.shape[2],
+        n_kv_heads=k.shape[1],
+        d_head=z.shape[3],
+        v=_source(seen, block, v),
+    )
+    readers = [
+        name
+        for name, calls in seen.calls.items()
+        if name.startswith(block.name + ".")
+        and len(calls) == 1
+        and calls[0].output is not None
+        and any(
+            x.numel() == z.numel() and torch.equal(x.reshape(-1), z.reshape(-1))
+            for x in calls[0].inputs[:1]
+        )
+        and next(seen.module.get_submodule(name).parameters(), None) is not None
+    ]
+    if readers:
+        # Wrappers (an output module that projects and normalises) read z too: the projection is innermost.
+        innermost = [
+            name for name in readers if not any(other.startswith(name + ".") for other in readers)
+        ]
+        return replace(block, W_O=innermost[0])
+    refused.setdefault(
+        "attn_out",
+        f"in '{block.attention}' no linear layer reads z unchanged (a gate or norm stands between)",
+    )
+    return block
+
+
+def _source(seen: Recording, block: BlockMap, v: Tensor) -> Source | None:
+    """The linear layer, and its output columns, that v [batch kv pos d_head] was taken from."""
+    batch, n_kv, pos, d_head = v.shape
+    wanted = v.permute(1, 3, 0, 2).reshape(n_kv * d_head, batch * pos).contiguous()
+    keys = [column.tobytes() for column in wanted.float().cpu().numpy()]
+    for name, calls in seen.calls.items():
+        inside = (
+            name.startswith(block.name + ".") and len(calls) == 1 and calls[0].output is not None
+        )
+        if (
+            not inside
+            or not calls[0].inputs
+            or any(True for _ in seen.module.get_submodule(name).children())
+        ):
+            continue
+        out = calls[0].output
+        if out is None or out.numel() % (batch * pos) or out.shape[-1] < n_kv * d_head:
+            continue
+        columns = out.reshape(-1, out.shape[-1]).T
+        if columns.shape[1] != batch * pos:
+            continue
+        where = {
+            column.tobytes(): i
+            for i, column in enumerate(columns.contiguous().float().cpu().numpy())
+        }
+        if all(key in where for key in keys):
+            found = torch.tensor([where[key] for key in keys]).reshape(n_kv, d_head)
+            return Source(name, found, _input_name(seen, block, calls[0].inputs[0]))
+    return None
+
+
+def _input_name(seen: Recording, block: BlockMap, x: Tensor) -> str:
+    """ "resid_pre", or the module of the block whose output `x` is; "" if neither."""
+    call = seen.once(block.name)
+    if call is not None and _same(call.inputs[0], x):
+        return "resid_pre"
+    for name, calls in seen.calls.items():
+        if name.startswith(block.name + ".") and len(calls) == 1 and calls[0].output is not None:
+            if _same(calls[0].output, x):
+                return name
+    return ""
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+@dataclass
+class Candidate:
+    """A value that might be written to the residual stream, and the modules that returned it."""
+
+    value: Tensor
+    modules: list[str]
+
+
+def _write_map(
+    seen: Recording,
+    block: BlockMap,
+    call: ModuleCall | None,
+    shape: torch.Size,
+    refused: dict[str, str],
+) -> BlockMap:
+    """The block's writes: which module outputs, times what, sum to resid_post - resid_pre."""
+    assert call is not None and call.output is not None
+    if call.output.shape != shape:
+        refused["resid_post"] = (
+            f"'{block.name}' returns shape {tuple(call.output.shape)}, reads {tuple(shape)}"
+        )
+        return block
+    candidates = _candidates(seen, block, shape)
+    pre, post = call.inputs[0].double(), call.output.double()
+    chosen = _solve(pre, post, candidates, call.output.dtype)
+    if chosen is None:
+        reason = (
+            f"no outputs inside '{block.name}' sum to resid_post - resid_pre (a norm after the addition, "
+            "or a rescaled stream)"
+        )
+        for site in ("attn_write", "mlp_write", "mlp_out", "resid_mid"):
+            refused.setdefault(site, reason)
+        return block
+    from_attention = _downstream(seen, block, candidates)
+    for index, scale in chosen:
+        candidate = candidates[index]
+        write = Write(candidate.modules[0], scale)  # the last to return this value
+        if index in from_attention:
+            if block.attn_write is not None:
+                refused["attn_write"] = f"'{block.name}' writes its attention twice"
+            block = replace(block, attn_write=write)
+        elif block.mlp_write is not None:
+            refused.setdefault(
+                "mlp_write", f"'{block.name}' writes to the residual stream three times"
+            )
+        else:
+            block = replace(
+                block, mlp_write=write, mlp_out=_before_norm(seen, write.module, candidates)
+            )
+    if block.attn_write is not None and block.mlp_write is not None:
+        mid = pre + block.attn_write.scale * _value(candidates, block.attn_write.module).double()
+        inside = [
+            x
+            for name, calls in seen.calls.items()
+            if name.startswith(block.name + ".")
+            for c in calls
+            for x in c.inputs[:1]
+        ]
+        allowed = RELATIVE_TOLERANCE[call.output.dtype]
+        sequential = any(
+            x.numel() == mid.numel()
+            and _error(x.reshape(mid.shape).double(), mid)[0] <= allowed * _scale(mid)
+            for x in inside
+        )
+        block = replace(block, parallel=not sequential)
+    return block
+
+
+def _candidates(seen: Recording, block: BlockMap, shape: torch.Size) -> list[Candidate]:
+    """Distinct d_model-wide outputs of modules called once inside the block, latest first.
+
+    Some blocks flatten batch and position (OPT): any output with the right last axis and size counts.
+    """
+    found: list[tuple[int, str, Tensor]] = [
+        (calls[0].order, name, calls[0].output.reshape(shape))
+        for name, calls in seen.calls.items()
+        if name.startswith(block.name + ".")
+        and len(calls) == 1
+        and calls[0].output is not None
+        and calls[0].output.shape[-1] == shape[-1]
+        and calls[0].output.numel() == shape.numel()
+        and calls[0].output.is_floating_point()
+    ]
+    candidates: list[Candidate] = []
+    for _, name, value in sorted(found, key=lambda item: -item[0]):
+        same = next((c for c in candidates if torch.equal(c.value, value)), None)
+        if same is None:
+            candidates.append(Candidate(value, [name]))
+        else:
+            same.modules.append(name)
+    return candidates
+
+
+def _solve(
+    pre: Tensor, post: Tensor, candidates: list[Candidate], dtype: torch.dtype
+) -> list[tuple[int, float]] | None:
+    """Smallest set of candidates (with multipliers) that sums to post - pre; None if there is none.
+
+    Least squares on the Gram matrix, so that every pair costs a 2 × 2 solve. Rounding in the block's
+    own additions bounds how well a true set can fit: eps times the size of what was added.
+    """
+    target = (post - pre).reshape(-1)
+    columns = [candidate.value.double().reshape(-1) for candidate in candidates]
+    if not columns:
+        return None
+    A = torch.stack(columns, dim=1)
+    A = torch.where(A.isfinite(), A, 0.0)
+    gram, right = A.T @ A, A.T @ target
+    eps = torch.finfo(dtype).eps
+    allowed = 4 * eps * (pre.norm() + post.norm())
+    for size in (1, 2, 3):
+        fits = []
+        for chosen in combinations(range(len(columns)), size):
+            index = list(chosen)
+            if gram[index, index].min() == 0:
+                continue
+            system = gram[index][:, index]
+            scales = torch.linalg.lstsq(system, right[index][:, None], driver="gelsd").solution[
+                :, 0
+            ]
+            quick = target @ target - 2 * scales @ right[index] + scales @ system @ scales
+            if quick.clamp_min(0).sqrt() > 1e-3 * target.norm() + 10 * allowed:
+                continue
+            scales = torch.linalg.lstsq(A[:, index], target[:, None]).solution[:, 0]
+            snapped = torch.where((scales - 1).abs() < max(1e-4, 4 * eps), 1.0, scales)
+            error = float((target - A[:, index] @ snapped).norm())
+            if error <= max(float(allowed), 1e-12) and float(snapped.abs().min()) > 1e-6:
+                fits.append((error, list(zip(index, snapped.tolist(), strict=True))))
+        if fits:
+            plain = [fit for fit in fits if all(scale == 1.0 for _, scale in fit[1])]
+            return min(plain or fits, key=lambda fit: fit[0])[1]
+    return None
+
+
+def _downstream(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> set[int]:
+    """Candidates that are the attention output, passed through dropout, scaling or a norm or not."""
+    starts = [name for name in (block.W_O, block.attention) if name]
+    reached = {
+        i
+        for i, candidate in enumerate(candidates)
+        if any(
+            name in starts or (block.attention or "?").startswith(name + ".")
+            for name in candidate.modules
+        )
+    }
+    for i in reversed(range(len(candidates))):  # in order of execution
+        for name in candidates[i].modules:
+            call = seen.once(name)
+            if call and call.inputs and _elementwise(seen, name, call):
+                if any(_same(call.inputs[0], candidates[j].value) for j in reached):
+                    reached.add(i)
+    return reached
+
+
+def _elementwise(seen: Recording, name: str, call: ModuleCall) -> bool:
+    """Whether a module has no more parameters than a norm: gains and biases, no mixing matrix."""
+    width = sum(parameter.numel() for parameter in seen.module.get_submodule(name).parameters())
+    return call.output is not None and width <= 2 * call.output.shape[-1]
+
+
+def _value(candidates: list[Candidate], module: str) -> Tensor:
+    return next(candidate.value for candidate in candidates if module in candidate.modules)
+
+
+def _before_norm(seen: Recording, module: str, candidates: list[Candidate]) -> str:
+    """The MLP's own output: what a norm that makes the write reads, else the write itself."""
+    call = seen.once(module)
+    if call and call.inputs and _elementwise(seen, module, call):
+        for candidate in candidates:
+            if _same(candidate.value, call.inputs[0]):
+                return candidate.modules[0]
+    return module
+
+
+def _with_ends(spec: Spec, seen: Recording, batch: Batch) -> Spec:
+    """Embedding, final norm and unembedding of the map."""
+    inside = spec.stack + "."
+    last = seen.once(spec.blocks[-1].name)
+    assert last is not None and last.output is not None
+    embedding = _name_of(seen, "get_input_embeddings") if "input_ids" in batch.inputs else None
+    unembedding = _name_of(seen, "get_output_embeddings")
+    final = seen.once(unembedding)
+    norm = next(
+        (
+            name
+            for name, calls in seen.calls.items()
+            if not name.startswith(inside)
+            and len(calls) == 1
+            and calls[0].order > last.order
+            and calls[0].inputs
+            and _same(calls[0].inputs[0], last.output)
+            and calls[0].output is not None
+            and (final is None or (final.inputs and _same(final.inputs[0], calls[0].output)))
+            and not any(True for _ in seen.module.get_submodule(name).children())
+        ),
+        None,
+    )
+    scale, softcap = 1.0, None
+    if final is not None and final.output is not None and final.output.shape == seen.output.shape:
+        raw, out = final.output.double(), seen.output.double()
+        scale = float((raw * out).sum() / (raw * raw).sum())
+        scale = 1.0 if abs(scale - 1) < 1e-4 else scale
+        cap = getattr(text_config(seen.module), "final_logit_softcapping", None)
+        if cap is not None:
+            scale, softcap = 1.0, float(cap)
+    return replace(
+        spec,
+        embedding=embedding,
+        final_norm=norm,
+        unembedding=unembedding if final is not None else None,
+        logit_scale=scale,
+        logit_softcap=softcap,
+    )
+
+
+def _name_of(seen: Recording, getter: str) -> str | None:
+    try:
+        found = getattr(seen.module, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return seen.names.get(found) if isinstance(found, nn.Module) else None
+
+
+# --- verification ------------------------------------------------------------------------------
+
+
+def verify(spec: Spec, seen: Recording, plain: Tensor) -> Spec:
+    """The map with every identity tried; sites whose identity fails are refused."""
+    checks, refused = [], dict(spec.refused)
+    dtype = seen.output.dtype
+    relative = RELATIVE_TOLERANCE.get(dtype, 6e-2)
+
+    def check(
+        name: str, got: Tensor, wanted: Tensor, detail: str, sites: tuple[str, ...] = ()
+    ) -> bool:
+        error, where = _error(got, wanted)
+        allowed = relative * _scale(wanted)
+        passed = error <= allowed
+        checks.append(Check(name, passed, error, allowed, detail))
+        for site in sites if not passed else ():
+            refused.setdefault(site, f"{detail}: off by {error:.2g} (allowed {allowed:.2g}){where}")
+        return passed
+
+    if not torch.isfinite(plain).all():
+        raise BadInput(
+            f"{type(seen.module).__name__} returns NaN or infinite values on the probe: check its weights"
+        )
+    if spec.attention_layers:
+        check(
+            "window",
+            seen.output,
+            plain,
+            "logits under the window equal the model's own",
+            ("q", "k", "v", "scores", "pattern", "z"),
+        )
+    calls = {seen.names[call.module]: call for call in seen.attention}
+    outs, sums = [], []
+    for block in spec.blocks:
+        if block.attention and block.W_O:
+            z = calls[block.attention].tensors["z"]
+            W, b = linear_map(
+                seen.module.get_submodule(block.W_O), block.n_heads * block.d_head, z.device
+            )
+            heads = torch.einsum(
+                "bphd,hdm->bpm", z.double(), W.double().reshape(block.n_heads, block.d_head, -1)
+            )
+            out = seen.once(block.W_O)
+            assert out is not None and out.output is not None
+            outs.append(out.output.reshape(heads.shape))
+            sums.append(heads + b.double())
+    if outs:
+        check(
+            "heads",
+            torch.cat(sums, -1),
+            torch.cat(outs, -1),
+            "head outputs plus bias sum to the attention output",
+            ("attn_out",),
+        )
+    residuals = [seen.once(block.name) for block in spec.blocks]
+    links = [
+        (a.output, b.inputs[0])
+        for a, b in zip(residuals, residuals[1:])
+        if a is not None and b is not None and a.output is not None
+    ]
+    linked = True
+    if links:
+        linked = check(
+            "stream",
+            torch.stack([a for a, _ in links]),
+            torch.stack([b for _, b in links]),
+            "each block reads what the one before it returned",
+        )
+    total = _sum_of_writes(spec, seen)
+    if total is not None and linked:
+        check(
+            "writes",
+            total,
+            residuals[-1].output,
+            "embedding plus writes equals the final residual",  # type: ignore
+            ("attn_write", "mlp_write", "resid_mid"),
+        )
+    if spec.unembedding is not None:
+        logits = unembed(spec, seen.module, residuals[-1].output)  # type: ignore[union-attr]
+        check(
+            "unembedding",
+            logits,
+            seen.output,
+            "unembedding the normed final residual gives the logits",
+            ("unembedding",),
+        )
+    return replace(spec, checks=tuple(checks), refused=refused)
+
+
+def _sum_of_writes(spec: Spec, seen: Recording) -> Tensor | None:
+    """Embedding plus all writes; None where some block's writes are unknown."""
+    first = seen.once(spec.blocks[0].name)
+    assert first is not None
+    total = first.inputs[0].double()
+    for block in spec.blocks:
+        writes = [write for write in (block.attn_write, block.mlp_write) if write is not None]
+        if not writes:
+            return None
+        for write in writes:
+            call = seen.once(write.module)
+            assert call is not None and call.output is not None
+            total = total + write.scale * call.output.double().reshape(total.shape)
+    return total
+
+
+def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
+    """Logits of a final residual [... d_model], exactly as the model makes them."""
+    if spec.unembedding is None:
+        raise Refused("this model has no unembedding (no language-model head)")
+    normed = (
+        residual if spec.final_norm is None else module.get_submodule(spec.final_norm)(residual)
+    )
+    logits = module.get_submodule(spec.unembedding)(normed)
+    if spec.logit_softcap is not None:
+        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits * spec.logit_scale
+
+
+def _error(got: Tensor, wanted: Tensor) -> tuple[float, str]:
+    """Largest absolute difference, and a note if the shapes already differ."""
+    if got.shape != wanted.shape:
+        return float("inf"), f" (shapes {tuple(got.shape)} and {tuple(wanted.shape)})"
+    return float((got.double() - wanted.double()).abs().max()), ""
+
+
+def _scale(x: Tensor) -> float:
+    return max(float(x.double().abs().max()), 1e-6)

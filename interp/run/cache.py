@@ -1,0 +1,112 @@
+"""What a forward pass leaves: activations by site with named axes, logits, row statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from interp.errors import BadInput
+from interp.run.batch import Batch
+from interp.sites import Site, head_axis
+
+
+class Cache(Mapping[str, Tensor]):
+    """Captured activations: `cache["z.5"]` is one layer, `cache["z"]` stacks all captured layers.
+
+    Stacked layers form the axis n_layers after the position axis (after batch for patterns):
+    `cache["z"]` is [batch pos n_layers n_heads d_head], `cache["pattern"]` is
+    [batch n_layers n_heads query_pos key_pos].
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, int], Tensor] = {}
+
+    def put(self, name: str, layer: int, value: Tensor) -> None:
+        """Keep one layer of a site."""
+        self._stored[name, layer] = value
+
+    def layers(self, name: str) -> list[int]:
+        """The captured layers of a site."""
+        return sorted(layer for stored, layer in self._stored if stored == name)
+
+    def by_layer(self, name: str) -> dict[int, Tensor]:
+        """A site's captured activations by layer, as `Edit.patch` takes them."""
+        return {layer: self._stored[name, layer] for layer in self.layers(name)}
+
+    def axes(self, text: str | Site) -> tuple[str, ...]:
+        """Names of the axes of `cache[text]`."""
+        site = Site.parse(text)
+        if site.name == "embed" or site.layer is not None:
+            return tuple(a for i, a in enumerate(site.axes) if site.head is None or i != head_axis(site.name))
+        where = _layer_axis(site)
+        return (*site.axes[:where], "n_layers", *site.axes[where:])
+
+    def __getitem__(self, text: str | Site) -> Tensor:
+        site = Site.parse(text)
+        layers = self.layers(site.name)
+        if not layers or (site.layer is not None and site.layer not in layers):
+            raise BadInput(f"'{site}' was not captured; captured: {', '.join(self) or 'nothing'}")
+        if site.layer is not None:
+            value = self._stored[site.name, site.layer]
+            return value if site.head is None else value.select(head_axis(site.name), site.head)
+        values = [self._stored[site.name, layer] for layer in layers]
+        if site.name == "embed":
+            return values[0]
+        if len({value.shape for value in values}) > 1:
+            raise BadInput(f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'")
+        return torch.stack(values, dim=_layer_axis(site))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({name for name, _ in self._stored}))
+
+    def __len__(self) -> int:
+        return len({name for name, _ in self._stored})
+
+    def __contains__(self, text: object) -> bool:
+        site = Site.parse(text) if isinstance(text, (str, Site)) else None
+        return site is not None and any(
+            name == site.name and site.layer in (None, layer) for name, layer in self._stored
+        )
+
+
+def _layer_axis(site: Site) -> int:
+    return 1 if site.axes[1] == "n_heads" else 2
+
+
+@dataclass
+class Run:
+    """One forward pass: what went in, and what was kept of it.
+
+    Attributes:
+        batch: the inputs.
+        logits: [batch pos d_vocab] (or [batch n_classes], or the last hidden state of a model
+            without a head); None when the pass stopped early.
+        cache: captured activations.
+        statistics: row statistics by name, each [batch n_layers n_heads] (NaN: layer not seen).
+        extras: what blocks returned beside the residual stream, kept so that a replay can go on.
+    """
+
+    batch: Batch
+    logits: Tensor | None = None
+    cache: Cache = field(default_factory=Cache)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[int, tuple] = field(default_factory=dict)
+
+    def gradients(self, target: Tensor, site: str) -> Tensor | dict[int, Tensor]:
+        """d target / d site, shaped like `cache[site]`; needs `run(..., grad=True)`.
+
+        `target` is a scalar made from `logits` or from captured activations.
+        """
+        parsed = Site.parse(site)
+        layers = [parsed.layer] if parsed.layer is not None else self.cache.layers(parsed.name)
+        if not target.requires_grad:
+            raise BadInput("the target has no gradient; make it from a run(..., grad=True)")
+        values = [self.cache[Site(parsed.name, layer)] for layer in layers]
+        grads = torch.autograd.grad(target, values, retain_graph=True, allow_unused=True)
+        out = Cache()
+        for layer, value, grad in zip(layers, values, grads, strict=True):
+            out.put(parsed.name, layer, torch.zeros_like(value) if grad is None else grad)
+        return out[parsed]

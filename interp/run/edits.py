@@ -1,0 +1,208 @@
+"""Edits: what an intervention puts in place of an activation, on any site, head, position and row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from interp.errors import BadInput
+from interp.sites import PATTERN_AXES, Site, has_heads, head_axis
+
+Positions = Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an edit's function gets beside the activation.
+
+    `start` is the first query row of the chunk (scores and patterns come in chunks), `mask` marks
+    real positions [batch pos].
+    """
+
+    layer: int
+    start: int = 0
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """New values for one site: `change(x, seen)` where heads, positions and rows say so.
+
+    Args (of every constructor):
+        site: `"z"`, `"resid_post.5"`, `"pattern.3.1"`; without a layer, every layer.
+        heads: (layer, head) pairs, for sites that have heads; instead of naming them in `site`.
+        positions: the same positions in every row; or one position a row (LongTensor [batch]);
+            or a mask (BoolTensor [batch pos]). For scores and pattern: query positions.
+
+    >>> edit = Edit.zero("z", heads=[(5, 1)])
+    >>> edit(torch.ones(1, 2, 3, 4), Seen(layer=5))[0, 0].sum(-1)
+    tensor([4., 0., 4.])
+    >>> edit.layers(range(8))
+    [5]
+    """
+
+    site: Site
+    change: Callable[[Tensor, Seen], Tensor | float]
+    heads: tuple[tuple[int, int], ...] | None = None
+    positions: Positions = None
+    rows: slice | None = None
+
+    @staticmethod
+    def apply(
+        site: str | Site,
+        change: Callable[[Tensor, Seen], Tensor | float],
+        heads: Iterable[tuple[int, int]] | None = None,
+        positions: Positions = None,
+    ) -> Edit:
+        """An edit by any function of the activation (all heads of a layer, see `interp.sites`)."""
+        site = Site.parse(site)
+        if heads is not None:
+            heads = tuple((int(layer), int(head)) for layer, head in heads)
+            if not has_heads(site.name):
+                raise BadInput(f"site '{site}' has no heads; leave out heads={list(heads)}")
+            if site.layer is not None:
+                raise BadInput(f"name heads in the site ('{site}') or in heads=, not in both")
+        elif site.head is not None and site.layer is not None:
+            heads, site = ((site.layer, site.head),), Site(site.name)
+        return Edit(site, change, heads, positions)
+
+    @staticmethod
+    def zero(site, heads=None, positions=None) -> Edit:
+        """Zero in place of the activation."""
+        return Edit.apply(site, lambda x, seen: 0.0, heads, positions)
+
+    @staticmethod
+    def scale(site, factor: float, heads=None, positions=None) -> Edit:
+        """`factor` times the activation."""
+        return Edit.apply(site, lambda x, seen: x * factor, heads, positions)
+
+    @staticmethod
+    def add(site, vector: Tensor, heads=None, positions=None) -> Edit:
+        """The activation plus `vector` (broadcast over leading axes)."""
+        return Edit.apply(site, lambda x, seen: x + vector.to(x), heads, positions)
+
+    @staticmethod
+    def mean(site, heads=None, positions=None, mean: Mapping[int, Tensor] | None = None) -> Edit:
+        """The activation's mean over rows and real positions; or `mean[layer]` where given."""
+        _needs_whole_rows(site)
+
+        def change(x: Tensor, seen: Seen) -> Tensor:
+            if mean is not None:
+                return mean[seen.layer].to(x).expand_as(x)
+            if seen.mask is None:
+                return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
+            return x[seen.mask].mean(dim=0).expand_as(x)
+
+        return Edit.apply(site, change, heads, positions)
+
+    @staticmethod
+    def resample(site, heads=None, positions=None, seed: int = 0) -> Edit:
+        """The same activation of another row, drawn without repeats (every row moves)."""
+
+        def change(x: Tensor, seen: Seen) -> Tensor:
+            if len(x) < 2:
+                raise BadInput("resampling takes another row's activation: give at least two rows")
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+            source = torch.empty_like(order)
+            source[order] = order.roll(1)
+            return x[source.to(x.device)]
+
+        return Edit.apply(site, change, heads, positions)
+
+    @staticmethod
+    def patch(site, value: Mapping[int, Tensor] | Tensor, heads=None, positions=None) -> Edit:
+        """`value` in its place: a tensor shaped like the activation, or one a layer."""
+
+        def change(x: Tensor, seen: Seen) -> Tensor:
+            new = value[seen.layer] if isinstance(value, Mapping) else value
+            if Site.parse(site).axes == PATTERN_AXES and new.ndim == 4:
+                new = new[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]]
+            return new.to(x)
+
+        return Edit.apply(site, change, heads, positions)
+
+    def layers(self, existing: Iterable[int]) -> list[int]:
+        """The layers this edit touches, out of the `existing` ones."""
+        if self.heads is not None:
+            wanted = {layer for layer, _ in self.heads}
+        elif self.site.layer is not None:
+            wanted = {self.site.layer}
+        elif self.site.name == "embed":
+            wanted = {0}
+        else:
+            return list(existing)
+        existing = set(existing)
+        if missing := wanted - existing:
+            raise BadInput(
+                f"edit of '{self.site}' names layer {min(missing)}; layers with this site: "
+                f"{_ranges(existing)}"
+            )
+        return sorted(wanted)
+
+    def on_rows(self, rows: slice) -> Edit:
+        """The same edit for these rows of a larger batch only."""
+        return replace(self, rows=rows)
+
+    def __call__(self, x: Tensor, seen: Seen) -> Tensor:
+        """x after the edit; x itself is not changed."""
+        if self.rows is not None:
+            mask = None if seen.mask is None else seen.mask[self.rows]
+            changed = self._changed(x[self.rows], replace(seen, mask=mask))
+            x = x.clone()
+            x[self.rows] = changed
+            return x
+        return self._changed(x, seen)
+
+    def _changed(self, x: Tensor, seen: Seen) -> Tensor:
+        new = self.change(x, seen)
+        new = torch.as_tensor(new, dtype=x.dtype, device=x.device)
+        where = self._where(x, seen)
+        return new.expand_as(x) if where is None else torch.where(where, new, x)
+
+    def _where(self, x: Tensor, seen: Seen) -> Tensor | None:
+        """Mask, broadcastable to x, of what is edited; None for all of it."""
+        masks = []
+        if self.heads is not None:
+            chosen = [head for layer, head in self.heads if layer == seen.layer]
+            axis, n_heads = head_axis(self.site.name), x.shape[head_axis(self.site.name)]
+            if beyond := [head for head in chosen if head >= n_heads]:
+                raise BadInput(f"'{self.site.name}.{seen.layer}' has heads 0 to {n_heads - 1}, not {beyond[0]}")
+            mask = torch.zeros(n_heads, dtype=torch.bool, device=x.device)
+            mask[chosen] = True
+            masks.append(mask.view(*[-1 if i == axis else 1 for i in range(x.ndim)]))
+        if self.positions is not None:
+            masks.append(self._position_mask(x, seen))
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+    def _position_mask(self, x: Tensor, seen: Seen) -> Tensor:
+        axis = 2 if self.site.axes == PATTERN_AXES else 1
+        here = torch.arange(seen.start, seen.start + x.shape[axis], device=x.device)
+        positions = torch.as_tensor(self.positions, device=x.device)
+        if positions.dtype == torch.bool:
+            mask = positions[:, seen.start : seen.start + x.shape[axis]]
+        elif isinstance(self.positions, Tensor):
+            mask = here == positions[:, None]
+        else:
+            mask = torch.isin(here, positions)[None]
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = mask.shape
+        return mask.view(shape)
+
+
+def _needs_whole_rows(site: str | Site) -> None:
+    if Site.parse(site).axes == PATTERN_AXES:
+        raise BadInput("patterns are seen in chunks: use Edit.patch with a mean pattern of yours")
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """Whole numbers as ranges: '0-3, 7'."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "none"
