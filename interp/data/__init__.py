@@ -1,0 +1,1 @@
+"""Prompt sets with aligned positions: what detectors and analyses look at."""
