@@ -1,10 +1,10 @@
-// The page of `interp heads`: unpacks the report in #data and draws it. Text from the report only
-// ever enters the document through textContent, so a token cannot become markup.
+// The page of `interp heads`: unpacks the report in #data and draws it. Text of the report enters
+// the document as text nodes only, so no token can become markup.
 
 const $ = (id) => document.getElementById(id);
+const on = (id, type, listener) => $(id).addEventListener(type, listener);
 
-const PALETTE = {
-  // Okabe and Ito's colours; the sink, often the commonest role, gets the quiet grey
+const PALETTE = { // Okabe and Ito; the commonest role gets the grey
   previous_token: "#56b4e9", fixed_offset: "#0072b2", current_token: "#cc79a7",
   first_token_sink: "#999999", duplicate_token: "#f0e442", induction: "#d55e00",
   recency: "#009e73", broad: "#e69f00",
@@ -16,7 +16,7 @@ const RAMPS = {
   darkBelow: ["#1d242d", "#54331c", "#96561f", "#d98c3c", "#ffe0b0"],
 };
 const PAGE_ROWS = 20;
-const LETTER_PX = 8; // narrower than this, a cell's segment shows its colour only
+const LETTER_PX = 7; // narrower than this, a cell's segment shows its colour only
 const VALUE_PX = 27;
 
 let report, heads, columns, detectors, roles, at, patterns;
@@ -25,7 +25,7 @@ const state = {
   colour: "roles", passes: () => true, sort: ["confidence", -1], page: 0,
 };
 
-// ------------------------------------------------------------------ small tools
+// --- small tools
 
 function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -42,38 +42,29 @@ const nameOf = (i) => `L${columns.layer[i]}H${columns.head[i]}`;
 const get = (name, i) => columns[name]?.[i] ?? null;
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const lowerFirst = (text) => text.charAt(0).toLowerCase() + text.slice(1);
-const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
 function number(x, digits = 2) {
   return known(x) ? x.toFixed(digits).replace("-", "−") : "–";
 }
 
-function pValue(x) {
-  if (!known(x)) return "–";
-  return x < 0.001 ? "<.001" : x.toFixed(3).replace(/^0/, "");
-}
+const pValue = (x) => (known(x) && x < 0.001 ? "<.001" : number(x, 3).replace(/^0/, ""));
 
-function percent(weight) {
-  return weight >= 0.0995 ? `${Math.round(weight * 100)} %` : `${(weight * 100).toFixed(1)} %`;
-}
+const percent = (weight) => `${(weight * 100).toFixed(weight < 0.0995 ? 1 : 0)} %`;
 
 function readable(token) {
-  // What cannot be seen is written: spaces, line ends, controls, direction marks, half surrogates
-  return token
-    .replace(/ /g, "·").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥")
-    .replace(/[\0-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-    .replace(/[\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\ufffb]|\p{Cs}|\p{Co}|\p{Cn}/gu,
-      (c) => `⟨${c.codePointAt(0).toString(16).toUpperCase()}⟩`) || "∅";
+  // what cannot be seen is written: spaces, controls, direction marks, half surrogates
+  return token.replace(/ /g, "·").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥")
+    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}\p{Cs}\p{Co}\p{Cn}\p{Variation_Selector}]/gu, (c) => `⟨${c.codePointAt(0).toString(16).toUpperCase()}⟩`) || "∅";
 }
 
-// ------------------------------------------------------------------ colour
+// --- colour
 
 const rgb = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
 const mix = (a, b, t) => a.map((x, k) => Math.round(x + (b[k] - x) * t));
 const css = (c) => `rgb(${c.join(" ")})`;
 
 function ink(background) {
-  const [r, g, b] = background.map((x) => (x / 255 <= 0.04045 ? x / 3294.6 : ((x / 255 + 0.055) / 1.055) ** 2.4));
+  const [r, g, b] = background.map((x) => (x / 255) ** 2.2);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
@@ -86,7 +77,7 @@ function makeRamp(stops) {
   });
 }
 
-const theme = { dark: false, ramp: [], below: [], panel: [255, 255, 255], text: "#000", muted: "#555" };
+const theme = {};
 
 function readTheme() {
   const chosen = document.documentElement.style.colorScheme;
@@ -101,24 +92,27 @@ function readTheme() {
   $("theme").setAttribute("aria-label", `Switch to the ${theme.dark ? "light" : "dark"} theme`);
 }
 
-function roleColour(name, confidence = 1) {
-  return mix(theme.panel, rgb(roles[name].colour), 0.3 + 0.7 * clamp(confidence, 0, 1));
+const shade = (x) => theme.ramp[Math.round(clamp(x, 0, 1) * 255)];
+
+function painted(node, colour) {
+  node.style.background = colour ? css(colour) : "";
+  node.style.color = colour ? ink(colour) : "";
+  return node;
 }
 
-function roleConfidence(name, i) {
-  return get(`${name}_confidence`, i) ?? get("confidence", i) ?? 1;
+function roleColour(name, confidence = 1) {
+  return mix(theme.panel, rgb(roles[name].colour), 0.3 + 0.7 * confidence);
 }
 
 function extent(name) {
-  // The scale of a column over all heads; scores that live in 0..1 keep that scale
-  const near = [name, `${name}_low`, `${name}_high`, `${name}_null`, name === "ablation_effect" ? "ablation_control" : ""];
-  const values = near.flatMap((column) => columns[column] ?? []).filter(known);
-  const effects = name === "ablation_effect" ? ["ablation_low", "ablation_high"].flatMap((c) => columns[c] ?? []).filter(known) : [];
+  // the scale of a column: 0 to 1 where all its heads live there, else their range and zero
+  const ends = name === "ablation_effect" ? ["ablation_low", "ablation_high", "ablation_control"] : [`${name}_low`, `${name}_high`, `${name}_null`];
   let low = 0, high = 0;
-  for (const v of [...values, ...effects]) { low = Math.min(low, v); high = Math.max(high, v); }
-  const detector = detectors.find((d) => d.name === name);
-  const share = name === "confidence" || (detector && low >= -0.02 && high <= 1.02);
-  return share ? [0, 1] : low === high ? [0, 1] : [low, high];
+  for (const column of [name, ...ends]) {
+    for (const v of columns[column] ?? []) if (known(v)) { low = Math.min(low, v); high = Math.max(high, v); }
+  }
+  const share = name !== "ablation_effect" && low > -0.05 && high < 1.05;
+  return share || low === high ? [0, 1] : [low, high];
 }
 
 function scoreColour(value, [low, high]) {
@@ -126,38 +120,33 @@ function scoreColour(value, [low, high]) {
   return (value < 0 ? theme.below : theme.ramp)[Math.round(clamp(Math.abs(value) / reach, 0, 1) * 255)];
 }
 
-// ------------------------------------------------------------------ filter
+// --- filter
 
 const COMPARE = {
+  __proto__: null,
   "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b,
-  "=": (a, b) => a === b, "==": (a, b) => a === b, "!=": (a, b) => a !== b,
+  "=": (a, b) => a === b, "!=": (a, b) => a !== b,
 };
-const ALIASES = { role: "role", roles: "role", label: "role", labels: "role", ablation: "ablation_effect" };
+const ALIASES = { __proto__: null, roles: "role", label: "role", labels: "role", ablation: "ablation_effect" };
 
-function distance(a, b) {
-  let row = Array.from({ length: b.length + 1 }, (_, k) => k);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      next[j] = Math.min(row[j] + 1, next[j - 1] + 1, row[j - 1] + (a[i - 1] === b[j - 1] ? 0 : 1));
-    }
-    row = next;
-  }
-  return row[b.length];
-}
+const pairs = (text) => Array.from(`_${text}_`, (c, k) => c + `_${text}_`.charAt(k + 1));
 
-function unknown(what, got, names, listed) {
-  const near = names.map((n) => [distance(got, n), n]).sort((a, b) => a[0] - b[0])[0];
-  const hint = near && near[0] <= Math.max(2, got.length / 3) ? `; did you mean “${near[1]}”?` : ".";
+function unknown(what, got, names, listed = names) {
+  // the nearest name shares most pairs of letters
+  const own = pairs(got);
+  const likeness = (name) => (2 * own.filter((pair) => pairs(name).includes(pair)).length) / (own.length + pairs(name).length);
+  const near = names.reduce((a, b) => (likeness(b) > likeness(a) ? b : a));
+  const hint = likeness(near) > 0.5 ? `; did you mean “${near}”?` : ".";
   return new Error(`No ${what} “${got}”${hint} Known: ${listed.join(", ")}.`);
 }
 
 function comparison(name, operator, value) {
   const column = ALIASES[name] ?? name;
   if (column === "role") {
-    if (operator !== "=" && operator !== "==" && operator !== "!=") throw new Error("A role is compared with = or !=, as in role=induction.");
+    if (operator !== "=" && operator !== "!=") throw new Error("A role takes = or !=, as in role=induction.");
     const names = [...Object.keys(roles), "none"];
-    if (!names.includes(value)) throw unknown("role", value, names, names);
+    value = value.toLowerCase();
+    if (!names.includes(value)) throw unknown("role", value, names);
     const has = (i) => (value === "none" ? !report.labels[i].length : report.labels[i].includes(value));
     return operator === "!=" ? (i) => !has(i) : has;
   }
@@ -169,12 +158,12 @@ function comparison(name, operator, value) {
   }
   if (values.some((v) => typeof v === "string")) return (i) => known(values[i]) && COMPARE[operator](values[i].toLowerCase(), value.toLowerCase());
   const wanted = Number(value.replace("−", "-"));
-  if (value === "" || Number.isNaN(wanted)) throw new Error(`${name} is compared with a number, as in ${name}>0.4, not with “${value}”.`);
+  if (value === "" || Number.isNaN(wanted)) throw new Error(`${name} takes a number, as in ${name}>0.4, not “${value}”.`);
   return (i) => known(values[i]) && COMPARE[operator](values[i], wanted);
 }
 
 function parseFilter(text) {
-  // or := and ("or" and)*;  and := not ("and"? not)*;  not := "not" not | "(" or ")" | L18H6 | column op value
+  // or := and ("or" and)*;  and := one ("and"? one)*;  one := "not" one | "(" or ")" | L18H6 | column op value
   const tokens = text.match(/"[^"]*"|[<>!=]=|[<>=()]|[^\s<>!=()"]+|\S/g) ?? [];
   let k = 0;
   const word = () => tokens[k]?.toLowerCase();
@@ -193,7 +182,7 @@ function parseFilter(text) {
   }
   function one() {
     const token = tokens[k++];
-    if (token === undefined) throw new Error("The filter ends too early; a comparison such as induction>0.4 is missing.");
+    if (token === undefined) throw new Error("The filter ends too early.");
     if (token.toLowerCase() === "not") { const inner = one(); return (i) => !inner(i); }
     if (token === "(") {
       const inner = either();
@@ -201,29 +190,27 @@ function parseFilter(text) {
       return inner;
     }
     if (/^l\d+h\d+$/i.test(token)) return (i) => nameOf(i).toLowerCase() === token.toLowerCase();
-    const operator = tokens[k];
+    const operator = tokens[k] === "==" ? "=" : tokens[k];
     if (!/^[a-z_]\w*$/i.test(token) || !(operator in COMPARE)) {
-      throw new Error(`“${token}” is not a comparison. Write for instance induction>0.4, role=broad, layer>=17 and confidence>0.9, or L18H6.`);
+      throw new Error(`“${token}” is not a comparison. Try induction>0.4, role=broad, layer>=17 and head<3, or L18H6.`);
     }
     const value = tokens[k + 1];
     if (value === undefined) throw new Error(`After “${token}${operator}” a value is missing.`);
     k += 2;
     return comparison(token.toLowerCase(), operator, value.replace(/^"|"$/g, ""));
   }
-  if (!tokens.length) return () => true;
-  const result = either();
+  const result = tokens.length ? either() : () => true;
   if (k < tokens.length) throw new Error(`Unexpected “${tokens[k]}”.`);
   return result;
 }
 
 function applyFilter() {
-  const message = $("filter-message");
+  const text = $("filter").value, message = $("filter-message");
+  message.className = "";
+  $("filter").removeAttribute("aria-invalid");
   try {
-    state.passes = parseFilter($("filter").value);
-    const shown = heads.filter(state.passes).length;
-    message.textContent = $("filter").value.trim() ? `${shown} of ${plural(heads.length, "head")}` : "";
-    message.className = "";
-    $("filter").removeAttribute("aria-invalid");
+    state.passes = parseFilter(text);
+    message.textContent = text.trim() && `${heads.filter(state.passes).length} of ${heads.length} heads`;
   } catch (error) {
     message.textContent = error.message;
     message.className = "bad";
@@ -231,17 +218,12 @@ function applyFilter() {
     return;
   }
   for (const i of heads) cells[i].classList.toggle("out", !state.passes(i));
-  for (const chip of $("legend").children) chip.setAttribute("aria-pressed", chip.dataset.filter === $("filter").value);
+  for (const chip of $("legend").querySelectorAll("button")) chip.ariaPressed = chip.dataset.filter === text;
   state.page = 0;
   drawTable();
 }
 
-function setFilter(text) {
-  $("filter").value = text;
-  applyFilter();
-}
-
-// ------------------------------------------------------------------ map of heads
+// --- map of heads
 
 const cells = [];
 
@@ -250,17 +232,13 @@ function buildGrid() {
   const grid = $("grid");
   grid.setAttribute("aria-rowcount", nLayers + 1);
   grid.setAttribute("aria-colcount", nHeads + 1);
-  for (const [property, value] of [["--rows", nLayers], ["--cols", nHeads]]) {
-    document.documentElement.style.setProperty(property, value);
-  }
-  const every = Math.max(1, Math.ceil(nHeads / 16));
-  const top = el("div", { role: "row", className: "row axis" }, el("div", { role: "columnheader", title: "layer" }, "layer"));
-  for (let h = 0; h < nHeads; h++) {
-    top.append(el("div", { role: "columnheader", "aria-label": `head ${h}` }, h % every ? "" : String(h)));
-  }
-  grid.append(top);
+  document.documentElement.style.setProperty("--rows", nLayers);
+  document.documentElement.style.setProperty("--cols", nHeads);
+  const every = Math.ceil(nHeads / 16);
+  const numbers = Array.from({ length: nHeads }, (_, h) => el("div", { role: "columnheader", ariaLabel: `head ${h}`, className: h % every ? "quiet" : "" }, String(h)));
+  grid.append(el("div", { role: "row", className: "row axis" }, el("div", { role: "columnheader" }, "layer"), ...numbers));
   for (let l = 0; l < nLayers; l++) {
-    const row = el("div", { role: "row", className: "row" }, el("div", { role: "rowheader", "aria-label": `layer ${l}` }, String(l)));
+    const row = el("div", { role: "row", className: "row" }, el("div", { role: "rowheader", ariaLabel: `layer ${l}` }, String(l)));
     for (let h = 0; h < nHeads; h++) {
       const i = at[l * nHeads + h];
       const cell = el("div", { role: "gridcell" });
@@ -274,24 +252,27 @@ function buildGrid() {
     }
     grid.append(row);
   }
-  const headAt = (event) => event.target.closest?.(".cell")?.dataset.head;
+  const under = (event) => event.target.closest(".cell")?.dataset.head;
   grid.addEventListener("click", (event) => {
-    const head = headAt(event);
+    const head = under(event);
     if (head !== undefined) { select(Number(head)); cells[head].focus({ preventScroll: true }); }
   });
   grid.addEventListener("pointerover", (event) => {
-    const head = headAt(event);
+    const head = under(event);
     if (head !== undefined) $("grid-readout").textContent = describe(Number(head));
   });
   grid.addEventListener("pointerleave", () => { $("grid-readout").textContent = describe(state.head); });
   grid.addEventListener("keydown", onGridKey);
 }
 
+// the head's row in the table; -1 where there is none, undefined outside the map
+const headAt = (l, h) => (h < report.shape[1] && h >= 0 ? at[l * report.shape[1] + h] : undefined);
+
 function onGridKey(event) {
   const [nLayers, nHeads] = report.shape;
   const layer = columns.layer[state.head], head = columns.head[state.head];
   const last = nHeads - 1, bottom = nLayers - 1;
-  // where to start and which way to look for the next head that is in the report
+  // where to start, and which way to the next head in the report
   const moves = {
     ArrowLeft: [layer, head - 1, 0, -1], ArrowRight: [layer, head + 1, 0, 1],
     ArrowUp: [layer - 1, head, -1, 0], ArrowDown: [layer + 1, head, 1, 0],
@@ -302,40 +283,36 @@ function onGridKey(event) {
   if (!(event.key in moves) || event.altKey || event.metaKey) return;
   event.preventDefault();
   let [l, h, dl, dh] = moves[event.key];
-  while (l >= 0 && l < nLayers && h >= 0 && h < nHeads && at[l * nHeads + h] < 0) { l += dl; h += dh; }
-  const next = l >= 0 && l < nLayers && h >= 0 && h < nHeads ? at[l * nHeads + h] : -1;
+  let next = headAt(l, h);
+  while (next === -1) next = headAt((l += dl), (h += dh));
   if (next >= 0) { select(next); cells[next].focus(); }
 }
 
 function describe(i) {
-  const named = report.labels[i].filter((name) => roles[name]).map((name) => `${lowerFirst(roles[name].title)} ${number(get(name, i))}`);
+  const named = report.labels[i].map((name) => `${lowerFirst(roles[name].title)} ${number(get(name, i))}`);
   let text = `${nameOf(i)}: ${named.join(", ") || "no role"}`;
-  if (state.colour !== "roles" && !report.labels[i].includes(state.colour)) {
-    text += `; ${lowerFirst(titleOf(state.colour))} ${known(get(state.colour, i)) ? number(get(state.colour, i)) : state.colour === "ablation_effect" ? "not tested" : "–"}`;
-  }
+  if (state.colour !== "roles" && !report.labels[i].includes(state.colour)) text += `; ${lowerFirst(titleOf(state.colour))} ${known(get(state.colour, i)) ? number(get(state.colour, i)) : "not tested"}`;
   return text;
 }
 
-const titleOf = (name) => roles[name]?.title ?? detectors.find((d) => d.name === name)?.title ?? { ablation_effect: "Ablation effect", confidence: "Confidence" }[name] ?? name;
+const OTHERS = { ablation_effect: { title: "Ablation effect", unit: "nats" }, confidence: { title: "Confidence", unit: "share of resamples" } };
+const about = (name) => detectors.find((d) => d.name === name) ?? roles[name] ?? OTHERS[name] ?? {};
+const titleOf = (name) => about(name).title ?? name;
+const unitOf = (name) => about(name).unit ?? "";
 
-function unitOf(name) {
-  return name === "ablation_effect" ? "nats" : name === "confidence" ? "share of resamples" : detectors.find((d) => d.name === name)?.unit ?? "";
-}
-
-// One description of a cell's paint serves the map on screen and the map in the PNG
+// one description of a cell serves the map on screen and in the PNG
 function paint(i, width, scale) {
   if (state.colour === "roles") {
-    const own = report.labels[i].filter((name) => roles[name]);
-    own.sort((a, b) => (get(b, i) ?? 0) - (get(a, i) ?? 0));
-    return own.map((name) => {
-      const colour = roleColour(name, roleConfidence(name, i));
-      return { colour, text: width / own.length >= LETTER_PX ? roles[name].letter : "" };
-    });
+    const own = report.labels[i].toSorted((a, b) => get(b, i) - get(a, i));
+    return own.map((name) => ({
+      colour: roleColour(name, get(`${name}_confidence`, i) ?? get("confidence", i) ?? 1),
+      text: width / own.length >= LETTER_PX ? roles[name].letter : "",
+    }));
   }
   const value = get(state.colour, i);
   if (!known(value)) return [];
-  const text = width < VALUE_PX ? "" : Math.abs(value) >= 9.95 ? number(value, 0) : scale[1] > 1.02 || scale[0] < 0 ? number(value, 1) : value >= 0.995 ? "1.0" : value.toFixed(2).slice(1);
-  return [{ colour: scoreColour(value, scale), text }];
+  const text = scale[1] > 1 || scale[0] < 0 ? number(value, 1) : number(value).replace(/^0/, "");
+  return [{ colour: scoreColour(value, scale), text: width < VALUE_PX || Math.abs(value) < 0.05 ? "" : text }];
 }
 
 function drawGrid() {
@@ -344,11 +321,11 @@ function drawGrid() {
   for (const i of heads) {
     const parts = paint(i, width, scale);
     cells[i].replaceChildren(...parts.map(({ colour, text }) => {
-      const part = el("b", {}, text);
-      part.style.background = css(colour);
-      part.style.color = ink(colour);
+      const part = painted(el("b"), colour);
+      part.dataset.text = text;
       return part;
     }));
+    cells[i].classList.toggle("none", !!scale && !parts.length);
     cells[i].ariaLabel = describe(i);
   }
   drawLegend(scale);
@@ -356,47 +333,36 @@ function drawGrid() {
 }
 
 function drawLegend(scale) {
-  const legend = $("legend");
-  if (scale) {
-    legend.className = "scale";
-    legend.replaceChildren(...scaleBar(scale, unitOf(state.colour), false));
-    return;
-  }
-  legend.className = "chips";
-  const counts = (name) => heads.filter((i) => (name === "none" ? !report.labels[i].length : report.labels[i].includes(name))).length;
-  const chip = (name, letter, title, colour) => {
-    const swatch = el("b", {}, letter);
-    if (colour) { swatch.style.background = css(colour); swatch.style.color = ink(colour); }
-    const filter = `role=${name}`;
-    const button = el("button", { type: "button", title: `show only ${filter}` }, swatch, `${title} `, el("span", {}, String(counts(name))));
-    button.dataset.filter = filter;
-    button.setAttribute("aria-pressed", $("filter").value === filter);
-    button.addEventListener("click", () => setFilter($("filter").value === filter ? "" : filter));
-    return button;
-  };
-  legend.replaceChildren(
-    ...Object.values(roles).map((role) => chip(role.name, role.letter, role.title, roleColour(role.name))),
-    chip("none", "", "no role", null),
-  );
+  $("legend").className = scale ? "scale" : "chips";
+  if (scale) return $("legend").replaceChildren(...scaleBar(scale, `${unitOf(state.colour)}; hatch: not tested`, number));
+  const chips = [...Object.values(roles), { name: "none", letter: "", title: "no role" }].map(({ name, letter, title, colour }) => {
+    const filter = `role=${name}`, count = heads.filter(comparison("role", "=", name)).length;
+    const swatch = painted(el("b", {}, letter), colour && roleColour(name));
+    const chip = el("button", { type: "button", ariaPressed: $("filter").value === filter }, swatch, `${title} `, el("span", {}, String(count)));
+    chip.dataset.filter = filter;
+    chip.addEventListener("click", () => {
+      $("filter").value = $("filter").value === filter ? "" : filter;
+      applyFilter();
+    });
+    return chip;
+  });
+  return $("legend").replaceChildren(...chips);
 }
 
-function scaleBar([low, high], unit, squareRoot) {
-  const reach = Math.max(-low, high);
-  const stops = Array.from({ length: 17 }, (_, k) => css(scoreColour(low + ((high - low) * k) / 16, [-reach, reach])));
+function scaleBar([low, high], unit, show) {
+  const stops = Array.from({ length: 17 }, (_, k) => css(scoreColour(low + ((high - low) * k) / 16, [low, high])));
   const bar = el("i");
-  bar.style.backgroundImage = `linear-gradient(to right, ${stops.join(", ")})`;
-  const end = (x) => (squareRoot ? number(x * x) : number(x, reach > 9.95 ? 0 : reach > 1.02 ? 1 : 2));
-  const middle = squareRoot ? [el("span", {}, number(high * high / 4))] : low < 0 && high > 0 ? [] : [];
-  return [el("span", {}, end(low)), bar, el("span", {}, end(high)), el("span", { className: "unit" }, unit), ...(squareRoot ? [el("span", { className: "unit" }, `middle ${middle[0].textContent}`)] : [])];
+  bar.style.backgroundImage = `linear-gradient(to right, ${stops})`;
+  return [el("span", {}, show(low)), bar, el("span", {}, show(high)), el("span", {}, unit)];
 }
 
-// ------------------------------------------------------------------ the card
+// --- the card
 
 const scoreRows = new Map();
 
-function track() {
+function track(width) {
   const part = (className) => el("i", { className });
-  const parts = { all: el("canvas", { height: 16, width: 200 }), ci: part("ci"), dot: part("dot"), nul: part("null"), thr: part("thr") };
+  const parts = { all: el("canvas", { height: 16, width }), ci: part("ci"), dot: part("dot"), nul: part("null"), thr: part("thr") };
   return { box: el("div", { className: "track", ariaHidden: "true" }, ...Object.values(parts)), ...parts };
 }
 
@@ -409,11 +375,11 @@ function place(node, low, high, [from, to]) {
 }
 
 function drawAll(canvas, name, [low, high]) {
-  // every head's score as a faint tick: where this head stands among the others
+  // every head's score as a faint tick
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   context.fillStyle = theme.text;
-  context.globalAlpha = clamp(24 / heads.length, 0.05, 0.4);
+  context.globalAlpha = clamp(24 / heads.length, 0.012, 0.3);
   for (const i of heads) {
     const value = get(name, i);
     if (known(value)) context.fillRect(Math.round(clamp((value - low) / (high - low), 0, 1) * (canvas.width - 1)), 0, 1, canvas.height);
@@ -424,14 +390,13 @@ function buildScores() {
   for (const d of detectors) {
     if (!columns[d.name]) continue;
     const mark = el("b", {}, d.letter);
-    const bar = track();
+    const bar = track(200);
     const cell = () => el("td", { className: "n" });
-    const parts = { ...bar, mark, score: cell(), interval: cell(), nul_: cell(), p: cell(), scale: extent(d.name) };
-    const title = el("th", { scope: "row", title: d.description ?? "" }, mark, d.title);
-    parts.row = el("tr", {}, title, el("td", { title: `${d.unit ?? "score"}, ${number(parts.scale[0])} to ${number(parts.scale[1])}` }, bar.box), parts.score, parts.interval, parts.nul_, parts.p);
-    if (d.unit === "logits") title.append(el("small", {}, " logits"));
-    scoreRows.set(d.name, parts);
-    $("scores-rows").append(parts.row);
+    const scale = extent(d.name), numbers = [cell(), cell(), cell(), cell()];
+    const title = el("th", { scope: "row", title: d.description ?? "" }, mark, d.title, el("small", {}, d.unit === "logits" ? " logits" : ""));
+    const row = el("tr", {}, title, el("td", { title: `${d.unit ?? "score"}, ${number(scale[0])} to ${number(scale[1])}` }, bar.box), ...numbers);
+    scoreRows.set(d.name, { ...bar, mark, row, scale, numbers });
+    $("scores-rows").append(row);
   }
 }
 
@@ -441,28 +406,22 @@ function drawScores(i) {
     if (!row) continue;
     const [value, low, high, nul] = ["", "_low", "_high", "_null"].map((end) => get(d.name + end, i));
     const labelled = report.labels[i].includes(d.name);
-    const colour = roles[d.name] ? roleColour(d.name) : null;
+    const colour = labelled ? roleColour(d.name) : null;
     row.row.className = labelled ? "has" : "";
-    row.mark.style.background = labelled && colour ? css(colour) : "";
-    row.mark.style.color = labelled && colour ? ink(colour) : "";
-    row.box.style.setProperty("--mark", labelled && colour ? css(colour) : "");
+    painted(row.mark, colour);
+    row.box.style.setProperty("--mark", colour ? css(colour) : "");
     place(row.ci, low, high, row.scale);
     place(row.dot, value, value, row.scale);
     place(row.nul, nul, nul, row.scale);
     place(row.thr, d.threshold, d.threshold, row.scale);
-    row.score.textContent = number(value);
-    row.interval.textContent = known(low) && known(high) ? `${number(low)} – ${number(high)}` : "–";
-    row.nul_.textContent = number(nul);
-    row.p.textContent = pValue(get(`${d.name}_p`, i));
+    const interval = known(low) && known(high) ? `${number(low)}\u2009–\u2009${number(high)}` : "–";
+    [number(value), interval, number(nul), pValue(get(`${d.name}_p`, i))].forEach((text, k) => { row.numbers[k].textContent = text; });
   }
 }
 
 function drawRoles(i) {
-  const own = report.labels[i].filter((name) => roles[name]);
-  const chips = own.map((name) => {
-    const mark = el("b", {}, roles[name].letter);
-    mark.style.background = css(roleColour(name));
-    mark.style.color = ink(roleColour(name));
+  const chips = report.labels[i].map((name) => {
+    const mark = painted(el("b", {}, roles[name].letter), roleColour(name));
     const sure = get(`${name}_confidence`, i);
     return el("span", { className: "chip" }, mark, el("strong", {}, titleOf(name)), ` ${number(get(name, i))}`,
       el("small", {}, known(sure) ? `confidence ${number(sure)}` : ""));
@@ -470,28 +429,22 @@ function drawRoles(i) {
   $("card-roles").replaceChildren(...(chips.length ? chips : ["No role passes its test on these prompts."]));
 }
 
-const ablationBar = track();
+const ablationBar = track(500);
 
 function drawAblation(i) {
-  const effect = get("ablation_effect", i), box = $("ablation");
-  if (!known(effect)) {
-    box.replaceChildren(el("p", {}, "Not tested."));
-    return;
-  }
+  const effect = get("ablation_effect", i), bar = ablationBar;
+  if (!known(effect)) return $("ablation").replaceChildren(el("p", {}, "Not tested."));
   const [low, high, control] = ["ablation_low", "ablation_high", "ablation_control"].map((name) => get(name, i));
   const scale = extent("ablation_effect"), signed = (x) => (x > 0 ? "+" : "") + number(x);
-  place(ablationBar.ci, low, high, scale);
-  place(ablationBar.dot, effect, effect, scale);
-  place(ablationBar.nul, control, control, scale);
-  place(ablationBar.thr, null, null, scale);
-  ablationBar.box.title = `${number(scale[0])} to ${number(scale[1])} nats`;
-  const facts = [el("strong", {}, `${signed(effect)} nats`)];
-  if (known(low) && known(high)) facts.push(` [${signed(low)}, ${signed(high)}]`);
-  const metric = get("ablation_metric", i);
-  if (known(metric)) facts.push(` ${metric}`);
-  const compared = known(control) ? `Unlabelled heads of the same layers: ${signed(control)} nats on average.` : "No control was measured.";
-  if (!ablationBar.box.parentNode || ablationBar.box.parentNode !== box) box.replaceChildren();
-  box.replaceChildren(el("p", {}, ...facts), ablationBar.box, el("p", { className: "muted" }, compared));
+  place(bar.ci, low, high, scale);
+  place(bar.dot, effect, effect, scale);
+  place(bar.nul, control, control, scale);
+  place(bar.thr, 0, 0, scale);
+  const interval = known(low) && known(high) ? ` [${signed(low)}, ${signed(high)}] ` : " ";
+  const compared = known(control) ? `Unlabelled heads of the same layers: ${signed(control)} nats on average (○).` : "No control was measured.";
+  return $("ablation").replaceChildren(
+    el("p", {}, el("strong", {}, `${signed(effect)} nats`), interval, get("ablation_metric", i) ?? ""), bar.box,
+    el("p", { className: "ends" }, el("span", {}, signed(scale[0])), el("span", {}, compared), el("span", {}, signed(scale[1]))));
 }
 
 function drawOv(i) {
@@ -502,23 +455,23 @@ function drawOv(i) {
     : [el("tr", {}, el("td", { colSpan: 4 }, "No words in this report."))]));
 }
 
-// ------------------------------------------------------------------ attention patterns
+// --- attention patterns
 
 const tri = (n) => (n * (n + 1)) / 2;
 
 function patternAt(prompt, i) {
-  // (query, key) -> byte of 255·√A, and the number of tokens
+  // byte(query, key) is 255·√A
   const n = report.prompts[prompt].tokens.length;
   const slot = columns.layer[i] * report.slots[1] + columns.head[i];
-  const size = report.causal ? tri(n) : n * n;
-  const start = report.prompts[prompt].start + slot * size;
+  const start = report.prompts[prompt].start + slot * (report.causal ? tri(n) : n * n);
   const inside = columns.layer[i] < report.slots[0] && columns.head[i] < report.slots[1];
   const byte = report.causal
     ? (q, k) => (k > q || !inside ? 0 : patterns[start + tri(q) + k])
     : (q, k) => (inside ? patterns[start + q * n + k] : 0);
-  return { n, byte, weight: (q, k) => (byte(q, k) / 255) ** 2 };
+  return { n, byte };
 }
 
+const tokenAt = (k) => `${k} ${readable(report.prompts[state.prompt].tokens[k])}`;
 const shownKey = (k) => !(state.hideFirst && k === 0);
 const reachable = (q, k) => !report.causal || k <= q;
 
@@ -538,20 +491,16 @@ function drawPattern() {
   const context = canvas.getContext("2d");
   const image = context.createImageData(n, n);
   for (let q = 0; q < n; q++) {
-    for (let k = 0; k < n; k++) {
-      if (!reachable(q, k) || !shownKey(k)) continue;
-      const [r, g, b] = theme.ramp[Math.round(Math.min(1, byte(q, k) / peak) * 255)];
-      image.data.set([r, g, b, 255], 4 * (q * n + k));
-    }
+    for (let k = 0; k < n; k++) if (reachable(q, k) && shownKey(k)) image.data.set([...shade(byte(q, k) / peak), 255], 4 * (q * n + k));
   }
   context.putImageData(image, 0, 0);
-  $("pattern-scale").replaceChildren(...scaleBar([0, peak / 255], "weight, √ scale", true));
+  $("pattern-scale").replaceChildren(...scaleBar([0, peak / 255], `√ scale, middle ${number((peak / 510) ** 2)}`, (x) => number(x * x)));
   drawText(pattern, peak);
   if ($("links").open) drawLinks();
 }
 
 function fitPattern() {
-  // whole pixels per token, so that every row is equally tall
+  // whole pixels per token
   if (!report.prompts.length) return;
   const n = report.prompts[state.prompt].tokens.length;
   const room = $("attention").clientWidth;
@@ -573,35 +522,27 @@ function choosePrompt(p) {
     return node;
   });
   const { prefix } = report.prompts[p];
-  $("text").replaceChildren(...(typeof prefix === "string" && prefix ? [el("em", {}, `${readable(prefix)} … `)] : []), ...tokenNodes);
+  $("text").replaceChildren(el("em", {}, prefix ? `${readable(String(prefix))} … ` : ""), ...tokenNodes);
   fitPattern();
 }
 
 function strongestKey() {
   const { n, byte } = patternAt(state.prompt, state.head);
-  let best = -1;
-  for (let k = 0; k < n; k++) if (shownKey(k) && reachable(state.query, k) && (best < 0 || byte(state.query, k) > byte(state.query, best))) best = k;
-  return Math.max(best, 0);
+  let best = state.hideFirst && n > 1 && state.query ? 1 : 0;
+  for (let k = best; k < n; k++) if (byte(state.query, k) > byte(state.query, best)) best = k;
+  return best;
 }
 
 function drawText({ n, byte }, peak) {
   for (let k = 0; k < n; k++) {
     const node = tokenNodes[k], q = state.query;
     const blank = !reachable(q, k) || !shownKey(k);
-    const colour = blank ? null : theme.ramp[Math.round(Math.min(1, byte(q, k) / peak) * 255)];
-    node.style.background = colour ? css(colour) : "";
-    node.style.color = colour ? ink(colour) : "";
-    node.className = k === q ? "query" : k === state.key ? "key" : "";
+    painted(node, blank ? null : shade(byte(q, k) / peak));
+    node.className = k === q ? "query" : k === state.key ? "aim" : "";
   }
-  const { tokens } = report.prompts[state.prompt];
-  const weight = (byte(state.query, state.key) / 255) ** 2;
-  const at_ = (k) => `${k} ${readable(tokens[k])}`;
-  $("pattern-readout").replaceChildren("query ", el("b", {}, at_(state.query)), " → key ", el("b", {}, at_(state.key)), ` ${percent(weight)}`);
-  for (const [id, start, property] of [["cross-query", state.query, "top"], ["cross-key", state.key, "left"]]) {
-    const size = property === "top" ? "height" : "width";
-    $(id).style[property] = `${(100 * start) / n}%`;
-    $(id).style[size] = `${100 / n}%`;
-  }
+  $("pattern-readout").replaceChildren("query ", el("b", {}, tokenAt(state.query)), " → key ", el("b", {}, tokenAt(state.key)), ` ${percent((byte(state.query, state.key) / 255) ** 2)}`);
+  Object.assign($("cross-query").style, { top: `${(100 * state.query) / n}%`, height: `${100 / n}%` });
+  Object.assign($("cross-key").style, { left: `${(100 * state.key) / n}%`, width: `${100 / n}%` });
 }
 
 function point(query, key) {
@@ -614,12 +555,11 @@ function point(query, key) {
 }
 
 function drawLinks() {
-  const { n, weight } = patternAt(state.prompt, state.head);
-  const { tokens } = report.prompts[state.prompt];
+  const { n, byte } = patternAt(state.prompt, state.head);
   const links = [];
-  for (let q = 0; q < n; q++) for (let k = 0; k < n; k++) if (shownKey(k) && reachable(q, k)) links.push([weight(q, k), q, k]);
+  for (let q = 0; q < n; q++) for (let k = 0; k < n; k++) if (shownKey(k) && reachable(q, k)) links.push([byte(q, k), q, k]);
   links.sort((a, b) => b[0] - a[0]);
-  $("links-rows").replaceChildren(...links.slice(0, 12).map(([w, q, k]) => el("tr", {}, el("td", {}, `${q} ${readable(tokens[q])}`), el("td", {}, `${k} ${readable(tokens[k])}`), el("td", {}, percent(w)))));
+  $("links-rows").replaceChildren(...links.slice(0, 12).map(([v, q, k]) => el("tr", {}, ...[tokenAt(q), tokenAt(k), percent((v / 255) ** 2)].map((text) => el("td", {}, text)))));
 }
 
 function listenToPattern() {
@@ -628,29 +568,29 @@ function listenToPattern() {
     const bounds = box.getBoundingClientRect(), n = tokenNodes.length;
     return [Math.floor(((event.clientY - bounds.top) / bounds.height) * n), Math.floor(((event.clientX - bounds.left) / bounds.width) * n)];
   };
-  box.addEventListener("pointermove", (event) => point(...under(event)));
-  box.addEventListener("pointerdown", (event) => point(...under(event)));
+  for (const type of ["pointermove", "pointerdown"]) box.addEventListener(type, (event) => point(...under(event)));
   box.addEventListener("keydown", (event) => {
     const step = event.shiftKey ? 5 : 1;
     const moves = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step], Home: [0, -Infinity], End: [0, Infinity] };
     if (!(event.key in moves) || event.altKey || event.metaKey) return;
     event.preventDefault();
-    point(state.query + moves[event.key][0], clamp(state.key + moves[event.key][1], 0, report.causal ? state.query + moves[event.key][0] : Infinity));
+    const [down, right] = moves[event.key], query = state.query + down;
+    point(query, clamp(state.key + right, 0, report.causal ? query : Infinity));
   });
   const pick = (event) => {
     const token = event.target.dataset?.token;
     if (token !== undefined) point(Number(token), null);
   };
-  $("text").addEventListener("pointerover", pick);
-  $("text").addEventListener("click", pick);
-  $("prompt").addEventListener("change", () => { choosePrompt(Number($("prompt").value)); drawPattern(); });
-  $("hide-first").addEventListener("change", () => { state.hideFirst = $("hide-first").checked; point(state.query, null); drawPattern(); });
-  $("links").addEventListener("toggle", () => { if ($("links").open) drawLinks(); });
+  on("text", "pointerover", pick);
+  on("text", "click", pick);
+  on("prompt", "change", () => { choosePrompt(Number($("prompt").value)); drawPattern(); });
+  on("hide-first", "change", () => { state.hideFirst = $("hide-first").checked; point(state.query, null); drawPattern(); });
+  on("links", "toggle", () => { if ($("links").open) drawLinks(); });
 }
 
-// ------------------------------------------------------------------ choosing a head
+// --- choosing a head
 
-function select(i, { write = true } = {}) {
+function select(i) {
   if (state.head >= 0) {
     cells[state.head].ariaSelected = "false";
     cells[state.head].tabIndex = -1;
@@ -661,9 +601,8 @@ function select(i, { write = true } = {}) {
   drawCard();
   $("grid-readout").textContent = $("live").textContent = describe(i);
   for (const row of $("table-rows").children) row.classList.toggle("chosen", Number(row.dataset.head) === i);
-  if (!write) return;
-  // a sandboxed frame has no history to write to
-  try { history.replaceState(null, "", `#${nameOf(i)}`); } catch { /* the head is chosen all the same */ }
+  if (!document.documentElement.dataset.ready) return;
+  try { history.replaceState(null, "", `#${nameOf(i)}`); } catch { /* a sandboxed frame has no history */ }
 }
 
 function drawCard() {
@@ -680,17 +619,14 @@ function drawCard() {
 
 function headInHash(hash) {
   const match = /^#L(\d+)H(\d+)$/i.exec(hash);
-  if (!match) return -1;
-  const [layer, head] = [Number(match[1]), Number(match[2])];
-  return head < report.shape[1] && layer < report.shape[0] ? at[layer * report.shape[1] + head] : -1;
+  return (match && headAt(Number(match[1]), Number(match[2]))) ?? -1;
 }
 
-// ------------------------------------------------------------------ table
+// --- table
 
 function tableColumns() {
-  const scores = detectors.filter((d) => columns[d.name]).map((d) => ({ name: d.name, title: d.title }));
-  const rest = [["confidence", "Confidence"], ["ablation_effect", "Ablation, nats"]].filter(([name]) => columns[name]).map(([name, title]) => ({ name, title }));
-  return [{ name: "layer", title: "Head" }, { name: "role", title: "Roles" }, ...rest, ...scores];
+  const own = [["confidence", "Confidence"], ["ablation_effect", "Ablation, nats"], ...detectors.map((d) => [d.name, d.title])];
+  return [["layer", "Head"], ["role", "Roles"], ...own.filter(([name]) => columns[name])];
 }
 
 const rolesText = (i) => report.labels[i].map((name) => lowerFirst(titleOf(name))).join(", ");
@@ -706,19 +642,18 @@ function sortedHeads() {
 }
 
 function buildTable() {
-  for (const column of tableColumns()) {
-    const button = el("button", { type: "button" }, column.title);
-    const header = el("th", { scope: "col", className: column.name === "layer" || column.name === "role" ? "" : "n" }, button);
-    header.dataset.column = column.name;
+  for (const [name, title] of tableColumns()) {
+    const text = name === "layer" || name === "role", button = el("button", { type: "button" }, title);
+    const header = el("th", { scope: "col", className: text ? "" : "n" }, button);
+    header.dataset.column = name;
     button.addEventListener("click", () => {
-      const up = column.name === "layer" || column.name === "role" ? 1 : -1;
-      state.sort = state.sort[0] === column.name ? [column.name, -state.sort[1]] : [column.name, up];
+      state.sort = [name, state.sort[0] === name ? -state.sort[1] : text ? 1 : -1];
       state.page = 0;
       drawTable();
     });
     $("table-head").append(header);
   }
-  $("table-rows").addEventListener("click", (event) => {
+  on("table-rows", "click", (event) => {
     const row = event.target.closest("tr");
     if (!row) return;
     select(Number(row.dataset.head));
@@ -738,127 +673,114 @@ function drawTable() {
   $("table-rows").replaceChildren(...shown.map((i) => {
     const row = el("tr", { className: i === state.head ? "chosen" : "" });
     row.dataset.head = i;
-    for (const { name } of wanted) {
+    for (const [name] of wanted) {
       if (name === "layer") row.append(el("th", { scope: "row" }, el("button", { type: "button" }, nameOf(i))));
       else if (name === "role") row.append(el("td", {}, rolesText(i)));
       else row.append(el("td", { className: report.labels[i].includes(name) ? "n has" : "n" }, number(get(name, i))));
     }
     return row;
   }));
-  $("count").textContent = all.length === heads.length ? plural(all.length, "head") : `${all.length} of ${plural(heads.length, "head")}`;
+  $("count").textContent = `${all.length} of ${heads.length}`;
   $("page-number").textContent = `page ${state.page + 1} of ${pages}`;
   $("previous").disabled = state.page === 0;
   $("next").disabled = state.page === pages - 1;
 }
 
-// ------------------------------------------------------------------ export
+// --- export
 
-function save(blob, name) {
-  const link = el("a", { href: URL.createObjectURL(blob), download: name });
+function save(content, type, name) {
+  const stem = String(report.meta.model?.id ?? "model").replace(/[^\w.-]+/g, "-").slice(-80);
+  const link = el("a", { href: URL.createObjectURL(new Blob([content], { type })), download: `${stem}-${name}` });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-const fileStem = () => String(report.meta.model?.id ?? "model").replace(/[^\w.-]+/g, "-").replace(/^-+|-+$/g, "").slice(-80) || "model";
-
 function exportRows() {
-  return sortedHeads().map((i) => ({ ...Object.fromEntries(Object.keys(columns).map((name) => [name, get(name, i)])), labels: report.labels[i].join(",") }));
+  const row = (i) => Object.keys(columns).map((name) => [name, get(name, i)]);
+  return sortedHeads().map((i) => Object.fromEntries([...row(i), ["labels", report.labels[i].join(",")]]));
 }
 
-function saveCsv() {
-  const names = [...Object.keys(columns), "labels"];
-  const field = (x) => (!known(x) ? "" : /[",\r\n]/.test(String(x)) ? `"${String(x).replace(/"/g, '""')}"` : String(x));
-  const lines = [names, ...exportRows().map((row) => names.map((name) => row[name]))].map((row) => row.map(field).join(","));
-  save(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }), `${fileStem()}-heads.csv`);
+function csv() {
+  const field = (x) => (/[",\r\n]/.test(x ?? "") ? `"${x.replace(/"/g, '""')}"` : x ?? "");
+  const lines = [[...Object.keys(columns), "labels"], ...exportRows().map((row) => Object.values(row))];
+  return lines.map((line) => `${line.map(field).join(",")}\n`).join("");
 }
 
-function saveJson() {
-  const text = JSON.stringify({ ...report.meta, filter: $("filter").value, heads: exportRows() }, null, 1);
-  save(new Blob([text], { type: "application/json" }), `${fileStem()}-heads.json`);
-}
+const json = () => JSON.stringify({ ...report.meta, filter: $("filter").value, heads: exportRows() }, null, 1);
 
-function pngCanvas(width, height) {
+function png(width, height, title, subtitle, left) {
   const canvas = el("canvas", { width: 2 * width, height: 2 * height });
   const context = canvas.getContext("2d");
   context.scale(2, 2);
   context.fillStyle = css(theme.panel);
   context.fillRect(0, 0, width, height);
   context.textBaseline = "middle";
-  const write = (text, x, y, { size = 11, colour = theme.text, align = "left", bold = false } = {}) => {
-    context.font = `${bold ? 600 : 400} ${size}px ${getComputedStyle(document.body).fontFamily}`;
-    context.fillStyle = colour;
-    context.textAlign = align;
+  const write = (text, x, y, colour = theme.muted, align = "center", font = "10px") => {
+    Object.assign(context, { font: `${font} ${getComputedStyle(document.body).fontFamily}`, fillStyle: colour, textAlign: align });
     context.fillText(text, x, y);
   };
-  return { canvas, context, write };
+  write(`${report.meta.model?.id ?? ""} ${title}`, left, 16, theme.text, "left", "600 13px");
+  write(subtitle, left, 33, theme.muted, "left", "11px");
+  const box = (colour, ...rectangle) => { context.fillStyle = css(colour); context.fillRect(...rectangle); };
+  return { canvas, context, write, box };
 }
 
 function mapPng() {
   const [nLayers, nHeads] = report.shape;
-  const w = clamp(Math.floor(900 / nHeads), 14, 40), h = 18, left = 40, top = 56;
+  const w = clamp(Math.floor(900 / nHeads), 14, 40), h = 18, left = 40, top = 62, bottom = top + nLayers * h + 16;
   const scale = state.colour === "roles" ? null : extent(state.colour);
-  const width = Math.max(left + nHeads * w + 16, 420);
+  const width = Math.max(left + nHeads * w + 16, 440), perLine = Math.floor((width - left) / 130);
   const entries = scale ? [] : Object.values(roles);
-  const perLine = Math.max(1, Math.floor((width - left) / 130));
-  const { canvas, context, write } = pngCanvas(width, top + nLayers * h + 24 + Math.max(1, Math.ceil(entries.length / perLine)) * 18);
-  write(String(report.meta.model?.id ?? ""), left, 16, { size: 13, bold: true });
-  write(scale ? `${titleOf(state.colour)} (${unitOf(state.colour)}), ${number(scale[0])} to ${number(scale[1])}` : "Roles of attention heads; rows are layers, columns are heads", left, 33, { colour: theme.muted });
-  for (let x = 0; x < nHeads; x += Math.ceil(nHeads / 16)) write(String(x), left + (x + 0.5) * w, top - 8, { size: 10, colour: theme.muted, align: "center" });
+  const subtitle = scale ? `${titleOf(state.colour)} (${unitOf(state.colour)}), ${number(scale[0])} to ${number(scale[1])}` : "rows are layers, columns are heads";
+  const { canvas, context, write, box } = png(width, bottom + Math.ceil(entries.length / perLine) * 18, "attention heads", subtitle, left);
+  for (let x = 0; x < nHeads; x += Math.ceil(nHeads / 16)) write(String(x), left + (x + 0.5) * w, top - 8);
   for (let l = 0; l < nLayers; l++) {
-    write(String(l), left - 8, top + (l + 0.5) * h, { size: 10, colour: theme.muted, align: "right" });
+    const y = top + l * h;
+    write(String(l), left - 8, y + h / 2, theme.muted, "right");
     for (let x = 0; x < nHeads; x++) {
       const i = at[l * nHeads + x];
-      context.fillStyle = css(mix(theme.panel, rgb("#888888"), i < 0 ? 0.3 : 0.1));
-      context.fillRect(left + x * w, top + l * h, w - 1, h - 1);
+      box(mix(theme.panel, [136, 136, 136], i < 0 ? 0.3 : 0.1), left + x * w, y, w - 1, h - 1);
       if (i < 0) continue;
       context.globalAlpha = state.passes(i) ? 1 : 0.15;
       paint(i, w, scale).forEach(({ colour, text }, k, { length }) => {
         const part = (w - 1) / length;
-        context.fillStyle = css(colour);
-        context.fillRect(left + x * w + k * part, top + l * h, part, h - 1);
-        write(text, left + x * w + (k + 0.5) * part, top + (l + 0.5) * h, { size: 10, colour: ink(colour), align: "center" });
+        box(colour, left + x * w + k * part, y, part, h - 1);
+        write(text, left + x * w + (k + 0.5) * part, y + h / 2, ink(colour));
       });
       context.globalAlpha = 1;
     }
   }
   entries.forEach((role, k) => {
-    const x = left + (k % perLine) * 130, y = top + nLayers * h + 20 + Math.floor(k / perLine) * 18;
-    const colour = roleColour(role.name);
-    context.fillStyle = css(colour);
-    context.fillRect(x, y - 7, 14, 14);
-    write(role.letter, x + 7, y, { size: 10, colour: ink(colour), align: "center" });
-    write(role.title, x + 20, y);
+    const x = left + (k % perLine) * 130, y = bottom + Math.floor(k / perLine) * 18, colour = roleColour(role.name);
+    box(colour, x, y - 7, 14, 14);
+    write(role.letter, x + 7, y, ink(colour));
+    write(role.title, x + 20, y, theme.text, "left");
   });
   return canvas;
 }
 
 function patternPng() {
-  const source = $("pattern-canvas"), { title } = report.prompts[state.prompt];
-  const side = Math.max(1, Math.floor(640 / source.width)) * source.width, left = 34, top = 64;
-  const { canvas, context, write } = pngCanvas(side + 60, side + top + 30);
-  write(`${report.meta.model?.id ?? ""} ${nameOf(state.head)}: ${rolesText(state.head) || "no role"}`, left, 18, { size: 13, bold: true });
-  write(`${title ?? ""}; weight on a √ scale, peak ${$("pattern-scale").children[2].textContent}${state.hideFirst ? ", first token hidden" : ""}`, left, 38, { colour: theme.muted });
+  const source = $("pattern-canvas"), left = 34, top = 54;
+  const side = Math.max(1, Math.floor(640 / source.width)) * source.width;
+  const subtitle = `${report.prompts[state.prompt].title ?? ""}; √ scale, 0 to ${$("pattern-scale").children[2].textContent}${state.hideFirst ? ", first token hidden" : ""}`;
+  const { canvas, context, write } = png(Math.max(side, 420) + 60, side + top + 30, `${nameOf(state.head)}: ${rolesText(state.head) || "no role"}`, subtitle, left);
   context.imageSmoothingEnabled = false;
   context.drawImage(source, left, top, side, side);
   context.strokeStyle = theme.muted;
-  context.lineWidth = 0.5;
   context.strokeRect(left, top, side, side);
-  write("key →", left + side / 2, top + side + 14, { colour: theme.muted, align: "center" });
+  write("key →", left + side / 2, top + side + 14);
   context.rotate(-Math.PI / 2);
-  write("← query", -(top + side / 2), left - 14, { colour: theme.muted, align: "center" });
+  write("← query", -(top + side / 2), left - 14);
   return canvas;
 }
 
-const savePng = (canvas, name) => canvas.toBlob((blob) => save(blob, `${fileStem()}-${name}.png`), "image/png");
-
-// ------------------------------------------------------------------ start
+// --- start
 
 async function unpack() {
   const text = atob($("data").textContent.trim());
   const packed = new Uint8Array(text.length);
   for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer();
+  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
   report = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   patterns = new Uint8Array(buffer, 4 + length);
@@ -866,7 +788,7 @@ async function unpack() {
 }
 
 function index() {
-  columns = report.columns;
+  columns = Object.assign(Object.create(null), report.columns);
   detectors = report.detectors;
   heads = columns.layer.map((_, i) => i);
   if (!report.labels.length) report.labels = heads.map(() => []);
@@ -876,7 +798,7 @@ function index() {
     if (d.labels === false) continue;
     roles[d.name] = { ...d, colour: PALETTE[d.name] ?? spare.shift() ?? "#999999" };
   }
-  for (const own of report.labels) for (const name of own) roles[name] ??= { name, title: name, letter: name[0].toUpperCase(), colour: spare.shift() ?? "#999999" };
+  for (const name of report.labels.flat()) roles[name] ??= { name, title: name, letter: name[0].toUpperCase(), colour: "#999999" };
   const [nLayers, nHeads] = report.shape;
   at = new Int32Array(nLayers * nHeads).fill(-1);
   for (const i of heads) at[columns.layer[i] * nHeads + columns.head[i]] = i;
@@ -890,11 +812,8 @@ function index() {
 
 function firstHead() {
   // the head whose ablation costs most; failing that the surest
-  for (const name of ["ablation_effect", "confidence"]) {
-    const some = heads.filter((i) => known(get(name, i)));
-    if (some.length) return some.reduce((a, b) => (get(name, b) > get(name, a) ? b : a));
-  }
-  return 0;
+  const name = ["ablation_effect", "confidence"].find((column) => columns[column]?.some(known));
+  return heads.reduce((a, b) => ((get(name, b) ?? -Infinity) > (get(name, a) ?? -Infinity) ? b : a), 0);
 }
 
 function repaint() {
@@ -906,34 +825,31 @@ function repaint() {
 }
 
 function listen() {
-  $("colour").addEventListener("change", () => { state.colour = $("colour").value; drawGrid(); });
+  on("colour", "change", () => { state.colour = $("colour").value; drawGrid(); });
   let waiting;
-  $("filter").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(applyFilter, 120); });
-  $("filter").addEventListener("change", applyFilter);
-  $("previous").addEventListener("click", () => { state.page--; drawTable(); });
-  $("next").addEventListener("click", () => { state.page++; drawTable(); });
-  $("save-csv").addEventListener("click", saveCsv);
-  $("save-json").addEventListener("click", saveJson);
-  $("save-map").addEventListener("click", () => savePng(mapPng(), "map"));
-  $("save-pattern").addEventListener("click", () => savePng(patternPng(), nameOf(state.head)));
-  $("theme").addEventListener("click", () => {
+  on("filter", "input", () => { clearTimeout(waiting); waiting = setTimeout(applyFilter, 120); });
+  on("filter", "change", applyFilter);
+  on("previous", "click", () => { state.page--; drawTable(); });
+  on("next", "click", () => { state.page++; drawTable(); });
+  on("save-csv", "click", () => save(csv(), "text/csv", "heads.csv"));
+  on("save-json", "click", () => save(json(), "application/json", "heads.json"));
+  on("save-map", "click", () => mapPng().toBlob((blob) => save(blob, "image/png", "map.png")));
+  on("save-pattern", "click", () => patternPng().toBlob((blob) => save(blob, "image/png", `${nameOf(state.head)}.png`)));
+  on("theme", "click", () => {
     document.documentElement.style.colorScheme = theme.dark ? "light" : "dark";
     repaint();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   let resizing;
   addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => { fitPattern(); drawGrid(); }, 100); });
-  addEventListener("hashchange", () => {
-    const head = headInHash(location.hash);
-    if (head >= 0) select(head, { write: false });
-  });
+  const follow = (hash) => { if (headInHash(hash) >= 0) select(headInHash(hash)); };
+  addEventListener("hashchange", () => follow(location.hash));
   // in a srcdoc frame a link to "#L1H2" would leave the page, so heads are chosen here
   document.addEventListener("click", (event) => {
-    const link = event.target.closest?.('a[href^="#L"]');
+    const link = event.target.closest('a[href^="#L"]');
     if (!link) return;
     event.preventDefault();
-    const head = headInHash(link.getAttribute("href"));
-    if (head >= 0) select(head);
+    follow(link.getAttribute("href"));
   });
 }
 
@@ -942,9 +858,8 @@ async function start() {
   index();
   $("main").hidden = false;
   if (!heads.length) throw new Error("the report holds no heads");
-  const options = [["roles", "role"], ...detectors.filter((d) => columns[d.name]).map((d) => [d.name, `${lowerFirst(d.title)} score`])];
-  if (columns.ablation_effect?.some(known)) { options.push(["ablation_effect", "ablation effect"]); state.sort = ["ablation_effect", -1]; }
-  if (columns.confidence) options.push(["confidence", "confidence"]);
+  if (columns.ablation_effect?.some(known)) state.sort = ["ablation_effect", -1];
+  const options = [["roles", "Role"], ...tableColumns().slice(2)];
   $("colour").append(...options.map(([value, title]) => el("option", { value }, title)));
   $("prompt").append(...report.prompts.map((prompt, p) => el("option", { value: p }, prompt.title || `prompt ${p + 1}`)));
   const first = headInHash(location.hash);
@@ -958,7 +873,7 @@ async function start() {
   if (report.prompts.length) choosePrompt(0);
   listenToPattern();
   repaint();
-  select(state.head, { write: false });
+  select(state.head);
   drawTable();
   listen();
   document.documentElement.dataset.ready = Math.round(performance.now());
@@ -966,6 +881,6 @@ async function start() {
 
 start().catch((error) => {
   $("failure").hidden = false;
-  $("failure").textContent = `This page could not be drawn: ${error.message}. It needs a browser from 2024 or later; the same numbers are in heads.csv beside it.`;
+  $("failure").textContent = `This page could not be drawn: ${error.message}. It needs a browser from 2024 or later.`;
   console.error(error);
 });

@@ -47,7 +47,7 @@ def head_page(report: Report) -> str:
     page = _template().render(
         model=meta.get("model", {}),
         summary=_summary(meta, heads),
-        detectors=meta.get("detectors", []),
+        methods=[_method(detector) for detector in meta.get("detectors", [])],
         skipped=meta.get("skipped") or {},
         notes=meta.get("notes") or [],
         provenance=_provenance(meta),
@@ -223,6 +223,22 @@ def _largest_effect(heads: pd.DataFrame) -> dict[str, Any] | None:
         "effect": f"{_signed(row['ablation_effect'])} nats{interval}",
         "metric": metric if isinstance(metric, str) and metric else "the loss",
     }
+
+
+def _method(detector: dict[str, Any]) -> dict[str, str]:
+    """What one score means, as sentences."""
+    threshold, margin = detector.get("threshold"), detector.get("margin")
+    parts = [
+        detector.get("description"),
+        f"Unit: {detector['unit']}" if detector.get("unit") else None,
+        None if threshold is None else f"Threshold {threshold}",
+        None if threshold is None or margin is None else f"Margin over the null {margin}",
+        f"Null: {detector['null']}" if detector.get("null") else None,
+        None if detector.get("labels", True) else "A score only; it gives no role",
+        f"Source: {detector['source']}" if detector.get("source") else None,
+    ]
+    text = " ".join(f"{str(part).rstrip().rstrip('.')}." for part in parts if part)
+    return {"name": detector["name"], "title": detector.get("title", detector["name"]), "text": text}
 
 
 def _provenance(meta: dict[str, Any]) -> list[tuple[str, str]]:

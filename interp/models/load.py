@@ -37,7 +37,7 @@ def load_checkpoint(
         source: "smollm2-135m", a hub id "org/name", a folder, a `.gguf` file, or an `nn.Module`.
             A file or folder of that name goes before the hub.
         tokenizer: used instead of the checkpoint's own: a tokenizer, or a folder or hub id of one.
-        device: "cpu", "cuda", "cuda:1", "mps"; not given or "auto": CUDA where there is one, else CPU.
+        device: "cpu", "cuda", "cuda:1", "mps"; not given or "auto": CUDA if there is one, else CPU.
         dtype: "float32", "bf16", a torch dtype, …; not given or "auto": the dtype the weights were
             saved in, as their numbers are then exactly the published ones. The embedded model and
             GGUF files are block-quantised, have no such dtype and come in float32.
@@ -46,8 +46,8 @@ def load_checkpoint(
         trust_remote_code: run Python code that the checkpoint brings along. Off.
 
     Returns:
-        The module, its tokenizer (None where there is none), its id, source and notes. A live module
-        is neither moved nor cast; it is switched to eval mode.
+        The module, its tokenizer (None where there is none), its id, source and notes. A live
+        module is neither moved nor cast; it is switched to eval mode.
 
     Raises:
         BadInput: one line saying what was wrong and what to do, before the expensive part where
@@ -130,7 +130,7 @@ def load_checkpoint(
 
 
 def available_models() -> list[dict[str, Any]]:
-    """What can be given as MODEL on this machine: one row a model, then one row a form with an example.
+    """What can be given as MODEL on this machine: one row a model, then one a form, by example.
 
     Returns:
         Rows with `model`, `source`, `installed` (None for a form) and `note`.

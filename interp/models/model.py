@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
 from interp.models.probe import call_model, output_tensor, probe, unembed
 from interp.models.spec import Spec, Write, first_tensor, module_device, with_first
-from interp.models.weights import linear_map, norm_gain
+from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
@@ -129,7 +130,7 @@ class Model:
                 raise Refused(
                     f"layer {layer} of {self.id}: v is not read from the normed residual stream"
                 )
-            gain = norm_gain(self.module.get_submodule(block.v.input), self.spec.d_model)
+            gain = FrozenNorm(self.module.get_submodule(block.v.input), self.spec.d_model).gain
         W, _ = linear_map(self.module.get_submodule(block.v.module), self.spec.d_model, self.device)
         if W.shape[0] != self.spec.d_model:
             raise Refused(
@@ -140,7 +141,7 @@ class Model:
 
     @property
     def W_U(self) -> Tensor:
-        """Unembedding [d_model d_vocab], without the final norm's gain (see `final_gain`)."""
+        """Unembedding [d_model d_vocab], without the final norm's gain (see `final_norm`)."""
         self._require_unembedding()
         W, _ = linear_map(
             self.module.get_submodule(self.spec.unembedding or ""), self.spec.d_model, self.device
@@ -154,12 +155,11 @@ class Model:
             raise Refused(f"{self.id} has no token embedding")
         return self.module.get_submodule(self.spec.embedding).weight  # type: ignore[return-value]
 
-    @property
-    def final_gain(self) -> Tensor:
-        """Gain of the final norm [d_model]; ones where there is none."""
-        if self.spec.final_norm is None:
-            return torch.ones(self.spec.d_model)
-        return norm_gain(self.module.get_submodule(self.spec.final_norm), self.spec.d_model)
+    @cached_property
+    def final_norm(self) -> FrozenNorm:
+        """The final norm, to be held fixed for direct attribution; the identity where there is none."""
+        name = self.spec.final_norm
+        return FrozenNorm(None if name is None else self.module.get_submodule(name), self.spec.d_model)
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""

@@ -499,7 +499,7 @@ def _write_map(
         if index in from_attention:
             if block.attn_write is not None:
                 refused["attn_write"] = f"'{block.name}' writes its attention twice"
-            block = replace(block, attn_write=write)
+            block = replace(block, attn_write=write, direct=block.W_O in candidate.modules)
         elif block.mlp_write is not None:
             refused.setdefault(
                 "mlp_write", f"'{block.name}' writes to the residual stream three times"

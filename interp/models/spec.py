@@ -31,7 +31,11 @@ class Source:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Addresses inside one block; None where the block has no such thing or it was not found."""
+    """Addresses inside one block; None where the block has no such thing or it was not found.
+
+    `parallel`: attention and MLP read the same input. `direct`: the attention output is written as
+    it is (times `attn_write.scale`), with no norm in between.
+    """
 
     name: str
     attention: str | None = None
@@ -44,6 +48,7 @@ class BlockMap:
     mlp_out: str | None = None
     mlp_write: Write | None = None
     parallel: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True)

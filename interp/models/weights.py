@@ -30,21 +30,48 @@ def linear_map(
     return module(eye) - zero, zero[0]
 
 
-@torch.no_grad()
-def norm_gain(norm: nn.Module, d_model: int) -> Tensor:
-    """Gain g [d_model] of a norm: norm(x) = g · x̂ + b, x̂ the normalised x.
+class FrozenNorm:
+    """A norm with its scale held fixed: norm(x) = gain · (x [− mean x]) / σ(x) + bias.
 
-    Found by asking the norm, so Gemma's (1 + weight) needs no case of its own. Raises Refused where
-    the module is not elementwise in this sense.
+    Gain, bias and whether the mean is taken out are found by asking the module, so Gemma's
+    (1 + weight) or a norm without weights needs no case of its own. With `module=None`: identity.
     """
-    some = next(norm.parameters(), None)
-    if some is None:
-        return torch.ones(d_model)
-    probe = torch.where(torch.arange(d_model, device=some.device) % 2 == 0, 1.0, -1.0).to(
-        some.dtype
-    )
-    if d_model % 2:
-        raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
-    # ±1 in equal numbers has mean 0 and mean square 1: both LayerNorm and RMSNorm leave it alone.
-    plus, minus = norm(probe[None])[0], norm(-probe[None])[0]
-    return (plus - minus) / 2 * probe
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module | None, d_model: int):
+        self.module = module
+        some = None if module is None else next(module.parameters(), None)
+        like = torch.ones(d_model) if some is None else torch.ones(d_model, dtype=some.dtype, device=some.device)
+        self.gain, self.bias, self.centred = like, torch.zeros_like(like), False
+        if module is None:
+            return
+        if d_model % 2:
+            raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
+        # ±1 in equal numbers has mean 0 and mean square 1: LayerNorm and RMSNorm both leave it alone.
+        sign = like.clone()
+        sign[1::2] = -1
+        plus, minus = module(sign[None])[0], module(-sign[None])[0]
+        self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
+        # A constant vector has nothing left once its mean is taken out.
+        self.centred = bool(((module(like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all())
+
+    @torch.no_grad()
+    def scale(self, x: Tensor) -> Tensor:
+        """σ(x) [... 1], in float32."""
+        if self.module is None:
+            return torch.ones_like(x[..., :1], dtype=torch.float32)
+        gain = self.gain.to(x.device).float()
+        inner = gain * self._centre(x.float())
+        out = self.module(x).float() - self.bias.to(x.device).float()
+        return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
+
+    def pull_back(self, direction: Tensor, at: Tensor) -> Tensor:
+        """The residual direction whose dot product with a write is its effect along `direction`.
+
+        `at` is the residual [... d_model] whose scale is held fixed; `direction` lies after the norm.
+        """
+        pulled = self._centre(direction.float() * self.gain.to(direction.device).float())
+        return pulled / self.scale(at)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x

@@ -1,4 +1,4 @@
-"""Where a model can come from: one file a source, each returning a `Loaded` or raising a `BadInput`.
+"""Where a model can come from: one file a source, returning a `Loaded` or raising a `BadInput`.
 
 | source   | given as                        | file          |
 |----------|---------------------------------|---------------|

@@ -40,7 +40,7 @@ class Loaded:
 
     @cached_property
     def sha256(self) -> str:
-        """Content hash of the weights as they were when this was first read; see `weights_sha256`."""
+        """Content hash of the weights as they were when first asked for; see `weights_sha256`."""
         return weights_sha256(self.module)
 
 
@@ -51,7 +51,7 @@ def weights_sha256(module: nn.Module) -> str:
     CPU with SHA instructions, which no sampled hash is worth losing honesty for.
 
     Args:
-        module: any model; parameters that accelerate has offloaded are fetched one module at a time.
+        module: any model; weights that accelerate has offloaded are fetched one module at a time.
 
     Returns:
         64 hexadecimal digits, the same on every device.
@@ -71,7 +71,7 @@ def weights_sha256(module: nn.Module) -> str:
     for name, tensor in named_weights(module):
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -117,7 +117,7 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _at_hand(part: nn.Module) -> Any:
-    """Where accelerate keeps this module's weights on disk or in RAM, a context that fetches them."""
+    """A context that fetches this module's weights, where accelerate keeps them elsewhere."""
     if not hasattr(part, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device

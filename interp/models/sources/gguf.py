@@ -6,8 +6,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import io
 import mmap
 import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,23 +51,23 @@ def load_gguf(
     """The model of a GGUF file, dequantised to plain weights, with the tokenizer it carries."""
     header = read_header(path)
     _check_architecture(header, path)
-    where = {"gguf_file": path.name}
     architecture = header.metadata["general.architecture"]
     gguf_class = "AutoModelForSeq2SeqLM" if architecture == "t5" else "AutoModelForCausalLM"
-    module, notes = load_module(
-        str(path.parent),
-        {},
-        shown=shown,
-        trust_remote_code=False,
-        gguf_class=gguf_class,
-        **where,
-        **options,
-    )
+    with _without_bar():
+        module, notes = load_module(
+            str(path.parent),
+            {},
+            shown=shown,
+            trust_remote_code=False,
+            gguf_class=gguf_class,
+            gguf_file=path.name,
+            **options,
+        )
     quantizer: Any = getattr(module, "hf_quantizer", None)
     if quantizer is not None:  # the weights are plain now; the mark would forbid saving and casting
         quantizer.remove_quantization_config(module)
     if tokenizer is None:
-        tokenizer = load_tokenizer(str(path.parent), shown=shown, **where)
+        tokenizer = load_tokenizer(str(path.parent), shown=shown, gguf_file=path.name)
         notes += _split_as_trained(tokenizer, header.metadata.get("tokenizer.ggml.pre", "default"))
     return Loaded(module, tokenizer, shown, source, notes=notes)
 
@@ -89,9 +93,22 @@ def _split_as_trained(tokenizer: Any, pre: str) -> tuple[str, ...]:
         )
         return ()
     return (
-        f"this file splits words by '{pre}', which transformers does not know: token ids may differ "
-        "from training; pass the original tokenizer with tokenizer=",
+        f"this file splits words by '{pre}', which transformers does not know: token ids may "
+        "differ from training; pass the original tokenizer with tokenizer=",
     )
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Drops the one bar that transformers draws past its own switch; the rest of stderr is kept."""
+    with io.StringIO() as written:
+        try:
+            with redirect_stderr(written):
+                yield
+        finally:
+            lines = written.getvalue().replace("\r", "\n").splitlines()
+            kept = [line for line in lines if line and "de-quantizing GGUF" not in line]
+            sys.stderr.write("".join(line + "\n" for line in kept))
 
 
 def _check_architecture(header: Header, path: Path) -> None:
@@ -106,9 +123,9 @@ def _check_architecture(header: Header, path: Path) -> None:
     readable = sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS})
     if not any(plain(name) in plain(architecture) for name in readable):
         raise BadInput(
-            f"'{path.name}' is a '{architecture}' model, which transformers {transformers.__version__} "
-            f"cannot read from GGUF; give its safetensors folder or hub id, or one of "
-            f"{', '.join(readable)}"
+            f"'{path.name}' is a '{architecture}' model, which transformers "
+            f"{transformers.__version__} cannot read from GGUF; give its safetensors folder "
+            f"or hub id, or one of {', '.join(readable)}"
         )
 
 

@@ -26,7 +26,8 @@ def load_hub(
     """The model of a hub repository at a branch, tag or commit."""
     cached_only = not _reachable(repo, revision)
     where = {"revision": revision or "main", "local_files_only": cached_only}
-    config = read_config(_config_file(repo, where), repo)
+    config_file = _config_file(repo, where)
+    config = read_config(config_file, repo)
     code = {"trust_remote_code": trust_remote_code}
     check_config(config, shown=repo, **code)
     module, notes = load_module(repo, config, shown=repo, **code, **where, **options)
@@ -37,18 +38,19 @@ def load_hub(
             notes = (*notes, f"no tokenizer: {error}")
     if cached_only:
         notes = (*notes, "the hub was not reached: this is the copy in its local cache")
-    commit = getattr(getattr(module, "config", None), "_commit_hash", None)
+    # The cache keeps a commit's files in snapshots/<commit>/.
+    commit = config_file.parent.name if config_file.parent.parent.name == "snapshots" else None
     name = f"{repo}@{revision}" if revision else repo
     return Loaded(module, tokenizer, name, "hub", commit=commit, notes=notes)
 
 
 def cached_repos() -> dict[str, int]:
     """The model repositories in the hub's local cache, with their size in bytes."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError):
         return {}
     return {
@@ -73,8 +75,8 @@ def _reachable(repo: str, revision: str | None) -> bool:
     """Whether the hub answers; what it says against this repository is raised at once."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,

@@ -10,12 +10,12 @@ from interp.models.sources.pretrained import with_padding
 
 
 def load_live(module: Any, *, tokenizer: Any, **asked: Any) -> Loaded:
-    """The module itself, switched to eval mode (dropout off), with the tokenizer that was passed."""
+    """The module itself, switched to eval mode (dropout off), with the tokenizer passed."""
     from torch import nn
 
     if not isinstance(module, nn.Module):
         raise BadInput(
-            f"cannot load a {type(module).__name__}; wanted a model name, a path or a torch nn.Module"
+            f"cannot load a {type(module).__name__}; wanted a model name, a path or an nn.Module"
         )
     for name, value in asked.items():
         if value:

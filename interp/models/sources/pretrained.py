@@ -111,7 +111,7 @@ def check_config(config: Mapping[str, Any], *, shown: str, trust_remote_code: bo
         return
     if own_code:
         raise BadInput(
-            f"'{shown}' needs Python code of its own (model type '{kind}'), which is not run unless "
+            f"'{shown}' needs Python code of its own (model type '{kind}'), not run unless "
             "asked for; read that code, then pass trust_remote_code=True"
         )
     if kind is None:
@@ -168,7 +168,7 @@ def _check_complete(info: Mapping[str, Any], shown: str) -> None:
         name, got, wanted = mismatched[0]
         raise BadInput(
             f"{len(mismatched)} weights of '{shown}' do not fit its config.json: '{name}' is "
-            f"{tuple(got)}, wanted {tuple(wanted)}; give the config.json these weights were saved with"
+            f"{tuple(got)}, wanted {tuple(wanted)}; give the config.json they were saved with"
         )
     if info.get("error_msgs"):
         raise BadInput(
@@ -212,7 +212,7 @@ def one_line(shown: str) -> Iterator[None]:
     except _LOADER_ERRORS as error:
         detail = first_line(error) or type(error).__name__
         raise BadInput(
-            f"transformers could not load '{shown}': {detail}; check the files, or give another model"
+            f"transformers could not load '{shown}': {detail}; check its files or give another"
         ) from error
 
 

@@ -1,0 +1,148 @@
+"""Does it matter: the change in loss when a head's output is replaced by its mean.
+
+Each labelled head is mean-ablated on the prompts its role serves, beside as many unlabelled heads of
+the same layers. Blocks before the head are not computed again, and many heads share one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from circuits.heads.claims import INTERVAL, RESAMPLES
+from interp.data.prompts import Prompts
+from interp.metrics import loss
+from interp.models.model import Model
+from interp.run.cache import Run
+from interp.run.edits import Edit
+from interp.run.resume import Checkpoint
+
+Head = tuple[int, int]
+
+METRICS = {
+    "repeated": "loss on the second half of repeated sequences",
+    "text": "loss on prose",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which heads are ablated on one prompt set, and which of them are controls."""
+
+    prompts: Prompts
+    labelled: tuple[Head, ...]
+    controls: tuple[Head, ...]
+
+
+def plan_ablations(table: pd.DataFrame, serves: dict[str, str], sets: dict[str, Prompts], seed: int) -> dict[str, Plan]:
+    """For each metric, the labelled heads whose strongest role it serves, and their controls.
+
+    `serves` maps detector names to prompt sets. Controls are unlabelled heads drawn from the same
+    layers, as many in each layer as there are labelled ones, or all of them where they are fewer.
+    """
+    labelled: dict[str, list[Head]] = {}
+    for row in table.itertuples():
+        roles = [role for role in str(row.labels).split(",") if role]
+        if roles:
+            metric = "repeated" if any(serves[role] == "repeated" for role in roles) else "text"
+            labelled.setdefault(metric, []).append((int(row.layer), int(row.head)))  # type: ignore[arg-type]
+    free: dict[int, list[int]] = {}
+    for row in table.itertuples():
+        if not row.labels:
+            free.setdefault(int(row.layer), []).append(int(row.head))  # type: ignore[arg-type]
+    plans = {}
+    for metric, heads in labelled.items():
+        if metric not in sets:
+            continue
+        generator = np.random.default_rng(seed)
+        controls: list[Head] = []
+        for layer in sorted({layer for layer, _ in heads}):
+            wanted = sum(1 for at, _ in heads if at == layer)
+            pool = free.get(layer, [])
+            picked = generator.permutation(len(pool))[:wanted]
+            controls += [(layer, pool[i]) for i in sorted(picked)]
+        plans[metric] = Plan(sets[metric], tuple(heads), tuple(controls))
+    return plans
+
+
+def ablation_effects(
+    model: Model,
+    prompts: Prompts,
+    heads: Sequence[Head],
+    *,
+    checkpoint: Checkpoint | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """Change in each prompt's loss when a head's z is replaced by its mean over all prompts and positions.
+
+    Args:
+        prompts: repeated tokens (loss on the second half) or text (loss on all of it).
+        heads: (layer, head) pairs.
+
+    Returns: [len(heads) n_prompts], nats a token; positive where the head lowers the loss.
+
+    What it does not show: that other heads could not make up for this one (a small effect), or that
+    its role is why it matters (a large one).
+    """
+    checkpoint = Checkpoint() if checkpoint is None else checkpoint
+    if not heads:
+        return np.zeros((0, len(prompts)))
+    first = prompts.lead + prompts.period if prompts.period else prompts.lead
+    read = torch.arange(max(first, 1) - 1, prompts.length - 1)
+    targets = prompts.ids[:, read + 1]
+    layers = sorted({layer for layer, _ in heads})
+    clean: Run | None = None
+
+    def measure(run: Run) -> Tensor:
+        assert run.logits is not None
+        return loss(run.logits, targets).cpu()
+
+    def clean_run() -> Run:
+        nonlocal clean
+        if clean is None:
+            sites = [f"resid_pre.{layer}" for layer in layers] + [f"z.{layer}" for layer in layers]
+            clean = model.run(prompts.batch, capture=sites, logits=read)
+        return clean
+
+    effects = np.empty((len(heads), len(prompts)))
+    for layer in layers:
+        places = [i for i, (at, _) in enumerate(heads) if at == layer]
+
+        def unit(places: list[int] = places) -> dict[str, np.ndarray]:
+            run = clean_run()
+            variants = [[Edit.mean("z", heads=[heads[i]])] for i in places]
+            losses = torch.stack(model.replay(run, variants, measure, logits=read, progress=None))
+            return {"effect": (losses - measure(run)).numpy()}
+
+        names = "-".join(str(heads[i][1]) for i in places)
+        effects[places] = checkpoint.compute(f"ablate.{prompts.name}.{layer}.{names}", unit)["effect"]
+        advance(len(places))
+    return effects
+
+
+def ablation_columns(table: pd.DataFrame, plans: dict[str, Plan], effects: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
+    """The table with each labelled head's effect, interval, and the mean effect of its controls."""
+    table = table.copy()
+    table["ablation_metric"] = pd.Series([None] * len(table), dtype="object")
+    for name in ("effect", "low", "high", "control"):
+        table[f"ablation_{name}"] = np.nan
+    row_of = {(layer, head): row for row, (layer, head) in enumerate(zip(table["layer"], table["head"], strict=True))}
+    for metric, plan in plans.items():
+        effect = effects[metric]
+        n_prompts = effect.shape[1]
+        draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES)
+        low, high = np.quantile(effect @ draws.T / n_prompts, INTERVAL, axis=1)
+        mean = effect.mean(1)
+        n = len(plan.labelled)
+        for i, (layer, _) in enumerate(plan.labelled):
+            row = row_of[plan.labelled[i]]
+            same = [mean[n + j] for j, (at, _) in enumerate(plan.controls) if at == layer]
+            values = (mean[i], low[i], high[i], np.mean(same) if same else np.nan)
+            table.loc[row, "ablation_metric"] = METRICS[metric]
+            table.loc[row, ["ablation_effect", "ablation_low", "ablation_high", "ablation_control"]] = values
+    return table

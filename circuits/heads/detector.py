@@ -1,0 +1,137 @@
+"""What a detector declares: its prompts, what it reads of an attention row, its null, its label rule."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import circuits.heads
+from interp.data.prompts import Prompts
+from interp.errors import unknown
+from interp.models.model import Model
+from interp.run.cache import Run
+from interp.run.statistics import Entropy, Mass
+
+PerPrompt = Float[Tensor, "n n_layers n_heads"]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One role (or score) of attention heads.
+
+    Attributes:
+        name: column name and label. title, letter: how the page shows it.
+        description: what a high score says, and what it does not.
+        source: paper and section, and where we differ.
+        unit: of the score.
+        reads: the prompt set it looks at, "repeated" or "text".
+        null: sentence: what the null is.
+        threshold: a label needs a mean score of at least this. None: a score without a label.
+        margin: and a mean distance from the null of at least this.
+        side: 1 where the score must lie above the null, -1 where it must lie below.
+        statistics: row statistics wanted from a prompt set, by name.
+        combine: (statistics of the prompts, of their control) -> (score, null) for every prompt;
+            the control is None for "text".
+        measure: instead of statistics: (model, prompts, run) -> score for every prompt, with the
+            same measure on the control as null; `captures(model)` names the sites it needs.
+        causal_only: whether it makes sense only where a model reads left to right.
+        serves: the metric that ablating such a head should hurt, "repeated" or "text".
+        rank: order in tables, most telling first.
+    """
+
+    name: str
+    title: str
+    letter: str
+    description: str
+    source: str
+    reads: str
+    null: str
+    threshold: float | None
+    margin: float
+    rank: int
+    side: int = 1
+    unit: str = "attention mass"
+    statistics: Callable[[Prompts], Mapping[str, Mass | Entropy]] | None = None
+    combine: Callable[[Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]] | None = None
+    measure: Callable[[Model, Prompts, Run], PerPrompt] | None = None
+    captures: Callable[[Model], Sequence[str]] = lambda model: ()
+    causal_only: bool = False
+    min_layers: int = 1
+    serves: str = "text"
+
+    @property
+    def labels(self) -> bool:
+        """Whether this detector gives a label."""
+        return self.threshold is not None
+
+    def declaration(self) -> dict[str, Any]:
+        """The facts a report carries."""
+        names = ("name", "title", "letter", "description", "source", "unit", "null", "threshold", "margin", "labels")
+        return {name: getattr(self, name) for name in names} | {"prompts": self.reads}
+
+
+@cache
+def catalogue() -> tuple[Detector, ...]:
+    """Every detector found in this package's files, most telling first."""
+    found: list[Detector] = []
+    for module in pkgutil.iter_modules(circuits.heads.__path__):
+        loaded = importlib.import_module(f"circuits.heads.{module.name}")
+        found += [value for value in vars(loaded).values() if isinstance(value, Detector)]
+    return tuple(sorted(set(found), key=lambda detector: detector.rank))
+
+
+def choose(names: Sequence[str] | None) -> tuple[Detector, ...]:
+    """The detectors of these names, all if None; BadInput with the nearest name for a typo."""
+    known = {detector.name: detector for detector in catalogue()}
+    for name in names or ():
+        if name not in known:
+            raise unknown("detector", name, known)
+    return tuple(d for d in catalogue() if names is None or d.name in names)
+
+
+# --- keys of a row, as functions of the query position -----------------------------------------
+
+
+def offset_key(prompts: Prompts, offset: int) -> Int[Tensor, "n pos 1"]:
+    """The key `offset` positions back; -1 where there is none."""
+    key = prompts.positions - offset
+    return torch.where((key >= 0) & (key < prompts.length), key, -1)[..., None]
+
+
+def random_key(prompts: Prompts, lowest: int = 0, seed: int = 0) -> Int[Tensor, "n pos 1"]:
+    """A visible key drawn at random for every query, from `lowest` on; -1 where there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    top = prompts.positions + 1 if prompts.causal else torch.full_like(prompts.positions, prompts.length)
+    share = torch.rand(prompts.ids.shape, generator=generator)
+    key = lowest + (share * (top - lowest)).long()
+    return torch.where(top > lowest, key, -1)[..., None]
+
+
+def visible_keys(prompts: Prompts) -> Int[Tensor, "n pos"]:
+    """How many keys each query sees."""
+    return prompts.positions + 1 if prompts.causal else torch.full_like(prompts.positions, prompts.length)
+
+
+def score_and_null(seen, control) -> tuple[PerPrompt, PerPrompt]:
+    """Score and null are two statistics of the same prompts."""
+    return seen["score"], seen["null"]
+
+
+def score_on_control(seen, control) -> tuple[PerPrompt, PerPrompt]:
+    """The null is the score on the control prompts."""
+    return seen["score"], control["score"]
+
+
+def strongest(per_offset: Sequence[PerPrompt]) -> PerPrompt:
+    """For every head, the statistic with the largest mean over prompts."""
+    stacked = torch.stack(list(per_offset))
+    best = stacked.mean(dim=1).nan_to_num(-1.0).argmax(dim=0)
+    return stacked.gather(0, best[None, None].expand(1, stacked.shape[1], -1, -1))[0]
