@@ -1,0 +1,1 @@
+"""What is encoded where; built on `interp`, never on `circuits`."""
