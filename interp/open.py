@@ -44,4 +44,4 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return Model(loaded.module, loaded.tokenizer, loaded.id)
+    return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes)

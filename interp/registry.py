@@ -11,23 +11,30 @@ F = TypeVar("F", bound=Callable)
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known about an analysis: `function(model, *, options) -> Report`."""
+    """What is known about an analysis: `function(model, *, options) -> Report`.
+
+    `validate(**options)` raises BadInput for options that no model could satisfy, so that a typo is
+    told before a large model is loaded.
+    """
 
     name: str
     function: Callable
     source: str
     example: str
     figure: str
+    validate: Callable[..., None]
 
 
 ANALYSES: dict[str, Analysis] = {}
 
 
-def analysis(*, name: str, source: str, example: str, figure: str) -> Callable[[F], F]:
+def analysis(
+    *, name: str, source: str, example: str, figure: str, validate: Callable[..., None]
+) -> Callable[[F], F]:
     """Register a function as an analysis and return it unchanged."""
 
     def register(function: F) -> F:
-        ANALYSES[name] = Analysis(name, function, source, example, figure)
+        ANALYSES[name] = Analysis(name, function, source, example, figure, validate)
         return function
 
     return register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import io
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import BadInput, unknown
-from interp.run.files import check_writable, write_atomically
+from interp.run.files import check_writable, write_together
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -52,7 +53,8 @@ class Report:
 
         if name not in FIGURES:
             raise unknown("figure", name, FIGURES)
-        return FIGURES[name](self, **options)
+        module, function = FIGURES[name].split(":")
+        return getattr(importlib.import_module(module), function)(self, **options)
 
     def to_html(self) -> str:
         """The whole report as one page that opens from disk, without network."""
@@ -72,7 +74,7 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Write report.json, tables (parquet and csv), arrays (safetensors) and report.html.
 
-        Every file appears whole; report.json, which names the others, is written last.
+        All files appear together or none does.
         Raises SaveFailed where the folder cannot be written or the disk is full.
         """
         from safetensors.numpy import save
@@ -92,9 +94,8 @@ class Report:
         described = {"analysis": self.analysis, "schema_version": SCHEMA_VERSION} | self.meta
         described |= {"tables": sorted(self.tables), "arrays": sorted(self.arrays)}
         text = json.dumps(described, indent=1, default=_plain, allow_nan=False)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
-        write_atomically(folder / "report.json", text.encode())
+        files["report.json"] = text.encode()
+        write_together(folder, files)
         return folder
 
     @staticmethod

@@ -7,6 +7,7 @@ TransformerLens names (`blocks.5.attn.hook_z`) are accepted and mean the same pl
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from interp.errors import BadInput, unknown
@@ -116,3 +117,18 @@ def head_axis(name: str) -> int:
     (2, 1)
     """
     return 1 if name in ("scores", "pattern") else 2
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as ranges.
+
+    >>> ranges([0, 1, 2, 7])
+    '0–2, 7'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs) or "none"

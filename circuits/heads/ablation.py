@@ -6,6 +6,7 @@ the same layers. Blocks before the head are not computed again, and many heads s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,34 +40,37 @@ class Plan:
     controls: tuple[Head, ...]
 
 
-def plan_ablations(table: pd.DataFrame, serves: dict[str, str], sets: dict[str, Prompts], seed: int) -> dict[str, Plan]:
-    """For each metric, the labelled heads whose strongest role it serves, and their controls.
+def plan_ablations(
+    table: pd.DataFrame, serves: dict[str, str], sets: dict[str, Prompts], seed: int
+) -> dict[str, Plan]:
+    """For each metric, the labelled heads whose role it serves, and their controls.
 
-    `serves` maps detector names to prompt sets. Controls are unlabelled heads drawn from the same
-    layers, as many in each layer as there are labelled ones, or all of them where they are fewer.
+    `serves` maps detector names to prompt sets; a head with roles of both kinds is tried on repeated
+    tokens. Controls are as many heads of the same layers, unlabelled where there are enough, else
+    filled up with heads that have no label of this metric (in many models nearly every head is a sink
+    on prose, which says nothing about repeats).
     """
-    labelled: dict[str, list[Head]] = {}
-    for row in table.itertuples():
-        roles = [role for role in str(row.labels).split(",") if role]
-        if roles:
-            metric = "repeated" if any(serves[role] == "repeated" for role in roles) else "text"
-            labelled.setdefault(metric, []).append((int(row.layer), int(row.head)))  # type: ignore[arg-type]
-    free: dict[int, list[int]] = {}
-    for row in table.itertuples():
-        if not row.labels:
-            free.setdefault(int(row.layer), []).append(int(row.head))  # type: ignore[arg-type]
+    roles = {
+        (int(layer), int(head)): [role for role in labels.split(",") if role]
+        for layer, head, labels in zip(table["layer"], table["head"], table["labels"], strict=True)
+    }
+    kinds = {head: {serves[role] for role in mine} for head, mine in roles.items()}
     plans = {}
-    for metric, heads in labelled.items():
-        if metric not in sets:
-            continue
+    for metric, prompts in sets.items():
+        heads = [
+            head
+            for head, kind in kinds.items()
+            if (metric in kind and (metric == "repeated" or "repeated" not in kind or "repeated" not in sets))
+        ]
         generator = np.random.default_rng(seed)
         controls: list[Head] = []
-        for layer in sorted({layer for layer, _ in heads}):
-            wanted = sum(1 for at, _ in heads if at == layer)
-            pool = free.get(layer, [])
-            picked = generator.permutation(len(pool))[:wanted]
-            controls += [(layer, pool[i]) for i in sorted(picked)]
-        plans[metric] = Plan(sets[metric], tuple(heads), tuple(controls))
+        for layer, wanted in sorted(Counter(layer for layer, _ in heads).items()):
+            pool = [head for head, kind in kinds.items() if head[0] == layer and metric not in kind]
+            pool = [pool[i] for i in generator.permutation(len(pool))]
+            pool.sort(key=lambda head: len(roles[head]) > 0)  # unlabelled first
+            controls += sorted(pool[:wanted])
+        if heads:
+            plans[metric] = Plan(prompts, tuple(heads), tuple(controls))
     return plans
 
 

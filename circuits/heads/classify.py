@@ -24,7 +24,15 @@ from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 from interp.sites import Site
 
-ABLATION_PROMPTS = 4
+ABLATION_PROMPTS, ABLATION_TOKENS = 4, 64
+"""Prompts a head is ablated on, and how many of prose's tokens each keeps after its lead."""
+
+
+def check_options(*, detectors: Sequence[str] | None = None, prompts: int = 32) -> None:
+    """Raise BadInput for options that no model could satisfy."""
+    choose(detectors)
+    if prompts < MIN_PROMPTS:
+        raise BadInput(f"prompts={prompts}: a claim about a head needs at least {MIN_PROMPTS} prompts")
 
 
 @analysis(
@@ -32,6 +40,7 @@ ABLATION_PROMPTS = 4
     source="Elhage et al. 2021; Olsson et al. 2022; Wang et al. 2022; Clark et al. 2019; Gu et al. 2024",
     example="interp heads smollm2-135m",
     figure="map",
+    validate=check_options,
 )
 def classify_heads(
     model: Model,
@@ -74,11 +83,9 @@ def classify_heads(
     (8, True)
     """
     started = time.perf_counter()
-    chosen = choose(detectors)
-    if prompts < MIN_PROMPTS:
-        raise BadInput(f"prompts={prompts}: a claim about a head needs at least {MIN_PROMPTS} prompts")
+    check_options(detectors=detectors, prompts=prompts)
     model.layers_with("pattern")
-    chosen, skipped = _usable(model, chosen)
+    chosen, skipped = _usable(model, choose(detectors))
     sets = _prompt_sets(model, chosen, prompts, seed)
     options = {
         "detectors": [d.name for d in chosen],
@@ -99,10 +106,11 @@ def classify_heads(
             table = _ablated(model, table, chosen, sets, units, seed, bars)
         shown, patterns = [], None
         if evidence:
-            bars.stage("Collecting evidence", 1)
+            advance = bars.stage("Collecting evidence", evidence)
             shown = evidence_prompts(model, evidence, seed)
             patterns = evidence_patterns(model, shown)
             shown = shown[: len(patterns)]
+            advance(evidence)
     notes = _notes(model, sets)
     meta: dict[str, Any] = source | {
         "detectors": [d.declaration() for d in chosen],
@@ -110,7 +118,6 @@ def classify_heads(
         "notes": notes,
         "causal": model.spec.causal,
         "prompts": [{"title": title, "tokens": model.tokens(ids.tolist())} for title, ids in shown],
-        "wall_time_s": round(time.perf_counter() - started, 2),
     }
     tables = {"heads": table} | _ov_tables(model, notes)
     arrays = {} if patterns is None or not len(patterns) else {"pattern": patterns}
@@ -161,7 +168,9 @@ def _ablated(
     seed: int,
     bars: Progress,
 ) -> pd.DataFrame:
-    few = {name: prompts.rows(slice(ABLATION_PROMPTS)) for name, prompts in sets.items() if name in METRICS}
+    few = {name: sets[name].rows(slice(ABLATION_PROMPTS)) for name in METRICS if name in sets}
+    if "text" in few:
+        few["text"] = few["text"].first(few["text"].lead + ABLATION_TOKENS)
     causal_lm = model.spec.causal and model.spec.d_vocab is not None and model.spec.unembedding is not None
     plans = plan_ablations(table, {d.name: d.serves for d in chosen}, few, seed) if causal_lm else {}
     advance = bars.stage("Ablating heads", sum(len(p.labelled) + len(p.controls) for p in plans.values()))
@@ -184,7 +193,7 @@ def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
 
 
 def _notes(model: Model, sets: dict[str, Prompts]) -> list[str]:
-    notes = []
+    notes = list(model.notes)
     if any(prompts.lead == 0 for prompts in sets.values()):
         notes.append("The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text.")
     repeated = sets.get("repeated")

@@ -7,7 +7,7 @@ tokenizer has instead), so a position means the same thing in every row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -49,7 +49,11 @@ class Prompts:
 
     def rows(self, rows: slice) -> Prompts:
         """Some of the prompts."""
-        return Prompts(self.name, self.ids[rows], self.lead, self.period, self.causal)
+        return replace(self, ids=self.ids[rows])
+
+    def first(self, length: int) -> Prompts:
+        """Only the first `length` positions; for sets without a period."""
+        return replace(self, ids=self.ids[:, :length])
 
     @property
     def batch(self) -> Batch:

@@ -32,7 +32,7 @@ class Model:
 
     Attributes:
         module: the module itself, unchanged. tokenizer: or None. id: the name shown in reports.
-        spec: the verified map (`interp.models.spec.Spec`).
+        spec: the verified map (`interp.models.spec.Spec`). notes: what loading had to say.
 
     >>> model = tiny_model()
     >>> run = model.run(torch.tensor([[5, 6, 7]]), capture=["z", "resid_post.1"])
@@ -41,12 +41,18 @@ class Model:
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any = None, id: str = "model", spec: Spec | None = None
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        id: str = "model",
+        *,
+        notes: Sequence[str] = (),
     ):
         self.module = module.eval()
         self.tokenizer = tokenizer
         self.id = id
-        self.spec = probe(self.module) if spec is None else spec
+        self.notes = tuple(notes)
+        self.spec = probe(self.module)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
     def __repr__(self) -> str:

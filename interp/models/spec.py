@@ -53,7 +53,7 @@ class BlockMap:
 
 @dataclass(frozen=True)
 class Check:
-    """One identity tried on the probe: the largest error, beside what was allowed."""
+    """One identity tried on the probe: the largest relative error, beside what was allowed."""
 
     name: str
     passed: bool

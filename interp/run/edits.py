@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
-from interp.sites import PATTERN_AXES, Site, has_heads, head_axis
+from interp.sites import PATTERN_AXES, Site, has_heads, head_axis, ranges
 
 Positions = Sequence[int] | Tensor | None
 
@@ -138,7 +138,7 @@ class Edit:
         if missing := wanted - existing:
             raise BadInput(
                 f"edit of '{self.site}' names layer {min(missing)}; layers with this site: "
-                f"{_ranges(existing)}"
+                f"{ranges(existing)}"
             )
         return sorted(wanted)
 
@@ -195,14 +195,3 @@ class Edit:
 def _needs_whole_rows(site: str | Site) -> None:
     if Site.parse(site).axes == PATTERN_AXES:
         raise BadInput("patterns are seen in chunks: use Edit.patch with a mean pattern of yours")
-
-
-def _ranges(layers: Iterable[int]) -> str:
-    """Whole numbers as ranges: '0-3, 7'."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "none"

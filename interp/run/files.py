@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from interp.errors import SaveFailed
@@ -15,23 +16,34 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         SaveFailed: the folder cannot be written, or the disk is full.
     """
+    write_together(path.parent, {path.name: content})
+
+
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files or none: each goes beside its place first, and all are moved at the end.
+
+    Moving needs no space, so a full disk is met before anything is replaced.
+    """
+    written: list[tuple[str, Path]] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            written.append((temporary, folder / name))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        for temporary, path in written:
+            os.replace(temporary, path)
     except OSError as error:
-        raise SaveFailed(f"cannot write {path}: {error.strerror}; choose another folder") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise SaveFailed(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-        raise
+        raise SaveFailed(
+            f"cannot write to {folder}: {error.strerror}; free some space or choose another folder"
+        ) from error
+    finally:
+        for temporary, _ in written:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

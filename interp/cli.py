@@ -1,0 +1,331 @@
+"""`interp …`: the main jobs from a shell.
+
+Exit codes: 0 done; 1 the result could not be computed or written; 2 bad input, nothing was
+computed; 130 interrupted, what was finished is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from interp.errors import BadInput, InterpError, SaveFailed
+from interp.registry import ANALYSES, Analysis
+from interp.sites import ranges
+
+if TYPE_CHECKING:
+    from interp.models.model import Model
+    from interp.report import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="What every attention head of a transformer does, how sure that is, and whether it matters.",
+)
+
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
+    ),
+]
+DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")]
+DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16, …; by default the checkpoint's own.")]
+REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
+
+PARTIAL = ".partial"
+STRONGEST = 3
+KEPT = "what was finished is kept in {}: go on with the same command and --resume"
+
+
+@app.command()
+def heads(
+    model: MODEL,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; by default reports/MODEL.")] = None,
+    detectors: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all by default. An unknown name lists them.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts in each set.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of prompts, bootstrap and controls.")] = 0,
+    alpha: Annotated[float, typer.Option(min=0.0, max=1.0, help="Corrected significance level of a label.")] = 0.01,
+    ablate: Annotated[bool, typer.Option(help="Measure what ablating each labelled head does.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Classify every attention head and write a report.
+
+    Examples:
+
+        interp heads smollm2-135m
+
+        interp heads org/name --out reports/mine --prompts 64 --dtype bfloat16
+
+        interp heads ./checkpoint --detectors induction,previous_token --no-ablate
+
+    Ctrl-C keeps what is finished; the same command with --resume goes on from it.
+    """
+    from interp.run.files import check_writable
+
+    started = time.perf_counter()
+    out = Path("reports") / _slug(model) if out is None else out
+    names = None if detectors is None else [name.strip() for name in detectors.split(",") if name.strip()]
+    if names == []:
+        raise BadInput("--detectors names no detector; write --detectors induction,previous_token")
+    analysis = _analysis("heads")
+    analysis.validate(detectors=names, prompts=prompts)
+    check_writable(out)
+    opened = _open(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        report: Report = analysis.function(
+            opened,
+            detectors=names,
+            prompts=prompts,
+            seed=seed,
+            alpha=alpha,
+            ablate=ablate,
+            checkpoint=out / PARTIAL,
+            resume=resume,
+        )
+        report.save(out)
+    except KeyboardInterrupt:
+        print(f"interp: stopped; {KEPT.format(out / PARTIAL)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SaveFailed as error:
+        raise SaveFailed(f"{error}. {KEPT.format(out / PARTIAL)}") from error
+    _remove(out / PARTIAL)
+    _print_strongest(report)
+    console = Console()
+    console.print(f"{len(report.table)} heads in {time.perf_counter() - started:.0f} s")
+    console.print("open ", end="")
+    console.print(str((out / "report.html").resolve()), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def inspect(
+    model: MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the map as JSON.")] = False,
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Print the verified map of a model: addresses, identities, and what is refused.
+
+    Examples:
+
+        interp inspect smollm2-135m
+
+        interp inspect ./checkpoint --json | jq .checks
+
+    Exit code 1 when an identity fails.
+    """
+    opened = _open(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(_map(opened), indent=1))
+    else:
+        _print_map(opened)
+    if not all(check.passed for check in opened.spec.checks):
+        raise SystemExit(1)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List what can be loaded here, and every form that MODEL can take.
+
+    Example:
+
+        interp models
+    """
+    from interp.models.load import available_models
+
+    rows = available_models()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("MODEL", "from", "here", "note")
+    marks = {True: "yes", False: "no", None: ""}
+    for row in rows:
+        table.add_row(*map(escape, (row["model"], row["source"], marks[row["installed"]], row["note"])))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; every error a user can mend is one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="interp: %(message)s")
+    logging.getLogger("interp").setLevel(logging.INFO)
+    try:
+        app()
+    except InterpError as error:
+        print(f"interp: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interp: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _analysis(name: str) -> Analysis:
+    """An installed analysis, registered when its entry point is loaded."""
+    entry_points(group="interp.analyses")[name].load()
+    return ANALYSES[name]
+
+
+def _open(name: str, **options: Any) -> Model:
+    from interp.open import load
+
+    with Console(stderr=True).status(f"Loading {escape(name)}"):
+        model = load(name, **options)
+    for note in model.notes:
+        print(f"interp: {note}", file=sys.stderr)
+    return model
+
+
+def _slug(model: str) -> str:
+    """A folder name for a model: its last path part, without an ending."""
+    name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _print_strongest(report: Report) -> None:
+    """The strongest labelled heads of each role."""
+    table = Table("role", "heads", "strongest", "score [95 % interval]", "null", "ablation (nats)", "controls")
+    for detector in report.meta["detectors"]:
+        if not detector["labels"]:
+            continue
+        name = detector["name"]
+        mine = report.table[report.table["labels"].str.split(",").map(lambda roles, name=name: name in roles)]
+        best = mine.sort_values(name, ascending=False).head(STRONGEST)
+        if not len(best):
+            table.add_row(detector["title"], "0", "", "", "", "", "")
+        for place, (_, row) in enumerate(best.iterrows()):
+            tested = row.get("ablation_effect")
+            effect = "" if tested is None or tested != tested else f"{tested:+.3f}"
+            control = row.get("ablation_control")
+            table.add_row(
+                detector["title"] if place == 0 else "",
+                str(len(mine)) if place == 0 else "",
+                f"L{row['layer']}H{row['head']}",
+                f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]",
+                f"{row[f'{name}_null']:.3f}",
+                effect,
+                "" if control is None or control != control else f"{control:+.3f}",
+                end_section=place == len(best) - 1,
+            )
+    console = Console()
+    console.print(table)
+    for name, reason in report.meta["skipped"].items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    for note in report.meta["notes"]:
+        console.print(f"note: {note}", markup=False)
+
+
+def _map(model: Model) -> dict[str, Any]:
+    """The spec as plain data."""
+    spec = model.spec
+    return {
+        "model": model.id,
+        "family": spec.family,
+        "n_layers": spec.n_layers,
+        "n_heads": spec.n_heads,
+        "n_kv_heads": spec.n_kv_heads,
+        "d_model": spec.d_model,
+        "d_head": spec.d_head,
+        "d_vocab": spec.d_vocab,
+        "n_ctx": spec.n_ctx,
+        "causal": spec.causal,
+        "embedding": spec.embedding,
+        "final_norm": spec.final_norm,
+        "unembedding": spec.unembedding,
+        "logit_scale": spec.logit_scale,
+        "logit_softcap": spec.logit_softcap,
+        "blocks": [
+            {
+                "name": block.name,
+                "attention": block.attention,
+                "n_heads": block.n_heads,
+                "n_kv_heads": block.n_kv_heads,
+                "d_head": block.d_head,
+                "W_O": block.W_O,
+                "v": block.v and block.v.module,
+                "attn_write": block.attn_write and [block.attn_write.module, block.attn_write.scale],
+                "mlp_out": block.mlp_out,
+                "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
+                "parallel": block.parallel,
+            }
+            for block in spec.blocks
+        ],
+        "checks": [
+            {"name": c.name, "passed": c.passed, "error": c.error, "allowed": c.allowed, "detail": c.detail}
+            for c in spec.checks
+        ],
+        "refused": spec.refused,
+    }
+
+
+def _print_map(model: Model) -> None:
+    """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
+    console = Console()
+    data = _map(model)
+    facts = Table(show_header=False, title=escape(model.id), title_justify="left")
+    for key, value in data.items():
+        if key not in ("model", "blocks", "checks", "refused") and value is not None:
+            facts.add_row(key, escape(str(value)))
+    console.print(facts)
+
+    keys = ("attention", "W_O", "v", "attn_write", "mlp_out", "mlp_write", "n_heads", "n_kv_heads")
+    alike: dict[tuple, list[int]] = {}
+    for layer, block in enumerate(data["blocks"]):
+        row = tuple(_relative(block[key], block["name"] + ".") for key in keys)
+        alike.setdefault(row, []).append(layer)
+    for row, layers in alike.items():
+        shown = f"blocks {ranges(layers)} of {model.spec.stack}"
+        table = Table(show_header=False, title=escape(shown), title_justify="left")
+        for key, value in zip(keys, row, strict=True):
+            table.add_row(key, escape(value))
+        console.print(table)
+
+    checks = Table("identity", "relative error", "allowed", "", title="verified on a probe", title_justify="left")
+    for check in model.spec.checks:
+        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
+        checks.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
+    console.print(checks)
+    reasons: dict[str, list[str]] = {}
+    for site, reason in model.spec.refused.items():
+        reasons.setdefault(reason, []).append(site)
+    for reason, sites in reasons.items():
+        console.print(f"refused {', '.join(sites)}: {reason}", markup=False)
+
+
+def _relative(value: Any, prefix: str) -> str:
+    """An address without its block's name."""
+    if isinstance(value, (list, tuple)):
+        name, scale = value
+        return name.removeprefix(prefix) + (f" × {scale:.4g}" if scale != 1 else "")
+    return "-" if value is None else str(value).removeprefix(prefix)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Head labels on models whose heads are known."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import circuits
+import interp
+from tests.ground_truth.induction_model import (
+    INDUCTION_HEAD,
+    PREVIOUS_TOKEN_HEAD,
+    character_tokenizer,
+    induction_model,
+)
+
+
+@pytest.fixture(scope="module")
+def hand_built():
+    return interp.load(induction_model(), tokenizer=character_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def report(hand_built):
+    return circuits.classify_heads(hand_built, prompts=8, progress=False)
+
+
+def row(report, head):
+    table = report.table
+    return table[(table["layer"] == head[0]) & (table["head"] == head[1])].iloc[0]
+
+
+def test_exactly_the_planted_heads_get_exactly_their_labels(report):
+    labels = {(r.layer, r.head): r.labels for r in report.table.itertuples() if r.labels}
+    assert labels == {PREVIOUS_TOKEN_HEAD: "previous_token", INDUCTION_HEAD: "induction"}
+    assert not report.meta["skipped"]
+
+
+def test_planted_heads_score_over_95_percent(report):
+    assert row(report, PREVIOUS_TOKEN_HEAD)["previous_token"] > 0.95
+    assert row(report, INDUCTION_HEAD)["induction"] > 0.95
+
+
+def test_only_the_induction_head_copies(report):
+    copying = report.table.set_index(["layer", "head"])["induction_copying"]
+    assert copying.idxmax() == INDUCTION_HEAD
+    assert copying[INDUCTION_HEAD] > 1
+    assert copying.drop(INDUCTION_HEAD).abs().max() < 1e-4  # they write nothing to the prediction
+
+
+def test_the_model_predicts_the_second_half_and_needs_both_heads(hand_built, report):
+    from interp.data.prompts import repeated_tokens
+
+    prompts, _ = repeated_tokens(hand_built, 4)
+    logits = hand_built.run(prompts.batch).logits
+    second = torch.arange(prompts.lead + prompts.period, prompts.length - 1)
+    assert (logits[:, second].argmax(-1) == prompts.ids[:, second + 1]).all()
+    for head in (PREVIOUS_TOKEN_HEAD, INDUCTION_HEAD):
+        found = row(report, head)
+        assert found["ablation_low"] > 0.5
+        assert abs(found["ablation_control"]) < 1e-4  # heads without weights change nothing
+
+
+def test_without_the_first_layer_nothing_is_an_induction_head(hand_built):
+    """The control: the same model with its previous-token head zeroed cannot match prefixes."""
+    broken = induction_model()
+    with torch.no_grad():
+        broken.transformer.h[0].attn.c_proj.weight.zero_()
+    report = circuits.classify_heads(
+        interp.load(broken, tokenizer=character_tokenizer()), prompts=8, ablate=False, progress=False
+    )
+    assert not report.table["labels"].str.contains("induction").any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_random_models_get_almost_no_labels(smollm, seed):
+    """A random SmolLM2-shaped model: at most 1 % of head × role pairs are labelled."""
+    torch.manual_seed(seed)
+    model = interp.load(LlamaForCausalLM(smollm.module.config), tokenizer=smollm.tokenizer)
+    report = circuits.classify_heads(
+        model, prompts=8, seed=seed, ablate=False, evidence=0, progress=False
+    )
+    roles = [d["name"] for d in report.meta["detectors"] if d["labels"]]
+    given = report.table["labels"].str.split(",").map(lambda names: len([n for n in names if n])).sum()
+    assert given <= 0.01 * len(roles) * len(report.table)

@@ -1,0 +1,248 @@
+"""The command line as a user meets it: one-line errors, exit codes, interruption and resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import interp
+from interp import cli
+from interp.run.resume import Checkpoint
+from tests.ground_truth.induction_model import character_tokenizer, induction_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small checkpoint with its tokenizer, as a user would have one on disk."""
+    path = tmp_path_factory.mktemp("model") / "hand-built"
+    induction_model().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `interp …` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["interp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        seen = capsys.readouterr()
+        return int(stop.value.code or 0), seen.out, seen.err
+
+    return run
+
+
+def assert_one_line(err: str, *words: str) -> None:
+    assert err.startswith("interp: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+def test_heads_writes_a_whole_report(run, folder, tmp_path):
+    out = tmp_path / "report"
+    code, text, _ = run("heads", folder, "--out", out, "--prompts", 8)
+    assert code == 0
+    assert "L1H2" in text and "report.html" in text
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "report.json", "heads.parquet", "heads.csv", "ov_tokens.parquet", "ov_tokens.csv",
+        "arrays.safetensors", "report.html",
+    }  # fmt: skip
+    saved = interp.Report.load(out)
+    assert saved.meta["model"]["n_layers"] == 2
+    pd.testing.assert_frame_equal(saved.table, pd.read_parquet(out / "heads.parquet"))
+    found = saved.table.set_index(["layer", "head"])["labels"]
+    assert found[1, 2] == "induction"
+
+
+def test_report_is_the_same_under_the_same_seed(run, folder, tmp_path):
+    for name in ("one", "two"):
+        assert run("heads", folder, "--out", tmp_path / name, "--prompts", 8, "--seed", 3)[0] == 0
+    one, two = (interp.Report.load(tmp_path / name) for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one.table, two.table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["heads", "smollm2-13m"], ["smollm2-13m", "smollm2-135m"]),
+        (["heads", "smollm2-135m", "--detectors", "inducton"], ["inducton", "did you mean 'induction'"]),
+        (["heads", "smollm2-135m", "--detectors", ","], ["--detectors"]),
+        (["heads", "smollm2-135m", "--prompts", "2"], ["prompts=2", "at least 4"]),
+        (["inspect", "no/such/folder"], ["no/such/folder"]),
+        (["heads", "smollm2-135m", "--device", "cudda"], ["cudda"]),
+        (["heads", "smollm2-135m", "--dtype", "float23"], ["float23"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, words):
+    if arguments[0] == "heads":
+        arguments = [*arguments, "--out", tmp_path / "out"]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert_one_line(err, *words)
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_unknown_option_names_the_nearest(run):
+    code, _, err = run("heads", "smollm2-135m", "--prompt", 8)
+    assert code == 2
+    assert "--prompts" in err and "Traceback" not in err
+
+
+def test_damaged_models_are_told_apart(run, folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((folder / "config.json").read_text())
+    code, _, err = run("heads", empty, "--out", tmp_path / "out")
+    assert code == 2
+    assert_one_line(err, "empty")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        (broken / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    code, _, err = run("heads", broken, "--out", tmp_path / "out")
+    assert code == 2
+    assert_one_line(err, "safetensors")
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + b"\0" * 64)
+    code, _, err = run("heads", bad, "--out", tmp_path / "out")
+    assert code == 2
+    assert_one_line(err, "bad.gguf")
+
+
+def test_nan_weights_are_named(run, tmp_path):
+    model = induction_model()
+    model.transformer.h[1].attn.c_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    code, _, err = run("inspect", tmp_path / "nan")
+    assert code == 2
+    assert_one_line(err, "h.1.attn.c_proj.weight")
+
+
+def test_unwritable_output_is_found_before_loading(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("interp.open.load", lambda *a, **k: pytest.fail("loaded the model first"))
+    code, _, err = run("heads", "smollm2-135m", "--out", tmp_path / "file" / "out")
+    assert code == 1
+    assert_one_line(err, "cannot write", "--out")
+
+
+def test_full_disk_leaves_no_half_report_and_resume_finishes(run, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    fsync = os.fsync
+    written = []
+
+    def full_at_the_report(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        written.append(name)
+        if name.startswith(".report.html"):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_report)
+    code, _, err = run("heads", folder, "--out", out, "--prompts", 4)
+    assert code == 1
+    assert_one_line(err, "No space left", "--resume")
+    assert [path.name for path in out.iterdir()] == [".partial"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run("heads", folder, "--out", out, "--prompts", 4, "--resume")[0] == 0
+    assert (out / "report.json").exists() and not (out / ".partial").exists()
+
+
+def test_interrupted_run_keeps_its_units_and_resumes(run, folder, tmp_path, monkeypatch):
+    computed: list[str] = []
+    compute = Checkpoint.compute
+
+    def stop_at_the_third(self, name, unit):
+        def counted():
+            if len(computed) == 2:
+                raise KeyboardInterrupt
+            computed.append(name)
+            return unit()
+
+        return compute(self, name, counted)
+
+    monkeypatch.setattr(Checkpoint, "compute", stop_at_the_third)
+    out = tmp_path / "out"
+    code, _, err = run("heads", folder, "--out", out, "--prompts", 40)
+    assert code == 130
+    assert_one_line(err, "--resume")
+    finished = list(computed)
+    computed.clear()
+
+    def counted(self, name, unit):
+        return compute(self, name, lambda: (computed.append(name), unit())[1])
+
+    monkeypatch.setattr(Checkpoint, "compute", counted)
+    assert run("heads", folder, "--out", out, "--prompts", 40, "--resume")[0] == 0
+    assert computed and not set(computed) & set(finished)
+    whole = tmp_path / "whole"
+    assert run("heads", folder, "--out", whole, "--prompts", 40)[0] == 0
+    pd.testing.assert_frame_equal(interp.Report.load(out).table, interp.Report.load(whole).table)
+
+
+def test_resume_refuses_other_options(run, folder, tmp_path, monkeypatch):
+    def interrupted(self, name, unit):
+        raise KeyboardInterrupt
+
+    compute = Checkpoint.compute
+    monkeypatch.setattr(Checkpoint, "compute", interrupted)
+    assert run("heads", folder, "--out", tmp_path, "--prompts", 8)[0] == 130
+    monkeypatch.setattr(Checkpoint, "compute", compute)
+    code, _, err = run("heads", folder, "--out", tmp_path, "--prompts", 8, "--seed", 1, "--resume")
+    assert code == 2
+    assert_one_line(err, "seed", "--resume")
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_default_model(tmp_path):
+    command = [
+        sys.executable, "-m", "interp.cli", "heads", "smollm2-135m", "--out", str(tmp_path),
+        "--prompts", "16", "--detectors", "induction", "--no-ablate",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".partial/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err and "Traceback" not in err
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["n_layers"] == 30
+
+
+def test_inspect_prints_the_map(run, folder):
+    code, text, _ = run("inspect", folder)
+    assert code == 0
+    assert "attn.c_proj" in text and "FAILS" not in text
+    code, text, _ = run("inspect", folder, "--json")
+    spec = json.loads(text)
+    assert spec["blocks"][1]["W_O"] == "transformer.h.1.attn.c_proj"
+    assert all(check["passed"] for check in spec["checks"])
+
+
+def test_models_lists_the_embedded_default(run):
+    code, text, _ = run("models", "--json")
+    assert code == 0
+    assert json.loads(text)[0]["model"] == "smollm2-135m"
+
+
+@pytest.mark.parametrize("command", ["heads", "inspect", "models"])
+def test_help_shows_an_example(run, command):
+    code, text, _ = run(command, "--help")
+    assert code == 0
+    assert f"interp {command}" in text.replace("Usage: interp", "")
