@@ -69,7 +69,7 @@ def _statistics_of(
     parts: list[dict[str, np.ndarray]] = []
     for rows in _chunks(prompts):
         part = prompts.rows(rows)
-        parts.append(checkpoint.compute(f"scan.{prompts.name}.{rows.start}", lambda: _one_pass(model, detectors, part)))
+        parts.append(checkpoint.compute(f"scan.{prompts.name}.{rows.start}", lambda: one_pass(model, detectors, part)))
         advance(len(part))
     return {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
 
@@ -79,7 +79,7 @@ def _chunks(prompts: Prompts) -> Iterator[slice]:
     return (slice(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size))
 
 
-def _one_pass(model: Model, detectors: Sequence[Detector], prompts: Prompts) -> dict[str, np.ndarray]:
+def one_pass(model: Model, detectors: Sequence[Detector], prompts: Prompts) -> dict[str, np.ndarray]:
     wanted = {
         f"{d.name}.{key}": statistic
         for d in detectors

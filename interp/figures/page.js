@@ -61,7 +61,7 @@ function readable(token) {
 
 const rgb = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
 const mix = (a, b, t) => a.map((x, k) => Math.round(x + (b[k] - x) * t));
-const css = (c) => `rgb(${c.join(" ")})`;
+const css = (c) => `rgb(${c.slice(0, 3)})`;
 
 function ink(background) {
   const [r, g, b] = background.map((x) => (x / 255) ** 2.2);
@@ -73,7 +73,7 @@ function makeRamp(stops) {
   return Array.from({ length: 256 }, (_, v) => {
     const x = (v / 255) * (colours.length - 1);
     const k = Math.min(Math.floor(x), colours.length - 2);
-    return mix(colours[k], colours[k + 1], x - k);
+    return [...mix(colours[k], colours[k + 1], x - k), 255];
   });
 }
 
@@ -491,7 +491,7 @@ function drawPattern() {
   const context = canvas.getContext("2d");
   const image = context.createImageData(n, n);
   for (let q = 0; q < n; q++) {
-    for (let k = 0; k < n; k++) if (reachable(q, k) && shownKey(k)) image.data.set([...shade(byte(q, k) / peak), 255], 4 * (q * n + k));
+    for (let k = 0; k < n; k++) if (reachable(q, k) && shownKey(k)) image.data.set(shade(byte(q, k) / peak), 4 * (q * n + k));
   }
   context.putImageData(image, 0, 0);
   $("pattern-scale").replaceChildren(...scaleBar([0, peak / 255], `√ scale, middle ${number((peak / 510) ** 2)}`, (x) => number(x * x)));

@@ -91,16 +91,14 @@ def _payload(report: Report) -> bytes:
         "slots": _pattern_shape(report),
         "causal": bool(meta.get("causal", True)),
         "detectors": detectors,
-        "columns": {
-            str(name): _column(heads[name]) for name in heads.columns if name != "labels"
-        },
+        "columns": {str(name): _column(heads[name]) for name in heads.columns if name != "labels"},
         "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
         "prompts": prompts,
         "ov": _ov_words(report.tables.get("ov_tokens"), heads),
         "meta": {k: v for k, v in meta.items() if k != "prompts"},
     }
-    # ensure_ascii keeps lone surrogates and control characters as escapes
-    text = json.dumps(_jsonable(document), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    # json.dumps escapes what is not ASCII, lone surrogates and control characters too
+    text = json.dumps(_jsonable(document), allow_nan=False, separators=(",", ":"))
     encoded = text.encode("ascii")
     return gzip.compress(struct.pack("<I", len(encoded)) + encoded + pattern, 6, mtime=0)
 
@@ -125,7 +123,7 @@ def _pattern_shape(report: Report) -> list[int]:
     return [] if pattern is None else [int(n) for n in pattern.shape[1:3]]
 
 
-def _ov_words(table: pd.DataFrame | None, heads: pd.DataFrame) -> dict[str, Any]:
+def _ov_words(table: Any, heads: Any) -> dict[str, Any]:
     """Per head: [direction, reads, writes], each a list of [index into words, score]."""
     if table is None or table.empty:
         return {"words": [], "heads": []}
@@ -147,7 +145,7 @@ def _ov_words(table: pd.DataFrame | None, heads: pd.DataFrame) -> dict[str, Any]
     }
 
 
-def _column(values: pd.Series) -> list[Any]:
+def _column(values: Any) -> list[Any]:
     """The values as JSON takes them: whole numbers, numbers of six digits, text, None for NaN."""
     if pd.api.types.is_integer_dtype(values) and not values.hasnans:
         return values.tolist()
@@ -179,7 +177,7 @@ def _jsonable(value: Any) -> Any:
 # ---------------------------------------------------------------- what is written in words
 
 
-def _summary(meta: dict[str, Any], heads: pd.DataFrame) -> dict[str, Any]:
+def _summary(meta: dict[str, Any], heads: Any) -> dict[str, Any]:
     """The counts of the opening paragraph, read off the table."""
     labels = [_names(text) for text in heads["labels"]] if "labels" in heads else [[]] * len(heads)
     roles = []
@@ -209,7 +207,7 @@ def _summary(meta: dict[str, Any], heads: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _largest_effect(heads: pd.DataFrame) -> dict[str, Any] | None:
+def _largest_effect(heads: Any) -> dict[str, Any] | None:
     if "ablation_effect" not in heads or not heads["ablation_effect"].notna().any():
         return None
     row = heads.loc[heads["ablation_effect"].idxmax()]
@@ -238,7 +236,8 @@ def _method(detector: dict[str, Any]) -> dict[str, str]:
         f"Source: {detector['source']}" if detector.get("source") else None,
     ]
     text = " ".join(f"{str(part).rstrip().rstrip('.')}." for part in parts if part)
-    return {"name": detector["name"], "title": detector.get("title", detector["name"]), "text": text}
+    name = detector["name"]
+    return {"name": name, "title": detector.get("title", name), "text": text}
 
 
 def _provenance(meta: dict[str, Any]) -> list[tuple[str, str]]:
@@ -254,7 +253,7 @@ def _provenance(meta: dict[str, Any]) -> list[tuple[str, str]]:
     return [(k, str(v)) for k, v in (model | rest).items() if v not in (None, "")]
 
 
-def _grid_shape(meta: dict[str, Any], heads: pd.DataFrame) -> tuple[int, int]:
+def _grid_shape(meta: dict[str, Any], heads: Any) -> tuple[int, int]:
     model = meta.get("model", {})
     size = {"layer": model.get("n_layers"), "head": model.get("n_heads")}
     n_layers, n_heads = (
@@ -269,7 +268,9 @@ def _head_name(row: Any) -> str:
 
 
 def _names(text: Any) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else []
+    if not isinstance(text, str):
+        return []
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _lower_first(text: str) -> str:
