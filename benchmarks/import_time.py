@@ -17,7 +17,11 @@ def seconds(setup: str, statement: str, repeats: int = 5) -> float:
     """Median seconds of `statement` in a fresh process, after `setup`."""
     code = f"{setup}\n{TIMED.format(statement)}"
     runs = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for _ in range(repeats)
     ]
     return statistics.median(runs)

@@ -45,7 +45,10 @@ def peak_mb() -> float:
 def extra_mb(model: str, what: str, length: int) -> float:
     """Peak MB over the loaded model of one piece of work, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE, model, what, str(length)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", CODE, model, what, str(length)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(done.stdout.strip().splitlines()[-1])
 

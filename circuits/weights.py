@@ -35,7 +35,9 @@ def ov_directions(model: Model, layer: int, k: int = 3) -> Directions:
     Source: Elhage et al. 2021, §OV circuits; Millidge & Black 2022 (SVD of W_OV read as words).
     """
     block = model.spec.blocks[layer]
-    W_V = model.W_V(layer).float()[[model.spec.kv_group(layer, head) for head in range(block.n_heads)]]
+    W_V = model.W_V(layer).float()[
+        [model.spec.kv_group(layer, head) for head in range(block.n_heads)]
+    ]
     W_O = model.W_O(layer).float()
     left, core_in = torch.linalg.qr(W_V)
     right, core_out = torch.linalg.qr(W_O.transpose(-1, -2))
@@ -85,7 +87,10 @@ def ov_tokens(model: Model, k: int = 3, n_tokens: int = 5) -> pd.DataFrame:
                         "rank": (place % n_tokens).numpy(),
                         "token": model.tokens(top.indices.flatten().tolist()),
                         "score": top.values.flatten().cpu().numpy(),
-                        "strength": found.strength.flatten().repeat_interleave(n_tokens).cpu().numpy(),
+                        "strength": found.strength.flatten()
+                        .repeat_interleave(n_tokens)
+                        .cpu()
+                        .numpy(),
                     }
                 )
             )

@@ -43,10 +43,16 @@ MODEL = Annotated[
         help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
     ),
 ]
-DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")]
-DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16, …; by default the checkpoint's own.")]
+DEVICE = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")
+]
+DTYPE = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, …; by default the checkpoint's own.")
+]
 REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
+TRUST = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+]
 
 PARTIAL = ".partial"
 STRONGEST = 3
@@ -56,15 +62,24 @@ KEPT = "what was finished is kept in {}: go on with the same command and --resum
 @app.command()
 def heads(
     model: MODEL,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; by default reports/MODEL.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; by default reports/MODEL.")
+    ] = None,
     detectors: Annotated[
-        str | None, typer.Option(help="Names separated by commas; all by default. An unknown name lists them.")
+        str | None,
+        typer.Option(help="Names separated by commas; all by default. An unknown name lists them."),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts in each set.")] = 32,
     seed: Annotated[int, typer.Option(help="Of prompts, bootstrap and controls.")] = 0,
-    alpha: Annotated[float, typer.Option(min=0.0, max=1.0, help="Corrected significance level of a label.")] = 0.01,
-    ablate: Annotated[bool, typer.Option(help="Measure what ablating each labelled head does.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
+    alpha: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Corrected significance level of a label.")
+    ] = 0.01,
+    ablate: Annotated[
+        bool, typer.Option(help="Measure what ablating each labelled head does.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run.")
+    ] = False,
     device: DEVICE = None,
     dtype: DTYPE = None,
     revision: REVISION = None,
@@ -86,13 +101,19 @@ def heads(
 
     started = time.perf_counter()
     out = Path("reports") / _slug(model) if out is None else out
-    names = None if detectors is None else [name.strip() for name in detectors.split(",") if name.strip()]
+    names = (
+        None
+        if detectors is None
+        else [name.strip() for name in detectors.split(",") if name.strip()]
+    )
     if names == []:
         raise BadInput("--detectors names no detector; write --detectors induction,previous_token")
     analysis = _analysis("heads")
     analysis.validate(detectors=names, prompts=prompts)
     check_writable(out)
-    opened = _open(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = _open(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
     try:
         report: Report = analysis.function(
             opened,
@@ -115,7 +136,9 @@ def heads(
     console = Console()
     console.print(f"{len(report.table)} heads in {time.perf_counter() - started:.0f} s")
     console.print("open ", end="")
-    console.print(str((out / "report.html").resolve()), soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        str((out / "report.html").resolve()), soft_wrap=True, highlight=False, markup=False
+    )
 
 
 @app.command()
@@ -137,7 +160,9 @@ def inspect(
 
     Exit code 1 when an identity fails.
     """
-    opened = _open(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = _open(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
     if as_json:
         print(json.dumps(_map(opened), indent=1))
     else:
@@ -163,7 +188,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     table = Table("MODEL", "from", "here", "note")
     marks = {True: "yes", False: "no", None: ""}
     for row in rows:
-        table.add_row(*map(escape, (row["model"], row["source"], marks[row["installed"]], row["note"])))
+        table.add_row(
+            *map(escape, (row["model"], row["source"], marks[row["installed"]], row["note"]))
+        )
     Console().print(table)
 
 
@@ -211,13 +238,17 @@ def _remove(folder: Path) -> None:
 
 def _print_strongest(report: Report) -> None:
     """The strongest labelled heads of each role."""
-    table = Table("role", "heads", "strongest", "score [95 % interval]", "null", "ablation (nats)", "controls")
+    table = Table(
+        "role", "heads", "strongest", "score [95 % interval]", "null", "ablation (nats)", "controls"
+    )
     for detector in report.meta["detectors"]:
         if not detector["labels"]:
             continue
         name = detector["name"]
-        mine = report.table[report.table["labels"].str.split(",").map(lambda roles, name=name: name in roles)]
-        best = mine.sort_values(name, ascending=False).head(STRONGEST)
+        mine = report.table[
+            report.table["labels"].str.split(",").map(lambda roles, name=name: name in roles)
+        ]
+        best = mine.nlargest(STRONGEST, name)
         if not len(best):
             table.add_row(detector["title"], "0", "", "", "", "", "")
         for place, (_, row) in enumerate(best.iterrows()):
@@ -270,7 +301,8 @@ def _map(model: Model) -> dict[str, Any]:
                 "d_head": block.d_head,
                 "W_O": block.W_O,
                 "v": block.v and block.v.module,
-                "attn_write": block.attn_write and [block.attn_write.module, block.attn_write.scale],
+                "attn_write": block.attn_write
+                and [block.attn_write.module, block.attn_write.scale],
                 "mlp_out": block.mlp_out,
                 "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
                 "parallel": block.parallel,
@@ -278,7 +310,13 @@ def _map(model: Model) -> dict[str, Any]:
             for block in spec.blocks
         ],
         "checks": [
-            {"name": c.name, "passed": c.passed, "error": c.error, "allowed": c.allowed, "detail": c.detail}
+            {
+                "name": c.name,
+                "passed": c.passed,
+                "error": c.error,
+                "allowed": c.allowed,
+                "detail": c.detail,
+            }
             for c in spec.checks
         ],
         "refused": spec.refused,
@@ -307,7 +345,14 @@ def _print_map(model: Model) -> None:
             table.add_row(key, escape(value))
         console.print(table)
 
-    checks = Table("identity", "relative error", "allowed", "", title="verified on a probe", title_justify="left")
+    checks = Table(
+        "identity",
+        "relative error",
+        "allowed",
+        "",
+        title="verified on a probe",
+        title_justify="left",
+    )
     for check in model.spec.checks:
         verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
         checks.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)

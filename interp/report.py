@@ -89,7 +89,9 @@ class Report:
             files[f"{name}.parquet"] = buffer.getvalue()
             files[f"{name}.csv"] = table.to_csv(index=False).encode("utf-8", "surrogatepass")
         if self.arrays:
-            files[ARRAYS] = save({name: np.ascontiguousarray(array) for name, array in self.arrays.items()})
+            files[ARRAYS] = save(
+                {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+            )
         files["report.html"] = html.encode("utf-8", "replace")
         described = {"analysis": self.analysis, "schema_version": SCHEMA_VERSION} | self.meta
         described |= {"tables": sorted(self.tables), "arrays": sorted(self.arrays)}
@@ -107,12 +109,17 @@ class Report:
         try:
             meta = json.loads((folder / "report.json").read_text())
         except FileNotFoundError as error:
-            raise BadInput(f"no report in {folder}: it has no report.json; make one with `interp heads MODEL --out {folder}`") from error
+            raise BadInput(
+                f"no report in {folder}: it has no report.json; make one with `interp heads MODEL --out {folder}`"
+            ) from error
         except json.JSONDecodeError as error:
-            raise BadInput(f"{folder}/report.json is damaged: {error}; make the report again") from error
+            raise BadInput(
+                f"{folder}/report.json is damaged: {error}; make the report again"
+            ) from error
         if meta.get("schema_version", 0) > SCHEMA_VERSION:
             raise BadInput(
-                f"{folder} has report schema {meta['schema_version']}, this version reads up to {SCHEMA_VERSION}: update interp-suite"
+                f"{folder} has report schema {meta['schema_version']}, this version reads up to "
+                f"{SCHEMA_VERSION}: update interp-suite"
             )
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in meta.pop("tables")}
         arrays = load_file(folder / ARRAYS) if meta.pop("arrays") else {}

@@ -102,7 +102,9 @@ class Site:
         return AXES[self.name]
 
     def __str__(self) -> str:
-        return ".".join(str(part) for part in (self.name, self.layer, self.head) if part is not None)
+        return ".".join(
+            str(part) for part in (self.name, self.layer, self.head) if part is not None
+        )
 
 
 def has_heads(name: str) -> bool:

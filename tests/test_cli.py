@@ -77,7 +77,10 @@ def test_report_is_the_same_under_the_same_seed(run, folder, tmp_path):
     ("arguments", "words"),
     [
         (["heads", "smollm2-13m"], ["smollm2-13m", "smollm2-135m"]),
-        (["heads", "smollm2-135m", "--detectors", "inducton"], ["inducton", "did you mean 'induction'"]),
+        (
+            ["heads", "smollm2-135m", "--detectors", "inducton"],
+            ["inducton", "did you mean 'induction'"],
+        ),
         (["heads", "smollm2-135m", "--detectors", ","], ["--detectors"]),
         (["heads", "smollm2-135m", "--prompts", "2"], ["prompts=2", "at least 4"]),
         (["inspect", "no/such/folder"], ["no/such/folder"]),
@@ -111,7 +114,9 @@ def test_damaged_models_are_told_apart(run, folder, tmp_path):
     broken.mkdir()
     for path in folder.iterdir():
         content = path.read_bytes()
-        (broken / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+        (broken / path.name).write_bytes(
+            content[: len(content) // 2] if path.suffix == ".safetensors" else content
+        )
     code, _, err = run("heads", broken, "--out", tmp_path / "out")
     assert code == 2
     assert_one_line(err, "safetensors")

@@ -60,7 +60,10 @@ def plan_ablations(
         heads = [
             head
             for head, kind in kinds.items()
-            if (metric in kind and (metric == "repeated" or "repeated" not in kind or "repeated" not in sets))
+            if (
+                metric in kind
+                and (metric == "repeated" or "repeated" not in kind or "repeated" not in sets)
+            )
         ]
         generator = np.random.default_rng(seed)
         controls: list[Head] = []
@@ -124,22 +127,31 @@ def ablation_effects(
             return {"effect": (losses - measure(run)).numpy()}
 
         names = "-".join(str(heads[i][1]) for i in places)
-        effects[places] = checkpoint.compute(f"ablate.{prompts.name}.{layer}.{names}", unit)["effect"]
+        effects[places] = checkpoint.compute(f"ablate.{prompts.name}.{layer}.{names}", unit)[
+            "effect"
+        ]
         advance(len(places))
     return effects
 
 
-def ablation_columns(table: pd.DataFrame, plans: dict[str, Plan], effects: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
+def ablation_columns(
+    table: pd.DataFrame, plans: dict[str, Plan], effects: dict[str, np.ndarray], seed: int
+) -> pd.DataFrame:
     """The table with each labelled head's effect, interval, and the mean effect of its controls."""
     table = table.copy()
     table["ablation_metric"] = pd.Series([None] * len(table), dtype="object")
     for name in ("effect", "low", "high", "control"):
         table[f"ablation_{name}"] = np.nan
-    row_of = {(layer, head): row for row, (layer, head) in enumerate(zip(table["layer"], table["head"], strict=True))}
+    row_of = {
+        (layer, head): row
+        for row, (layer, head) in enumerate(zip(table["layer"], table["head"], strict=True))
+    }
     for metric, plan in plans.items():
         effect = effects[metric]
         n_prompts = effect.shape[1]
-        draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES)
+        draws = np.random.default_rng(seed).multinomial(
+            n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES
+        )
         low, high = np.quantile(effect @ draws.T / n_prompts, INTERVAL, axis=1)
         mean = effect.mean(1)
         n = len(plan.labelled)
@@ -148,5 +160,7 @@ def ablation_columns(table: pd.DataFrame, plans: dict[str, Plan], effects: dict[
             same = [mean[n + j] for j, (at, _) in enumerate(plan.controls) if at == layer]
             values = (mean[i], low[i], high[i], np.mean(same) if same else np.nan)
             table.loc[row, "ablation_metric"] = METRICS[metric]
-            table.loc[row, ["ablation_effect", "ablation_low", "ablation_high", "ablation_control"]] = values
+            table.loc[
+                row, ["ablation_effect", "ablation_low", "ablation_high", "ablation_control"]
+            ] = values
     return table

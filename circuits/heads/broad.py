@@ -6,6 +6,7 @@ from circuits.heads.detector import Detector, visible_keys
 from interp.data.prompts import Prompts
 from interp.run.statistics import Entropy
 
+
 def _statistics(prompts: Prompts) -> dict[str, Entropy]:
     rows = prompts.positions >= 1 if prompts.causal else prompts.positions >= 0
     return {"score": Entropy(rows, visible_keys(prompts))}

@@ -94,20 +94,30 @@ def _resampled(scores: Scores, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.tensordot(draws, scores.score, 1), np.tensordot(draws, distance, 1)
 
 
-def heads_table(found: Sequence[Claim], heads: Sequence[tuple[int, int]], kv_groups: Sequence[int]) -> pd.DataFrame:
+def heads_table(
+    found: Sequence[Claim], heads: Sequence[tuple[int, int]], kv_groups: Sequence[int]
+) -> pd.DataFrame:
     """One row a head: every score with interval, null, corrected p and confidence, and its labels."""
     layer, head = (np.array(axis) for axis in zip(*heads, strict=True))
     columns: dict[str, object] = {"layer": layer, "head": head, "kv_group": list(kv_groups)}
     labelling = [claim for claim in found if claim.scores.detector.labels]
     columns["labels"] = [
-        ",".join(claim.scores.detector.name for claim in labelling if claim.label[at]) for at in heads
+        ",".join(claim.scores.detector.name for claim in labelling if claim.label[at])
+        for at in heads
     ]
     columns["confidence"] = [
-        max((float(claim.confidence[at]) for claim in labelling if claim.label[at]), default=np.nan) for at in heads
+        max((float(claim.confidence[at]) for claim in labelling if claim.label[at]), default=np.nan)
+        for at in heads
     ]
     for claim in found:
         name = claim.scores.detector.name
-        parts = {"": claim.score, "_low": claim.low, "_high": claim.high, "_null": claim.null, "_p": claim.p}
+        parts = {
+            "": claim.score,
+            "_low": claim.low,
+            "_high": claim.high,
+            "_null": claim.null,
+            "_p": claim.p,
+        }
         if claim.scores.detector.labels:
             parts["_confidence"] = claim.confidence
         columns |= {f"{name}{suffix}": values[layer, head] for suffix, values in parts.items()}

@@ -32,7 +32,9 @@ def check_options(*, detectors: Sequence[str] | None = None, prompts: int = 32) 
     """Raise BadInput for options that no model could satisfy."""
     choose(detectors)
     if prompts < MIN_PROMPTS:
-        raise BadInput(f"prompts={prompts}: a claim about a head needs at least {MIN_PROMPTS} prompts")
+        raise BadInput(
+            f"prompts={prompts}: a claim about a head needs at least {MIN_PROMPTS} prompts"
+        )
 
 
 @analysis(
@@ -95,10 +97,14 @@ def classify_heads(
         "evidence": evidence,
     }
     source = provenance(model, options=options, seed=seed)
-    units = Checkpoint(checkpoint, {"model": source["model"], "options": options, "seed": seed}, resume=resume)
+    units = Checkpoint(
+        checkpoint, {"model": source["model"], "options": options, "seed": seed}, resume=resume
+    )
 
     with Progress(progress) as bars:
-        found = scan(model, chosen, sets, units, bars.stage("Scanning prompts", passes(chosen, sets)))
+        found = scan(
+            model, chosen, sets, units, bars.stage("Scanning prompts", passes(chosen, sets))
+        )
         verdicts = claims(found, alpha=alpha, seed=seed)
         heads = model.spec.heads
         table = heads_table(verdicts, heads, [model.spec.kv_group(*head) for head in heads])
@@ -133,7 +139,9 @@ def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], d
         if detector.causal_only and not model.spec.causal:
             skipped[detector.name] = "needs a model that reads left to right"
         elif n_layers < detector.min_layers:
-            skipped[detector.name] = f"needs {detector.min_layers} attention layers, the model has {n_layers}"
+            skipped[detector.name] = (
+                f"needs {detector.min_layers} attention layers, the model has {n_layers}"
+            )
         elif detector.reads == "text" and model.tokenizer is None:
             skipped[detector.name] = "needs text, and the model was loaded without a tokenizer"
         elif detector.measure is not None:
@@ -145,7 +153,10 @@ def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], d
                 skipped[detector.name] = str(refusal)
     usable = [detector for detector in chosen if detector.name not in skipped]
     if not usable:
-        raise BadInput(f"no detector is left for {model.id}: " + "; ".join(f"{k} {v}" for k, v in skipped.items()))
+        raise BadInput(
+            f"no detector is left for {model.id}: "
+            + "; ".join(f"{k} {v}" for k, v in skipped.items())
+        )
     return usable, skipped
 
 
@@ -171,9 +182,15 @@ def _ablated(
     few = {name: sets[name].rows(slice(ABLATION_PROMPTS)) for name in METRICS if name in sets}
     if "text" in few:
         few["text"] = few["text"].first(few["text"].lead + ABLATION_TOKENS)
-    causal_lm = model.spec.causal and model.spec.d_vocab is not None and model.spec.unembedding is not None
-    plans = plan_ablations(table, {d.name: d.serves for d in chosen}, few, seed) if causal_lm else {}
-    advance = bars.stage("Ablating heads", sum(len(p.labelled) + len(p.controls) for p in plans.values()))
+    causal_lm = (
+        model.spec.causal and model.spec.d_vocab is not None and model.spec.unembedding is not None
+    )
+    plans = (
+        plan_ablations(table, {d.name: d.serves for d in chosen}, few, seed) if causal_lm else {}
+    )
+    advance = bars.stage(
+        "Ablating heads", sum(len(p.labelled) + len(p.controls) for p in plans.values())
+    )
     effects = {
         metric: ablation_effects(
             model, plan.prompts, plan.labelled + plan.controls, checkpoint=units, advance=advance
@@ -195,8 +212,12 @@ def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
 def _notes(model: Model, sets: dict[str, Prompts]) -> list[str]:
     notes = list(model.notes)
     if any(prompts.lead == 0 for prompts in sets.values()):
-        notes.append("The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text.")
+        notes.append(
+            "The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text."
+        )
     repeated = sets.get("repeated")
     if repeated is not None and repeated.period < 64:
-        notes.append(f"Repeated sequences are {repeated.period} tokens twice (64 where there is room).")
+        notes.append(
+            f"Repeated sequences are {repeated.period} tokens twice (64 where there is room)."
+        )
     return notes

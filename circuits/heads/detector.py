@@ -60,7 +60,12 @@ class Detector:
     side: int = 1
     unit: str = "attention mass"
     statistics: Callable[[Prompts], Mapping[str, Mass | Entropy]] | None = None
-    combine: Callable[[Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]] | None = None
+    combine: (
+        Callable[
+            [Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]
+        ]
+        | None
+    ) = None
     measure: Callable[[Model, Prompts, Run], PerPrompt] | None = None
     captures: Callable[[Model], Sequence[str]] = lambda model: ()
     causal_only: bool = False
@@ -74,7 +79,18 @@ class Detector:
 
     def declaration(self) -> dict[str, Any]:
         """The facts a report carries."""
-        names = ("name", "title", "letter", "description", "source", "unit", "null", "threshold", "margin", "labels")
+        names = (
+            "name",
+            "title",
+            "letter",
+            "description",
+            "source",
+            "unit",
+            "null",
+            "threshold",
+            "margin",
+            "labels",
+        )
         return {name: getattr(self, name) for name in names} | {"prompts": self.reads}
 
 
@@ -109,7 +125,11 @@ def offset_key(prompts: Prompts, offset: int) -> Int[Tensor, "n pos 1"]:
 def random_key(prompts: Prompts, lowest: int = 0, seed: int = 0) -> Int[Tensor, "n pos 1"]:
     """A visible key drawn at random for every query, from `lowest` on; -1 where there is none."""
     generator = torch.Generator().manual_seed(seed)
-    top = prompts.positions + 1 if prompts.causal else torch.full_like(prompts.positions, prompts.length)
+    top = (
+        prompts.positions + 1
+        if prompts.causal
+        else torch.full_like(prompts.positions, prompts.length)
+    )
     share = torch.rand(prompts.ids.shape, generator=generator)
     key = lowest + (share * (top - lowest)).long()
     return torch.where(top > lowest, key, -1)[..., None]
@@ -117,7 +137,11 @@ def random_key(prompts: Prompts, lowest: int = 0, seed: int = 0) -> Int[Tensor, 
 
 def visible_keys(prompts: Prompts) -> Int[Tensor, "n pos"]:
     """How many keys each query sees."""
-    return prompts.positions + 1 if prompts.causal else torch.full_like(prompts.positions, prompts.length)
+    return (
+        prompts.positions + 1
+        if prompts.causal
+        else torch.full_like(prompts.positions, prompts.length)
+    )
 
 
 def score_and_null(seen, control) -> tuple[PerPrompt, PerPrompt]:

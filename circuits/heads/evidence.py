@@ -43,5 +43,7 @@ def evidence_patterns(model: Model, prompts: list[tuple[str, torch.Tensor]]) -> 
         run = model.run(ids[None], capture=["pattern"], logits=False)
         for layer, pattern in run.cache.by_layer("pattern").items():
             root = (255 * pattern[0].float().clamp(0, 1).sqrt()).round().to(torch.uint8)
-            patterns[place, layer, : root.shape[0], : root.shape[1], : root.shape[2]] = root.cpu().numpy()
+            patterns[place, layer, : root.shape[0], : root.shape[1], : root.shape[2]] = (
+                root.cpu().numpy()
+            )
     return patterns

@@ -14,7 +14,9 @@ def _statistics(prompts: Prompts) -> dict[str, Mass]:
 
 
 def _combine(seen, control):
-    return strongest([seen[str(k)] for k in OFFSETS]), strongest([seen[str(k)] for k in CONTROL_OFFSETS])
+    return strongest([seen[str(k)] for k in OFFSETS]), strongest(
+        [seen[str(k)] for k in CONTROL_OFFSETS]
+    )
 
 
 FIXED_OFFSET = Detector(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ def scan(
 ) -> list[Scores]:
     """Every detector's scores. `sets` holds "repeated" with its control "unrepeated", and "text"."""
     seen = {
-        name: _statistics_of(model, [d for d in detectors if name in _reads(d)], prompts, checkpoint, advance)
+        name: _statistics_of(
+            model, [d for d in detectors if name in _reads(d)], prompts, checkpoint, advance
+        )
         for name, prompts in sets.items()
         if any(name in _reads(d) for d in detectors)
     }
@@ -43,7 +46,9 @@ def scan(
 
 def passes(detectors: Sequence[Detector], sets: dict[str, Prompts]) -> int:
     """How many prompts `scan` will run, for a progress bar."""
-    return sum(len(prompts) for name, prompts in sets.items() if any(name in _reads(d) for d in detectors))
+    return sum(
+        len(prompts) for name, prompts in sets.items() if any(name in _reads(d) for d in detectors)
+    )
 
 
 def _reads(detector: Detector) -> tuple[str, ...]:
@@ -52,7 +57,11 @@ def _reads(detector: Detector) -> tuple[str, ...]:
 
 def _scores(detector: Detector, seen: dict[str, dict[str, PerPrompt]]) -> Scores:
     first, *control = (
-        {key.removeprefix(f"{detector.name}."): value for key, value in seen[name].items() if key.startswith(f"{detector.name}.")}
+        {
+            key.removeprefix(f"{detector.name}."): value
+            for key, value in seen[name].items()
+            if key.startswith(f"{detector.name}.")
+        }
         for name in _reads(detector)
     )
     if detector.combine is None:
@@ -63,15 +72,22 @@ def _scores(detector: Detector, seen: dict[str, dict[str, PerPrompt]]) -> Scores
 
 
 def _statistics_of(
-    model: Model, detectors: Sequence[Detector], prompts: Prompts, checkpoint: Checkpoint, advance: Callable[[int], None]
+    model: Model,
+    detectors: Sequence[Detector],
+    prompts: Prompts,
+    checkpoint: Checkpoint,
+    advance: Callable[[int], None],
 ) -> dict[str, PerPrompt]:
     """All row statistics and measures that these detectors want of a prompt set."""
     parts: list[dict[str, np.ndarray]] = []
     for rows in _chunks(prompts):
         part = prompts.rows(rows)
-        parts.append(checkpoint.compute(f"scan.{prompts.name}.{rows.start}", lambda: one_pass(model, detectors, part)))
+        unit = partial(one_pass, model, detectors, part)
+        parts.append(checkpoint.compute(f"scan.{prompts.name}.{rows.start}", unit))
         advance(len(part))
-    return {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
+    return {
+        key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]
+    }
 
 
 def _chunks(prompts: Prompts) -> Iterator[slice]:
@@ -79,7 +95,9 @@ def _chunks(prompts: Prompts) -> Iterator[slice]:
     return (slice(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size))
 
 
-def one_pass(model: Model, detectors: Sequence[Detector], prompts: Prompts) -> dict[str, np.ndarray]:
+def one_pass(
+    model: Model, detectors: Sequence[Detector], prompts: Prompts
+) -> dict[str, np.ndarray]:
     wanted = {
         f"{d.name}.{key}": statistic
         for d in detectors
@@ -88,5 +106,9 @@ def one_pass(model: Model, detectors: Sequence[Detector], prompts: Prompts) -> d
     }
     captures = sorted({site for d in detectors for site in d.captures(model)})
     run = model.run(prompts.batch, capture=captures, statistics=wanted or None, logits=False)
-    measured = {f"{d.name}.score": d.measure(model, prompts, run) for d in detectors if d.measure is not None}
+    measured = {
+        f"{d.name}.score": d.measure(model, prompts, run)
+        for d in detectors
+        if d.measure is not None
+    }
     return {key: value.numpy() for key, value in (run.statistics | measured).items()}

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.errors import BadInput
+from interp.models.calls import text_config
 from interp.models.model import Model
-from interp.models.probe import text_config
 from interp.run.batch import Batch
 
 
@@ -71,7 +71,9 @@ class Prompts:
         return self.positions >= self.lead + self.period
 
 
-def repeated_tokens(model: Model, n: int, *, length: int = 64, seed: int = 0) -> tuple[Prompts, Prompts]:
+def repeated_tokens(
+    model: Model, n: int, *, length: int = 64, seed: int = 0
+) -> tuple[Prompts, Prompts]:
     """[lead, r, r] with r distinct random tokens, and the control [lead, r, r'] with a fresh half.
 
     The control keeps every position and the first half and destroys only the relation: no token of
@@ -99,18 +101,24 @@ def repeated_tokens(model: Model, n: int, *, length: int = 64, seed: int = 0) ->
     )
 
 
-def text_windows(model: Model, n: int, *, length: int = 128, seed: int = 0, text: str | None = None) -> Prompts:
+def text_windows(
+    model: Model, n: int, *, length: int = 128, seed: int = 0, text: str | None = None
+) -> Prompts:
     """Windows of `length` consecutive tokens of English prose, each after the lead token.
 
     Windows do not overlap while the text is long enough for it; `seed` picks which ones.
     """
     if model.tokenizer is None:
         raise BadInput(f"{model.id} has no tokenizer: text prompts cannot be made")
-    ids = torch.tensor(model.tokenizer(prose() if text is None else text, add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(
+        model.tokenizer(prose() if text is None else text, add_special_tokens=False)["input_ids"]
+    )
     lead = lead_token(model)
     width = min(length, _room(model, lead))
     if len(ids) < width or width < 16:
-        raise BadInput(f"the text has {len(ids)} tokens; windows of {width} (at least 16) were wanted")
+        raise BadInput(
+            f"the text has {len(ids)} tokens; windows of {width} (at least 16) were wanted"
+        )
     generator = torch.Generator().manual_seed(seed)
     if len(ids) // width >= n:
         starts = torch.randperm(len(ids) // width, generator=generator)[:n] * width
@@ -126,7 +134,7 @@ def prose() -> str:
     return files("interp.data").joinpath("prose.txt").read_text(encoding="utf-8")
 
 
-def lead_token(model: Model) -> Int[Tensor, "lead"]:
+def lead_token(model: Model) -> Int[Tensor, lead]:
     """BOS, or CLS, or EOS, whichever the tokenizer (or config) has first; empty if none."""
     for source in (model.tokenizer, getattr(model.module, "config", None)):
         for name in ("bos_token_id", "cls_token_id", "eos_token_id"):
@@ -147,6 +155,14 @@ def _plain_tokens(model: Model) -> Tensor:
     special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
     special |= set(getattr(model.tokenizer, "added_tokens_decoder", None) or ())
     config = text_config(model.module).to_dict() if hasattr(model.module, "config") else {}
-    special |= {value for key, value in config.items() if key.endswith("token_id") and isinstance(value, int)}
-    known = model.spec.d_vocab if model.tokenizer is None else min(model.spec.d_vocab, len(model.tokenizer))
+    special |= {
+        value
+        for key, value in config.items()
+        if key.endswith("token_id") and isinstance(value, int)
+    }
+    known = (
+        model.spec.d_vocab
+        if model.tokenizer is None
+        else min(model.spec.d_vocab, len(model.tokenizer))
+    )
     return torch.tensor([i for i in range(known) if i not in special])

@@ -16,18 +16,24 @@ def head_map(report: Report, score: str | None = None) -> go.Figure:
     """
     table = report.table
     numeric = [name for name in table.columns if table[name].dtype.kind == "f"]
-    score = report.meta["detectors"][0]["name"] if score is None else score
+    score = str(report.meta["detectors"][0]["name"] if score is None else score)
     if score not in numeric:
         raise unknown("score", score, numeric)
     letters = {d["name"]: d["letter"] for d in report.meta["detectors"]}
-    shape = int(table["layer"].max()) + 1, int(table["head"].max()) + 1
-    values, texts, hovers = np.full(shape, np.nan), np.full(shape, "", object), np.full(shape, "", object)
+    shape = int(table["layer"].to_numpy().max()) + 1, int(table["head"].to_numpy().max()) + 1
+    values, texts, hovers = (
+        np.full(shape, np.nan),
+        np.full(shape, "", object),
+        np.full(shape, "", object),
+    )
     for row in table.to_dict("records"):
         place = row["layer"], row["head"]
         roles = [role for role in row["labels"].split(",") if role]
         values[place] = row[score]
         texts[place] = "".join(letters[role] for role in roles)
-        hovers[place] = f"L{place[0]}H{place[1]}<br>{score} {row[score]:.3f}<br>{', '.join(roles) or 'no label'}"
+        hovers[place] = (
+            f"L{place[0]}H{place[1]}<br>{score} {row[score]:.3f}<br>{', '.join(roles) or 'no label'}"
+        )
     unit = next((d["unit"] for d in report.meta["detectors"] if d["name"] == score), "")
     figure = go.Figure(
         go.Heatmap(

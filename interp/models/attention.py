@@ -68,7 +68,7 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     an exception flies.
     """
     modules = list(model.modules())
-    configs = {
+    configs: dict[int, Any] = {
         id(config): config
         for module in modules
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
@@ -110,7 +110,7 @@ def attend(
     if watch.needs_rows or softcap is not None or s_aux is not None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
         z = _attend_in_chunks(
             watch,
             query,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +13,25 @@ from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
-from interp.models.probe import call_model, output_tensor, probe, unembed
-from interp.models.spec import Spec, Write, first_tensor, module_device, with_first
+from interp.models.calls import call_model, output_tensor, unembed
+from interp.models.hooks import (
+    BlockInput,
+    BlockOutput,
+    Plan,
+    RunWatch,
+    Stop,
+    attn_write_change,
+    with_hidden,
+    write_change,
+)
+from interp.models.probe import probe
+from interp.models.spec import first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import Entropy, Mass, RowStatistics
-from interp.sites import ATTENTION_SITES, AXES, Site
+from interp.sites import ATTENTION_SITES, Site
 
 TOKENS_PER_FORWARD = 4096
 """How many tokens a replay puts into one forward, variants times prompts together."""
@@ -165,7 +175,9 @@ class Model:
     def final_norm(self) -> FrozenNorm:
         """The final norm, to be held fixed for direct attribution; the identity where there is none."""
         name = self.spec.final_norm
-        return FrozenNorm(None if name is None else self.module.get_submodule(name), self.spec.d_model)
+        return FrozenNorm(
+            None if name is None else self.module.get_submodule(name), self.spec.d_model
+        )
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
@@ -350,8 +362,8 @@ class Model:
             )
         return run.cache[Site("resid_pre", layer[0])].shape[1]
 
-    def _plan(self, capture, edits: Sequence[Edit], statistics) -> _Plan:
-        plan = _Plan()
+    def _plan(self, capture, edits: Sequence[Edit], statistics) -> Plan:
+        plan = Plan()
         for text in capture:
             site = Site.parse(text)
             layers = self.layers_with(site.name)
@@ -380,7 +392,7 @@ class Model:
     def _forward(
         self,
         batch: Batch,
-        plan: _Plan,
+        plan: Plan,
         *,
         stop_at: int | None,
         logits: bool | Tensor,
@@ -398,14 +410,14 @@ class Model:
                 run.logits = output_tensor(call_model(self.module, batch, **extra))
                 if isinstance(logits, Tensor) and not self._keeps_logits:
                     run.logits = run.logits[:, logits.to(run.logits.device)]
-            except _Stop:
+            except Stop:
                 run.logits = None
         if plan.statistics is not None:
             run.statistics = plan.statistics.means(self.n_layers)
         return run
 
     def _hook(
-        self, stack: ExitStack, run: Run, plan: _Plan, stop_at: int | None, grad: bool
+        self, stack: ExitStack, run: Run, plan: Plan, stop_at: int | None, grad: bool
     ) -> None:
         """Put hooks on every module that a captured or edited site needs; `stack` takes them off."""
 
@@ -427,43 +439,30 @@ class Model:
             stack.enter_context(
                 window(
                     self.module,
-                    lambda m: (
-                        _RunWatch(layer_of[m], plan, touch, run) if m in layer_of else Watch()
-                    ),
+                    lambda m: RunWatch(layer_of[m], plan, touch, run) if m in layer_of else Watch(),
                 )
             )
         for layer, (block, where) in enumerate(zip(self.blocks, self.spec.blocks, strict=True)):
             if stop_at is not None and layer > stop_at:
                 break
-            pre = _BlockInput(
+            pre = BlockInput(
                 layer, touch, plan, run, stop=stop_at == layer, grad=grad and layer == 0
             )
             if pre.needed:
                 stack.callback(block.register_forward_pre_hook(pre, with_kwargs=True).remove)
-            if where.W_O and plan.wants("attn_out", layer):
-                self._on_output(
-                    stack, where.W_O, lambda x, layer=layer: touch("attn_out", layer, x), run
-                )
             if where.attn_write and plan.wants_any(("attn_write", "resid_mid"), layer):
-                change = _attn_write(layer, where.attn_write, touch, plan, pre)
+                change = attn_write_change(layer, where.attn_write, touch, plan, pre)
                 self._on_output(stack, where.attn_write.module, change, run)
-            if where.mlp_out and plan.wants("mlp_out", layer):
-                self._on_output(
-                    stack, where.mlp_out, lambda x, layer=layer: touch("mlp_out", layer, x), run
-                )
-            if where.mlp_write and plan.wants("mlp_write", layer):
-                scale = where.mlp_write.scale
-                self._on_output(
-                    stack,
-                    where.mlp_write.module,
-                    lambda x, layer=layer, s=scale: (
-                        touch("mlp_write", layer, x * s if s != 1 else x) / s
-                        if s != 1
-                        else touch("mlp_write", layer, x)
-                    ),
-                    run,
-                )
-            post = _BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
+            for name, write in (
+                ("attn_out", where.W_O and Write(where.W_O)),
+                ("mlp_out", where.mlp_out and Write(where.mlp_out)),
+                ("mlp_write", where.mlp_write),
+            ):
+                if write and plan.wants(name, layer):
+                    self._on_output(
+                        stack, write.module, write_change(name, layer, write, touch), run
+                    )
+            post = BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
             if post.needed or self.spec.tuple_blocks:
                 stack.callback(block.register_forward_hook(post).remove)
 
@@ -499,7 +498,7 @@ class Model:
                 block.forward = lambda *args, output=output, **kwargs: output
             if start == 0:
                 hook = blocks[0].register_forward_pre_hook(
-                    lambda module, args, kwargs: _with_hidden(args, kwargs, resid),
+                    lambda module, args, kwargs: with_hidden(args, kwargs, resid),
                     with_kwargs=True,
                     prepend=True,
                 )
@@ -512,151 +511,6 @@ class Model:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = forward
-
-
-class _Stop(Exception):
-    """Raised inside a forward when nothing after this point is needed."""
-
-
-@dataclass
-class _Plan:
-    """What one pass captures and edits, by (site name, layer)."""
-
-    capture: set[tuple[str, int]] = field(default_factory=set)
-    edits: dict[tuple[str, int], list[Edit]] = field(default_factory=dict)
-    statistics: RowStatistics | None = None
-    statistics_until: int = -1
-
-    @property
-    def sites(self) -> set[tuple[str, int]]:
-        return self.capture | set(self.edits)
-
-    def wants(self, name: str, layer: int) -> bool:
-        return (name, layer) in self.capture or (name, layer) in self.edits
-
-    def wants_any(self, names: Iterable[str], layer: int) -> bool:
-        return any(self.wants(name, layer) for name in names)
-
-    def layers_of(self, *names: str) -> set[int]:
-        return {layer for name, layer in self.sites if name in names}
-
-    @property
-    def last_layer(self) -> int:
-        return max([layer for _, layer in self.sites] + [self.statistics_until], default=-1)
-
-
-class _RunWatch(Watch):
-    """Shows one attention call's tensors to `touch`, heads behind positions."""
-
-    def __init__(self, layer: int, plan: _Plan, touch: Callable[..., Tensor], run: Run):
-        self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
-        self.needs_rows = plan.statistics is not None or plan.wants_any(
-            ("scores", "pattern"), layer
-        )
-        self._whole: dict[str, list[Tensor]] = {}
-        self._n_keys = 0
-
-    def inputs(self, q, k, v):
-        self._n_keys = k.shape[2]
-        seen = []
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if self.plan.wants(name, self.layer):
-                x = self.touch(name, self.layer, x.transpose(1, 2)).transpose(1, 2)
-            seen.append(x)
-        return tuple(seen)
-
-    def scores(self, scores, start):
-        return self._chunk("scores", scores, start, fill=-torch.inf)
-
-    def pattern(self, pattern, start):
-        pattern = self._chunk("pattern", pattern, start, fill=0.0)
-        if self.plan.statistics is not None:
-            self.plan.statistics.update(self.layer, pattern, start)
-        return pattern
-
-    def z(self, z):
-        for name, chunks in self._whole.items():
-            self.run.cache.put(name, self.layer, torch.cat(chunks, dim=2))
-        return self.touch("z", self.layer, z) if self.plan.wants("z", self.layer) else z
-
-    def _chunk(self, name: str, x: Tensor, start: int, fill: float) -> Tensor:
-        for edit in self.plan.edits.get((name, self.layer), ()):
-            x = edit(x, Seen(self.layer, start, self.run.batch.mask))
-        if (name, self.layer) in self.plan.capture:
-            missing = self._n_keys - x.shape[-1]
-            whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x
-            self._whole.setdefault(name, []).append(whole)
-        return x
-
-
-class _BlockInput:
-    """Pre-hook of a block: embed, resid_pre, and what resid_mid needs to know."""
-
-    def __init__(self, layer: int, touch, plan: _Plan, run: Run, *, stop: bool, grad: bool):
-        self.layer, self.touch, self.plan, self.run, self.stop, self.grad = (
-            layer,
-            touch,
-            plan,
-            run,
-            stop,
-            grad,
-        )
-        self.resid: Tensor | None = None
-        names = ("resid_pre", "embed") if layer == 0 else ("resid_pre",)
-        self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x = old = args[0] if args else kwargs["hidden_states"]
-        if self.grad and not x.requires_grad:
-            x = x.detach().requires_grad_()
-        for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
-            if self.plan.wants(name, self.layer):
-                x = self.touch(name, self.layer, x)
-        self.resid = x
-        if self.stop:
-            raise _Stop
-        return None if x is old else _with_hidden(args, kwargs, x)
-
-
-class _BlockOutput:
-    """Forward hook of a block: resid_post, the extras a replay needs, and stopping early."""
-
-    def __init__(self, layer: int, touch, run: Run, plan: _Plan, *, stop: bool):
-        self.layer, self.touch, self.run, self.plan, self.stop = layer, touch, run, plan, stop
-        self.needed = stop or plan.wants("resid_post", layer)
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        x = old = first_tensor(output)
-        assert x is not None
-        if isinstance(output, tuple):
-            self.run.extras[self.layer] = output[1:]
-        if self.plan.wants("resid_post", self.layer):
-            x = self.touch("resid_post", self.layer, x)
-        if self.stop:
-            raise _Stop
-        return None if x is old else with_first(output, x)
-
-
-def _attn_write(
-    layer: int, write: Write, touch, plan: _Plan, pre: _BlockInput
-) -> Callable[[Tensor], Tensor]:
-    """Change of the attention write that carries edits of attn_write and of resid_mid."""
-
-    def change(x: Tensor) -> Tensor:
-        written = x if write.scale == 1 else x * write.scale
-        new = touch("attn_write", layer, written) if plan.wants("attn_write", layer) else written
-        if plan.wants("resid_mid", layer):
-            assert pre.resid is not None
-            mid = pre.resid + new
-            edited = touch("resid_mid", layer, mid)
-            new = new if edited is mid else edited - pre.resid
-        return x if new is written else new / write.scale
-
-    return change
-
-
-def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def _repeated(x: Any, size: int, times: int) -> Any:

@@ -41,7 +41,11 @@ class FrozenNorm:
     def __init__(self, module: nn.Module | None, d_model: int):
         self.module = module
         some = None if module is None else next(module.parameters(), None)
-        like = torch.ones(d_model) if some is None else torch.ones(d_model, dtype=some.dtype, device=some.device)
+        like = (
+            torch.ones(d_model)
+            if some is None
+            else torch.ones(d_model, dtype=some.dtype, device=some.device)
+        )
         self.gain, self.bias, self.centred = like, torch.zeros_like(like), False
         if module is None:
             return
@@ -53,7 +57,9 @@ class FrozenNorm:
         plus, minus = module(sign[None])[0], module(-sign[None])[0]
         self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
         # A constant vector has nothing left once its mean is taken out.
-        self.centred = bool(((module(like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all())
+        self.centred = bool(
+            ((module(like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all()
+        )
 
     @torch.no_grad()
     def scale(self, x: Tensor) -> Tensor:

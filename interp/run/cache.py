@@ -40,7 +40,9 @@ class Cache(Mapping[str, Tensor]):
         """Names of the axes of `cache[text]`."""
         site = Site.parse(text)
         if site.name == "embed" or site.layer is not None:
-            return tuple(a for i, a in enumerate(site.axes) if site.head is None or i != head_axis(site.name))
+            return tuple(
+                a for i, a in enumerate(site.axes) if site.head is None or i != head_axis(site.name)
+            )
         where = _layer_axis(site)
         return (*site.axes[:where], "n_layers", *site.axes[where:])
 
@@ -56,7 +58,9 @@ class Cache(Mapping[str, Tensor]):
         if site.name == "embed":
             return values[0]
         if len({value.shape for value in values}) > 1:
-            raise BadInput(f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'")
+            raise BadInput(
+                f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'"
+            )
         return torch.stack(values, dim=_layer_axis(site))
 
     def __iter__(self) -> Iterator[str]:

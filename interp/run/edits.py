@@ -169,7 +169,9 @@ class Edit:
             chosen = [head for layer, head in self.heads if layer == seen.layer]
             axis, n_heads = head_axis(self.site.name), x.shape[head_axis(self.site.name)]
             if beyond := [head for head in chosen if head >= n_heads]:
-                raise BadInput(f"'{self.site.name}.{seen.layer}' has heads 0 to {n_heads - 1}, not {beyond[0]}")
+                raise BadInput(
+                    f"'{self.site.name}.{seen.layer}' has heads 0 to {n_heads - 1}, not {beyond[0]}"
+                )
             mask = torch.zeros(n_heads, dtype=torch.bool, device=x.device)
             mask[chosen] = True
             masks.append(mask.view(*[-1 if i == axis else 1 for i in range(x.ndim)]))

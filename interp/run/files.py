@@ -53,4 +53,6 @@ def check_writable(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise SaveFailed(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+        raise SaveFailed(
+            f"cannot write to {folder}: {error.strerror}; choose another folder with --out"
+        ) from error

@@ -32,7 +32,13 @@ class Checkpoint:
     [0, 2, 4]
     """
 
-    def __init__(self, folder: Path | None = None, key: Mapping[str, Any] | None = None, *, resume: bool = False):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        key: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
+    ):
         self.folder = folder
         if folder is None:
             return
@@ -49,7 +55,9 @@ class Checkpoint:
             shutil.rmtree(folder)
         write_atomically(folder / KEY_FILE, json.dumps(wanted, indent=1).encode())
 
-    def compute(self, name: str, unit: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def compute(
+        self, name: str, unit: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         """The stored result called `name`, or `unit()`, stored."""
         if self.folder is None:
             return unit()

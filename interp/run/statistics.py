@@ -82,13 +82,17 @@ class RowStatistics:
         self._row_weights = torch.stack([self._weights[name] for name in self._masses], dim=1)
 
     @torch.no_grad()
-    def update(self, layer: int, pattern: Float[Tensor, "batch heads rows keys"], start: int) -> None:
+    def update(
+        self, layer: int, pattern: Float[Tensor, "batch heads rows keys"], start: int
+    ) -> None:
         """Take in the rows from `start` on of one layer's pattern."""
         stop = start + pattern.shape[2]
         if self._masses:
             keys = self._keys[:, start:stop]
-            index = keys.clamp_min(0)[:, None].expand(-1, pattern.shape[1], -1, -1)
-            found = pattern.gather(-1, index) * (keys >= 0)[:, None]
+            # A causal chunk leaves out the keys after its last row: their weight is 0.
+            inside = (keys >= 0) & (keys < pattern.shape[-1])
+            index = keys.where(inside, 0)[:, None].expand(-1, pattern.shape[1], -1, -1)
+            found = pattern.gather(-1, index) * inside[:, None]
             rows = self._row_weights[:, :, start:stop].to(found)
             by_column = torch.einsum("bhqc,bsq->bhsc", found, rows)
             sums = torch.einsum("bhsc,sc->bhs", by_column, self._use.to(found))
@@ -98,7 +102,11 @@ class RowStatistics:
             entropy = torch.special.entr(pattern).sum(-1)
             for name, statistic in self._entropies.items():
                 scale = self._weights[name] / statistic.visible.clamp_min(2).log()
-                self._add(name, layer, torch.einsum("bhq,bq->bh", entropy, scale[:, start:stop].to(entropy)))
+                self._add(
+                    name,
+                    layer,
+                    torch.einsum("bhq,bq->bh", entropy, scale[:, start:stop].to(entropy)),
+                )
 
     def _add(self, name: str, layer: int, total: Tensor) -> None:
         sums = self._sums[name]
@@ -109,7 +117,9 @@ class RowStatistics:
         out = {}
         for name, sums in self._sums.items():
             if not sums:
-                raise BadInput("no attention was seen: the pass stopped before the first attention layer")
+                raise BadInput(
+                    "no attention was seen: the pass stopped before the first attention layer"
+                )
             like = next(iter(sums.values()))
             n_heads = max(total.shape[1] for total in sums.values())
             out[name] = torch.full((like.shape[0], n_layers, n_heads), torch.nan)

@@ -46,15 +46,27 @@ def induction_model() -> GPT2LMHeadModel:
         body = model.transformer
         body.wte.weight.copy_(_slot(TOKEN, D_VOCAB))
         body.wpe.weight.copy_(_slot(POSITION, N_CTX))
-        _head(model, PREVIOUS_TOKEN_HEAD, query=POSITION, key=POSITION, width=N_CTX, shift=1, out=PREVIOUS)
-        _head(model, INDUCTION_HEAD, query=TOKEN, key=PREVIOUS, width=D_VOCAB, shift=0, out=PREDICTION)
+        _head(
+            model,
+            PREVIOUS_TOKEN_HEAD,
+            query=POSITION,
+            key=POSITION,
+            width=N_CTX,
+            shift=1,
+            out=PREVIOUS,
+        )
+        _head(
+            model, INDUCTION_HEAD, query=TOKEN, key=PREVIOUS, width=D_VOCAB, shift=0, out=PREDICTION
+        )
         model.lm_head.weight.copy_(_slot(PREDICTION, D_VOCAB))
     return model
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character of SYMBOLS; anything else is <unk>."""
-    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
 
@@ -67,7 +79,9 @@ def _slot(start: int, width: int) -> torch.Tensor:
     return out
 
 
-def _head(model, place: tuple[int, int], *, query: int, key: int, width: int, shift: int, out: int) -> None:
+def _head(
+    model, place: tuple[int, int], *, query: int, key: int, width: int, shift: int, out: int
+) -> None:
     """Attend from feature i + shift of slot `query` to feature i of slot `key`; copy tokens into `out`."""
     layer, head = place
     attention = model.transformer.h[layer].attn

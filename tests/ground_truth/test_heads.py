@@ -66,7 +66,10 @@ def test_without_the_first_layer_nothing_is_an_induction_head(hand_built):
     with torch.no_grad():
         broken.transformer.h[0].attn.c_proj.weight.zero_()
     report = circuits.classify_heads(
-        interp.load(broken, tokenizer=character_tokenizer()), prompts=8, ablate=False, progress=False
+        interp.load(broken, tokenizer=character_tokenizer()),
+        prompts=8,
+        ablate=False,
+        progress=False,
     )
     assert not report.table["labels"].str.contains("induction").any()
 
@@ -81,5 +84,7 @@ def test_random_models_get_almost_no_labels(smollm, seed):
         model, prompts=8, seed=seed, ablate=False, evidence=0, progress=False
     )
     roles = [d["name"] for d in report.meta["detectors"] if d["labels"]]
-    given = report.table["labels"].str.split(",").map(lambda names: len([n for n in names if n])).sum()
+    given = (
+        report.table["labels"].str.split(",").map(lambda names: len([n for n in names if n])).sum()
+    )
     assert given <= 0.01 * len(roles) * len(report.table)

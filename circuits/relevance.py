@@ -1,0 +1,432 @@
+"""How much each input token matters for one prediction: rollout, flow, relevance, gradients.
+
+Five readings of the same prompt, from the crudest to the most exact. Rollout and flow look at patterns
+alone; Chefer's relevance weighs patterns with gradients; gradient × input and integrated gradients are
+about the embeddings, and the last is complete: its scores sum to the change in the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import BadInput, Refused
+from interp.models.model import Model
+from interp.run.batch import Batch
+from interp.run.cache import Run
+from interp.run.edits import Edit
+
+SINK = 0
+"""The position that `exclude_sink` leaves out: attention with nothing to read goes to the first token."""
+FLOW_UNIT = 10**8
+"""Max-flow is computed on whole numbers: capacities in units of 1e-8."""
+NODES = 6
+"""Gauss-Legendre nodes in each panel of the path of integrated gradients."""
+TOKENS_WITH_GRAPH = 256
+"""Tokens put through one forward that keeps its graph."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained: the logit of `answer` at `position`, minus that of `instead` if there is one."""
+
+    position: int
+    answer: int
+    instead: int | None = None
+
+    def of(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        """The target in logits, of each row's logits at the position."""
+        logits = logits.float()
+        found = logits[:, self.answer]
+        return found if self.instead is None else found - logits[:, self.instead]
+
+
+def one_prompt(model: Model, prompt: str | Sequence[int] | Tensor | Batch) -> Batch:
+    """The prompt as a Batch of one row with at least two tokens and no padding."""
+    if not isinstance(prompt, (str, Tensor, Batch)):
+        prompt = torch.tensor(list(prompt))
+    batch = model.as_batch(prompt)
+    if "input_ids" not in batch.inputs:
+        raise BadInput("information flow is drawn between tokens: give text or token ids")
+    if batch.size != 1:
+        raise BadInput(f"got {batch.size} prompts, wanted one: call once for each")
+    if batch.padded:
+        raise BadInput("the prompt has padding: give its real tokens only")
+    if batch.ids.shape[1] < 2:
+        raise BadInput("the prompt is one token: information flows between at least two")
+    return batch
+
+
+def position_of(position: int, length: int) -> int:
+    """`position` counted from the front; BadInput when it is not in the prompt."""
+    if not -length <= position < length:
+        raise BadInput(
+            f"position {position} is not in the prompt: it has {length} tokens, "
+            f"so positions are 0 to {length - 1}, or -1 to {-length} from the end"
+        )
+    return position % length
+
+
+def token_id(model: Model, token: str | int) -> int:
+    """The id of a token given as text or id; BadInput says how the text splits if it is not one."""
+    d_vocab = model.spec.d_vocab or 0
+    if isinstance(token, int):
+        if not 0 <= token < d_vocab:
+            raise BadInput(f"token id {token} is outside the vocabulary of {d_vocab} tokens")
+        return token
+    if model.tokenizer is None:
+        raise BadInput(
+            f"{model.id} was loaded without a tokenizer: give the id of {token!r} instead"
+        )
+    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        split = " + ".join(repr(text) for text in model.tokens(ids)) or "nothing"
+        raise BadInput(
+            f"{token!r} is {len(ids)} tokens, wanted one: it splits into {split}; "
+            "name one of them, often with a leading space"
+        )
+    return int(ids[0])
+
+
+def target_of(
+    model: Model,
+    batch: Batch,
+    *,
+    position: int = -1,
+    answer: str | int | None = None,
+    instead: str | int | None = None,
+) -> Target:
+    """The Target that the arguments name; without `answer`, the model's own first choice.
+
+    Raises:
+        BadInput: position, token or prompt that is not there. Refused: no language-model head.
+    """
+    if model.spec.unembedding is None:
+        raise Refused(
+            f"{model.id} has no language-model head, so no token can be explained: "
+            "use circuits.flow.flow_graph or circuits.relevance.rollout, which need none"
+        )
+    if instead is not None and answer is None:
+        raise BadInput("instead= compares two tokens: give answer= too")
+    place = position_of(position, batch.ids.shape[1])
+    wrong = None if instead is None else token_id(model, instead)
+    if answer is not None:
+        return Target(place, token_id(model, answer), wrong)
+    return Target(place, int(_logits_at(model, batch, place)[0].argmax()), wrong)
+
+
+def _logits_at(model: Model, batch: Batch, position: int, **options) -> Tensor:
+    run = model.run(batch, logits=torch.tensor([position]), **options)
+    assert run.logits is not None
+    return run.logits[:, 0]
+
+
+# --- patterns alone ----------------------------------------------------------------------------
+
+
+def mixing(
+    patterns: Float[Tensor, "n_layers n_heads query_pos key_pos"], *, exclude_sink: bool = False
+) -> Float[Tensor, "n_layers query_pos key_pos"]:
+    """How much of each position a layer passes to each other, residual stream included; rows sum to one.
+
+    Ã = rownorm(mean_h A + I). With `exclude_sink`, attention to the first token is left out and the
+    rest of each row normalised before I is added; a row that attends to nothing else passes itself on.
+
+    >>> mixing(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]))
+    tensor([[[1.0000, 0.0000],
+             [0.2500, 0.7500]]])
+    """
+    mean = patterns.double().mean(1)
+    if exclude_sink:
+        mean = without_sink(mean)
+        mean = mean / mean.sum(-1, keepdim=True).clamp_min(1e-12)
+    mixed = mean + torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    return (mixed / mixed.sum(-1, keepdim=True)).to(patterns.dtype)
+
+
+def without_sink(matrix: Float[Tensor, "*batch query_pos key_pos"]) -> Tensor:
+    """The same weights with those of other positions on the first token set to zero."""
+    matrix = matrix.clone()
+    matrix[..., SINK + 1 :, SINK] = 0
+    return matrix
+
+
+def rollout(
+    patterns: Float[Tensor, "n_layers n_heads query_pos key_pos"], *, exclude_sink: bool = False
+) -> Float[Tensor, "query_pos key_pos"]:
+    """Share of each last-layer position that comes from each input position; rows sum to one.
+
+    R = Ã_L ⋯ Ã_1, Ã = rownorm(mean_h A + I). It takes every head as equally important, values as equally
+    long and the MLP as absent: a map of where attention could bring things from, not of what it used.
+
+    Args:
+        patterns: [n_layers n_heads query_pos key_pos] of one prompt.
+        exclude_sink: leave out attention to the first token.
+
+    Returns: [query_pos key_pos], shares.
+
+    >>> rollout(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]] * 2))
+    tensor([[1.0000, 0.0000],
+            [0.4375, 0.5625]])
+
+    Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers".
+    """
+    mixed = mixing(patterns, exclude_sink=exclude_sink).double()
+    out = torch.eye(mixed.shape[-1], dtype=torch.float64, device=mixed.device)
+    for layer in mixed:
+        out = layer @ out
+    return out.to(patterns.dtype)
+
+
+def attention_flow(
+    patterns: Float[Tensor, "n_layers n_heads query_pos key_pos"],
+    position: int = -1,
+    *,
+    exclude_sink: bool = False,
+) -> Float[np.ndarray, "key_pos"]:
+    """The most that could flow from each input token to `position` of the last layer, each alone.
+
+    Maximum flow through the graph of all (layer, position) with capacities Ã (see `rollout`). Unlike
+    rollout it does not multiply along a path, so it says what is possible, not what is typical; the
+    values of different tokens share edges and do not sum to one.
+
+    Args:
+        patterns: [n_layers n_heads query_pos key_pos] of one prompt.
+        position: the receiving position.
+
+    Returns: [key_pos], 0 to 1, exact to 1e-8 a capacity.
+
+    >>> attention_flow(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]] * 2)).tolist()
+    [0.25, 0.75]
+
+    Source: Abnar & Zuidema 2020. Computed by scipy.sparse.csgraph.maximum_flow.
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_flow
+
+    mixed = mixing(patterns, exclude_sink=exclude_sink).double().cpu().numpy()
+    n_layers, length, _ = mixed.shape
+    position = position_of(position, length)
+    reached = np.zeros((n_layers + 1, length), dtype=bool)
+    reached[n_layers, position] = True
+    for layer in reversed(range(n_layers)):
+        reached[layer] = (mixed[layer][reached[layer + 1]] > 0).any(0)
+    layers, queries, keys = np.nonzero((mixed > 0) & reached[1:, :, None])
+    capacity = np.rint(mixed[layers, queries, keys] * FLOW_UNIT).astype(np.int32)
+    nodes = (n_layers + 1) * length
+    ends = (layers * length + keys, (layers + 1) * length + queries)
+    graph = csr_array((capacity, ends), shape=(nodes, nodes))
+    sink = n_layers * length + position
+    flows = [
+        maximum_flow(graph, source, sink).flow_value if reached[0, source] else 0
+        for source in range(length)
+    ]
+    return np.array(flows) / FLOW_UNIT
+
+
+# --- patterns and gradients --------------------------------------------------------------------
+
+
+@contextmanager
+def _seen_patterns() -> Iterator[tuple[Edit, dict[int, list[Tensor]]]]:
+    """An edit that changes nothing and keeps the very tensors z is computed from, by layer.
+
+    A captured pattern is put together from chunks of rows *beside* the computation, so the target
+    does not depend on it; these chunks are inside.
+    """
+    chunks: dict[int, list[Tensor]] = {}
+
+    def keep(x: Tensor, seen) -> Tensor:
+        chunks.setdefault(seen.layer, []).append(x)
+        return x
+
+    yield Edit.apply("pattern", keep), chunks
+    chunks.clear()
+
+
+def pattern_gradients(
+    model: Model, batch: Batch, target: Target
+) -> dict[int, tuple[Float[Tensor, "n_heads q k"], Float[Tensor, "n_heads q k"]]]:
+    """(A, d target / d A) of every attention layer on one prompt, in logits a unit of attention."""
+    with _seen_patterns() as (edit, chunks):
+        value = target.of(_logits_at(model, batch, target.position, edits=[edit], grad=True))[0]
+        flat = [chunk for layer in chunks for chunk in chunks[layer]]
+        grads = iter(torch.autograd.grad(value, flat, allow_unused=True))
+        found = {}
+        for layer, parts in chunks.items():
+            # Positions after the target's do not reach it: their gradient is None or zero.
+            of_parts = [
+                torch.zeros_like(x) if grad is None else grad
+                for x, grad in ((x, next(grads)) for x in parts)
+            ]
+            found[layer] = (_whole(parts), _whole(of_parts))
+    return found
+
+
+def _whole(chunks: list[Tensor]) -> Tensor:
+    """Row chunks of one pattern as a square [n_heads q k]; causal chunks leave out later keys."""
+    keys = max(chunk.shape[-1] for chunk in chunks)
+    padded = [torch.nn.functional.pad(c, (0, keys - c.shape[-1])) for c in chunks]
+    return torch.cat(padded, dim=2)[0].detach().float()
+
+
+def chefer_relevance(
+    model: Model,
+    batch: Batch,
+    target: Target,
+    *,
+    exclude_sink: bool = False,
+) -> Float[Tensor, "query_pos key_pos"]:
+    """Relevance of each input token to each position, for one target; the target's row is the answer.
+
+    Ā = mean_h (∇A ⊙ A)⁺; R ← R + Ā R from R = I, over layers. Only attention that raises the target
+    counts; what queries and MLPs did with it does not, and relevance is in no unit: compare it within
+    one row only. R keeps the identity, so subtract 1 at the row's own position to rank it with others.
+
+    Source: Chefer, Gur & Wolf 2021, "Generic Attention-model Explainability", the self-attention rule.
+    """
+    R = None
+    for pattern, grad in pattern_gradients(model, batch, target).values():
+        raising = (grad * pattern).clamp_min(0).mean(0)
+        raising = without_sink(raising) if exclude_sink else raising
+        R = torch.eye(len(raising), device=raising.device) if R is None else R
+        R = R + raising @ R
+    if R is None:
+        raise Refused(f"{model.id} shows no attention patterns to propagate relevance through")
+    return R
+
+
+# --- embeddings --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmbeddingScores:
+    """Per-token scores of an attribution to embeddings.
+
+    scores: [pos], logits. change: what they should sum to, logits. gap: |Σ scores − change|, logits.
+    points: gradients that were evaluated.
+    """
+
+    scores: Float[Tensor, "pos"]
+    change: float
+    gap: float
+    points: int
+
+
+def gradient_times_input(model: Model, batch: Batch, target: Target) -> Float[Tensor, "pos"]:
+    """First-order effect of each token's embedding on the target, in logits.
+
+    Σ_d x_d · ∂target/∂x_d at the residual stream's start (`resid_pre.0`, positions included). Exact
+    for a linear model; elsewhere a saturated norm or softmax hides what matters (scores near zero).
+
+    Source: Shrikumar et al. 2016; Denil et al. 2014.
+    """
+    x = _embeddings(model, batch)
+    return (_gradients(model, batch, target, x)[0] * x.float()).sum(-1)[0]
+
+
+def integrated_gradients(
+    model: Model,
+    batch: Batch,
+    target: Target,
+    *,
+    baseline: Float[Tensor, "1 pos d_model"] | None = None,
+    tolerance: float = 0.01,
+    max_panels: int = 128,
+) -> EmbeddingScores:
+    """Each token's part of the target's change from a baseline to the prompt, in logits; they sum to it.
+
+    (x − x₀) · ∫₀¹ ∇target(x₀ + α(x − x₀)) dα, by Gauss-Legendre in panels. A panel's error is known
+    without knowing the integral (its scores must sum to the target's change over it), so the worst
+    panel is halved until all errors together are below `tolerance` of the change. The scores depend
+    on the baseline, and on a straight path that leaves the prompts the model was trained on.
+
+    Args:
+        baseline: where the path starts; by default, at each position, the mean embedding over the
+            vocabulary. (Zero is a bad one: RMSNorm makes everything between 0 and x look like x.)
+        max_panels: where to stop; `gap` says what is then left.
+
+    Source: Sundararajan, Taly & Yan 2017.
+    """
+    x = _embeddings(model, batch).float()
+    start = mean_embedding(model, batch).float() if baseline is None else baseline.to(x)
+    way = x - start
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+
+    def value(alphas: Tensor) -> Tensor:
+        return _values(model, batch, target, start + alphas.view(-1, 1, 1) * way)
+
+    def panel(low: float, high: float, at_low: float, at_high: float) -> tuple:
+        alphas = torch.tensor((low + high) / 2 + (high - low) / 2 * nodes, dtype=x.dtype)
+        points = start + alphas.to(x.device).view(-1, 1, 1) * way
+        grads = _gradients(model, batch, target, points)
+        inner = (grads * torch.tensor(weights).to(grads).view(-1, 1, 1)).sum(0)
+        scores = (inner * way[0]).sum(-1) * (high - low) / 2
+        error = abs(float(scores.sum()) - (at_high - at_low))
+        return error, low, high, at_low, at_high, scores
+
+    first, last = value(torch.tensor([0.0, 1.0], device=x.device)).tolist()
+    panels = [panel(0.0, 1.0, first, last)]
+    made, change = 1, last - first
+    # Float32 logits of size 10 to 100 are known to about 1e-5: a smaller change has no 1 %.
+    allowed = max(tolerance * abs(change), 1e-4)
+    while sum(p[0] for p in panels) > allowed and made < max_panels:
+        worst = max(range(len(panels)), key=lambda i: panels[i][0])
+        _, low, high, at_low, at_high, _ = panels.pop(worst)
+        middle = (low + high) / 2
+        at_middle = float(value(torch.tensor([middle], device=x.device))[0])
+        panels.append(panel(low, middle, at_low, at_middle))
+        panels.append(panel(middle, high, at_middle, at_high))
+        made += 2
+    scores = torch.stack([p[-1] for p in panels]).sum(0)
+    return EmbeddingScores(scores, change, abs(float(scores.sum()) - change), made * NODES)
+
+
+def mean_embedding(model: Model, batch: Batch, n: int = 256) -> Float[Tensor, "1 pos d_model"]:
+    """At each position, the residual stream's start averaged over `n` tokens spread over the vocabulary."""
+    length, d_vocab = batch.ids.shape[1], model.spec.d_vocab or 1
+    ids = torch.linspace(0, d_vocab - 1, min(n, d_vocab)).long()
+    rows = ids[:, None].expand(-1, length)
+    return _embeddings(model, Batch.of_ids(rows.to(batch.ids.device))).mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def _embeddings(model: Model, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+    return model.run(batch, capture=["resid_pre.0"], stop_at=0, logits=False).cache["resid_pre.0"]
+
+
+def _run_from(model: Model, batch: Batch, target: Target, points: Tensor, *, grad: bool) -> Tensor:
+    """The target [n] where the residual stream starts from each of `points` [n pos d_model]."""
+    edit = Edit.apply("resid_pre.0", lambda x, seen: points)
+    repeated = batch.repeat(len(points))
+    return target.of(_logits_at(model, repeated, target.position, edits=[edit], grad=grad))
+
+
+def _chunks(points: Tensor) -> tuple[Tensor, ...]:
+    return points.split(max(1, TOKENS_WITH_GRAPH // points.shape[1]))
+
+
+def _values(model: Model, batch: Batch, target: Target, points: Tensor) -> Tensor:
+    return torch.cat([_run_from(model, batch, target, p, grad=False) for p in _chunks(points)])
+
+
+def _gradients(model: Model, batch: Batch, target: Target, points: Tensor) -> Tensor:
+    """d target / d points, in float32, [n pos d_model]."""
+    found = []
+    for chunk in _chunks(points.to(model.dtype)):
+        leaf = chunk.detach().requires_grad_()
+        value = _run_from(model, batch, target, leaf, grad=True).sum()
+        found.append(torch.autograd.grad(value, leaf)[0].float())
+    return torch.cat(found)
+
+
+def tokens_of(model: Model, run: Run | Batch) -> list[str]:
+    """The prompt's tokens as text."""
+    batch = run.batch if isinstance(run, Run) else run
+    return model.tokens(batch.ids[0].tolist())

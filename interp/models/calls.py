@@ -1,0 +1,63 @@
+"""Calling a Hugging Face model: which inputs it takes, where its logits are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.spec import Spec, first_tensor
+from interp.run.batch import Batch
+
+
+def text_config(module: nn.Module) -> Any:
+    """The config that describes the token model (a part of the whole for multimodal ones)."""
+    config: Any = module.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def call_model(module: nn.Module, batch: Batch, **extra: Any) -> Any:
+    """The model's output for a batch; inputs its forward does not take are left out."""
+    parameters = inspect.signature(type(module).forward).parameters
+    if (
+        getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        and "decoder_input_ids" in parameters
+    ):
+        raise Refused(
+            f"{type(module).__name__} is an encoder-decoder; load its encoder on its own, such as "
+            "interp.load(model.get_encoder())"
+        )
+    inputs = {
+        name: value
+        for name, value in batch.inputs.items()
+        if name in parameters or name in ("input_ids", "pixel_values")
+    }
+    if "use_cache" in parameters:
+        extra["use_cache"] = False
+    return module(**inputs, **extra)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Logits where the model has a head, else its last hidden state."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(tensor := getattr(output, name, None), Tensor):
+            return tensor
+    found = first_tensor(tuple(output.values()) if hasattr(output, "values") else output)
+    if found is None:
+        raise Refused("the model returns neither logits nor a hidden state")
+    return found
+
+
+def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
+    """Logits of a final residual [... d_model], exactly as the model makes them."""
+    if spec.unembedding is None:
+        raise Refused("this model has no unembedding (no language-model head)")
+    normed = (
+        residual if spec.final_norm is None else module.get_submodule(spec.final_norm)(residual)
+    )
+    logits = module.get_submodule(spec.unembedding)(normed)
+    if spec.logit_softcap is not None:
+        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits * spec.logit_scale
