@@ -22,16 +22,16 @@ def token_loss(
 
 def loss(
     logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
-) -> Float[Tensor, batch]:
+) -> Float[Tensor, " batch"]:
     """Mean loss of each prompt, in nats a token."""
     return token_loss(logits, targets).mean(-1)
 
 
 def logit_diff(
     logits: Float[Tensor, "batch d_vocab"],
-    answer: Int[Tensor, batch],
-    wrong: Int[Tensor, batch],
-) -> Float[Tensor, batch]:
+    answer: Int[Tensor, " batch"],
+    wrong: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
     """Logit of the answer minus logit of the wrong answer, in logits."""
     rows = torch.arange(len(logits), device=logits.device)
     return logits[rows, answer] - logits[rows, wrong]
@@ -47,6 +47,6 @@ def kl(
 
 def accuracy(
     logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
-) -> Float[Tensor, batch]:
+) -> Float[Tensor, " batch"]:
     """Share of positions where the most likely token is the target."""
     return (logits.argmax(-1) == targets.to(logits.device)).float().mean(-1)

@@ -134,7 +134,7 @@ def prose() -> str:
     return files("interp.data").joinpath("prose.txt").read_text(encoding="utf-8")
 
 
-def lead_token(model: Model) -> Int[Tensor, lead]:
+def lead_token(model: Model) -> Int[Tensor, " lead"]:
     """BOS, or CLS, or EOS, whichever the tokenizer (or config) has first; empty if none."""
     for source in (model.tokenizer, getattr(model.module, "config", None)):
         for name in ("bos_token_id", "cls_token_id", "eos_token_id"):

@@ -25,7 +25,7 @@ from interp.models.hooks import (
     write_change,
 )
 from interp.models.probe import probe
-from interp.models.spec import first_tensor, module_device, with_first
+from interp.models.spec import Write, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
@@ -454,8 +454,8 @@ class Model:
                 change = attn_write_change(layer, where.attn_write, touch, plan, pre)
                 self._on_output(stack, where.attn_write.module, change, run)
             for name, write in (
-                ("attn_out", where.W_O and Write(where.W_O)),
-                ("mlp_out", where.mlp_out and Write(where.mlp_out)),
+                ("attn_out", Write(where.W_O) if where.W_O else None),
+                ("mlp_out", Write(where.mlp_out) if where.mlp_out else None),
                 ("mlp_write", where.mlp_write),
             ):
                 if write and plan.wants(name, layer):
