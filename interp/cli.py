@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -238,39 +239,37 @@ def _remove(folder: Path) -> None:
 
 def _print_strongest(report: Report) -> None:
     """The strongest labelled heads of each role."""
-    table = Table(
-        "role", "heads", "strongest", "score [95 % interval]", "null", "ablation (nats)", "controls"
-    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("role", "heads", "best", "score", "95 %", "null", "ablated", "controls"):
+        table.add_column(column, no_wrap=True)
     for detector in report.meta["detectors"]:
         if not detector["labels"]:
             continue
-        name = detector["name"]
-        mine = report.table[
-            report.table["labels"].str.split(",").map(lambda roles, name=name: name in roles)
-        ]
-        best = mine.nlargest(STRONGEST, name)
-        if not len(best):
-            table.add_row(detector["title"], "0", "", "", "", "", "")
-        for place, (_, row) in enumerate(best.iterrows()):
-            tested = row.get("ablation_effect")
-            effect = "" if tested is None or tested != tested else f"{tested:+.3f}"
-            control = row.get("ablation_control")
-            table.add_row(
-                detector["title"] if place == 0 else "",
-                str(len(mine)) if place == 0 else "",
-                f"L{row['layer']}H{row['head']}",
-                f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]",
-                f"{row[f'{name}_null']:.3f}",
-                effect,
-                "" if control is None or control != control else f"{control:+.3f}",
-                end_section=place == len(best) - 1,
-            )
+        name, title = detector["name"], detector["title"]
+        mine = report.table.loc[[name in labels.split(",") for labels in report.table["labels"]]]
+        count = str(len(mine))
+        if not len(mine):
+            table.add_row(title, count)
+        best: Any = mine.nlargest(STRONGEST, name)
+        for row in best.to_dict("records"):
+            interval = f"{row[f'{name}_low']:.2f}–{row[f'{name}_high']:.2f}"
+            numbers = (f"{row[name]:.3f}", interval, f"{row[f'{name}_null']:.3f}")
+            effects = (_signed(row.get(f"ablation_{kind}")) for kind in ("effect", "control"))
+            table.add_row(title, count, f"L{row['layer']}H{row['head']}", *numbers, *effects)
+            title = count = ""
     console = Console()
     console.print(table)
+    if "ablation_effect" in report.table:
+        console.print("ablated, controls: change in loss (nats a token) on what the role serves")
     for name, reason in report.meta["skipped"].items():
         console.print(f"skipped {name}: {reason}", markup=False)
     for note in report.meta["notes"]:
         console.print(f"note: {note}", markup=False)
+
+
+def _signed(value: float | None) -> str:
+    """A number with its sign; nothing where it was not measured."""
+    return "" if value is None or value != value else f"{value:+.3f}"
 
 
 def _map(model: Model) -> dict[str, Any]:

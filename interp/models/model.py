@@ -234,6 +234,36 @@ class Model:
             return [f"#{int(i)}" for i in ids]
         return [self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
 
+    def token_id(self, token: str | int) -> int:
+        """The id of one token, given as its text or its id.
+
+        >>> tiny_model().token_id(3)
+        3
+
+        Raises:
+            BadInput: an id outside the vocabulary; a text that is not one token (says how it splits).
+        """
+        d_vocab = self.spec.d_vocab or 0
+        if isinstance(token, int):
+            if 0 <= token < d_vocab:
+                return token
+            raise BadInput(
+                f"token id {token} is outside the vocabulary: {self.id} has ids 0 to {d_vocab - 1}"
+            )
+        if self.tokenizer is None:
+            raise BadInput(
+                f"{self.id} was loaded without a tokenizer: give the id of {token!r} instead"
+            )
+        ids = list(self.tokenizer(token, add_special_tokens=False)["input_ids"])
+        if len(ids) == 1:
+            return self.token_id(ids[0])
+        spaced = self.tokenizer(f" {token}", add_special_tokens=False)["input_ids"]
+        hint = f"did you mean {' ' + token!r}?" if len(spaced) == 1 else "name one of them"
+        split = " + ".join(repr(part) for part in self.tokens(ids)) or "nothing"
+        raise BadInput(
+            f"{token!r} is {len(ids)} tokens of {self.id}, wanted one: it splits into {split}; {hint}"
+        )
+
     def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor]) -> Batch:
         """Any accepted form of input as a checked Batch on the model's device."""
         if isinstance(data, Batch):

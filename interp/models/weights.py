@@ -67,7 +67,7 @@ class FrozenNorm:
         if self.module is None:
             return torch.ones_like(x[..., :1], dtype=torch.float32)
         gain = self.gain.to(x.device).float()
-        inner = gain * self._centre(x.float())
+        inner = gain * self.centre(x.float())
         out = self.module(x).float() - self.bias.to(x.device).float()
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
 
@@ -76,8 +76,9 @@ class FrozenNorm:
 
         `at` is the residual [... d_model] whose scale is held fixed; `direction` lies after the norm.
         """
-        pulled = self._centre(direction.float() * self.gain.to(direction.device).float())
+        pulled = self.centre(direction.float() * self.gain.to(direction.device).float())
         return pulled / self.scale(at)
 
-    def _centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Tensor) -> Tensor:
+        """x less its mean, where the norm takes it out."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
