@@ -20,9 +20,9 @@ def linear_map(
     weight = getattr(module, "weight", None)
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
     if plain and isinstance(weight, Tensor) and weight.is_floating_point():
-        W = weight.T if isinstance(module, nn.Linear) else weight
+        W = (weight.T if isinstance(module, nn.Linear) else weight).detach()
         bias = getattr(module, "bias", None)
-        return W, torch.zeros(W.shape[1], dtype=W.dtype, device=W.device) if bias is None else bias
+        return W, torch.zeros(W.shape[1], dtype=W.dtype, device=W.device) if bias is None else bias.detach()
     some = next(module.parameters(), torch.zeros(0))
     dtype = some.dtype if some.is_floating_point() else torch.float32
     zero = module(torch.zeros(1, d_in, dtype=dtype, device=device or some.device))
