@@ -157,7 +157,10 @@ def _attend_in_chunks(
     """z computed row chunk by row chunk, each chunk's scores and pattern passing through `watch`."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     outputs = []
-    for start, stop in row_chunks(query.shape[0] * query.shape[1], n_queries, n_keys):
+    chunks = row_chunks(query.shape[0] * query.shape[1], n_queries, n_keys)
+    if torch.is_grad_enabled():  # the graph keeps every chunk: one of them saves as much as many
+        chunks = [(0, n_queries)]
+    for start, stop in chunks:
         # A causal row sees no key after itself: leave those keys out instead of masking them.
         keys = min(stop, n_keys) if causal else n_keys
         scores = _grouped(query[:, :, start:stop], key[:, :, :keys].transpose(-1, -2)) * scaling

@@ -19,8 +19,11 @@ def text_config(module: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def call_model(module: nn.Module, batch: Batch, **extra: Any) -> Any:
-    """The model's output for a batch; inputs its forward does not take are left out."""
+def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra: Any) -> Any:
+    """The model's output for a batch; inputs its forward does not take are left out.
+
+    `first_position` is what the model calls the position that a Batch calls 0.
+    """
     parameters = inspect.signature(type(module).forward).parameters
     if (
         getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -35,6 +38,8 @@ def call_model(module: nn.Module, batch: Batch, **extra: Any) -> Any:
         for name, value in batch.inputs.items()
         if name in parameters or name in ("input_ids", "pixel_values")
     }
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + first_position
     if "use_cache" in parameters:
         extra["use_cache"] = False
     return module(**inputs, **extra)

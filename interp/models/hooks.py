@@ -78,7 +78,9 @@ class RunWatch(Watch):
 
     def z(self, z):
         for name, chunks in self._whole.items():
-            self.run.cache.put(name, self.layer, torch.cat(chunks, dim=2))
+            # A single chunk is kept as it is: a copy would have no gradient.
+            whole = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+            self.run.cache.put(name, self.layer, whole)
         return self.touch("z", self.layer, z) if self.plan.wants("z", self.layer) else z
 
     def _chunk(self, name: str, x: Tensor, start: int, fill: float) -> Tensor:
@@ -147,7 +149,10 @@ def write_change(name: str, layer: int, write: Write, touch) -> Callable[[Tensor
             return touch(name, layer, x)
         written = x * write.scale
         new = touch(name, layer, written)
-        return x if new is written else new / write.scale
+        if new is written and not torch.is_grad_enabled():
+            return x
+        # With gradients, what is captured has to lie on the way to the logits.
+        return new / write.scale
 
     return change
 
@@ -164,8 +169,11 @@ def attn_write_change(
             assert pre.resid is not None
             mid = pre.resid + new
             edited = touch("resid_mid", layer, mid)
-            new = new if edited is mid else edited - pre.resid
-        return x if new is written else new / write.scale
+            if edited is not mid or torch.is_grad_enabled():
+                new = edited - pre.resid
+        if new is written and (write.scale == 1 or not torch.is_grad_enabled()):
+            return x
+        return new / write.scale
 
     return change
 

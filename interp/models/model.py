@@ -271,7 +271,7 @@ class Model:
         elif isinstance(data, Tensor):
             batch = Batch.of_ids(data if data.ndim == 2 else data[None])
         elif isinstance(data, Mapping):
-            batch = Batch(dict(data), data.get("attention_mask"))
+            batch = Batch.of_inputs(data)
         else:
             batch = self.tokenize(data)
         if "input_ids" in batch.inputs:
@@ -286,9 +286,10 @@ class Model:
             raise BadInput(
                 f"the prompt has {ids.shape[1]} tokens, {self.id} reads at most {n_ctx} (n_ctx): shorten it"
             )
-        if d_vocab is not None and (int(ids.max()) >= d_vocab or int(ids.min()) < 0):
+        low, high = int(ids.min()), int(ids.max())
+        if d_vocab is not None and (high >= d_vocab or low < 0):
             raise BadInput(
-                f"token id {int(ids.max())} is outside the vocabulary of {d_vocab} tokens"
+                f"token id {low if low < 0 else high} is outside the vocabulary of {d_vocab} tokens"
             )
 
     # --- run and replay ------------------------------------------------------------------------
@@ -401,10 +402,11 @@ class Model:
                 raise BadInput(
                     f"no site '{site}' in {self.id}: layers are 0 to {self.n_layers - 1}"
                 )
-            if site.head is not None and site.head >= self.spec.blocks[site.layer or 0].n_heads:
-                raise BadInput(
-                    f"no site '{site}' in {self.id}: heads are 0 to {self.spec.n_heads - 1}"
-                )
+            if site.head is not None:
+                block = self.spec.blocks[site.layer or 0]
+                n_heads = block.n_kv_heads if site.name in ("k", "v") else block.n_heads
+                if site.head >= n_heads:
+                    raise BadInput(f"no site '{site}' in {self.id}: heads are 0 to {n_heads - 1}")
             for layer in layers if site.layer is None else [site.layer]:
                 plan.capture.add((site.name, layer))
         for edit in edits:
@@ -437,7 +439,9 @@ class Model:
                 if self._keeps_logits:
                     extra["logits_to_keep"] = logits.to(self.device)
             try:
-                run.logits = output_tensor(call_model(self.module, batch, **extra))
+                run.logits = output_tensor(
+                    call_model(self.module, batch, self.spec.first_position, **extra)
+                )
                 if isinstance(logits, Tensor) and not self._keeps_logits:
                     run.logits = run.logits[:, logits.to(run.logits.device)]
             except Stop:
@@ -508,7 +512,12 @@ class Model:
             if name in self.spec.copies:  # the block changes this tensor in place later on
                 seen = seen.clone()
             new = change(seen)
-            return None if new is seen else with_first(output, new.reshape(x.shape))
+            if new is x:
+                return None
+            # A view or a copy goes on in place of x, so that what is captured has a gradient; where
+            # the block writes into it, it gets a copy of its own.
+            new = new.clone() if name in self.spec.copies else new
+            return with_first(output, new.reshape(x.shape))
 
         stack.callback(self.module.get_submodule(name).register_forward_hook(hook).remove)
 

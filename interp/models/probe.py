@@ -6,10 +6,11 @@ name, with the reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import call_model, output_tensor, text_config
@@ -37,7 +38,26 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
         plain = output_tensor(call_model(module, batch))
         seen = record(module, batch)
         spec = discover(seen, batch)
+        if first := first_position(module, batch, plain):
+            n_ctx = None if spec.n_ctx is None else spec.n_ctx - first
+            spec = replace(spec, first_position=first, n_ctx=n_ctx)
         return verify(spec, seen, plain)
+
+
+def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
+    """The number a model gives its first position when no one tells it: 0, or pad_token_id + 1.
+
+    Padded rows need to be told positions, and in the numbers of the model.
+    """
+    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+    if "input_ids" not in batch.inputs or not isinstance(pad, int) or pad < 0:
+        return 0
+    positions = torch.arange(batch.ids.shape[1])[None].to(batch.ids)
+    told = Batch({**batch.inputs, "position_ids": positions})
+    for first in (0, pad + 1):
+        if torch.equal(output_tensor(call_model(module, told, first)), plain):
+            return first
+    return 0
 
 
 def probe_batch(module: nn.Module) -> Batch:

@@ -67,7 +67,8 @@ class Spec:
     """The map of a model and the identities that vouch for it.
 
     `refused` names every site that this model cannot give, with the reason.
-    `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
+    `first_position` is the number the model gives its first position (RoBERTa counts from
+    pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     """
 
     family: str
@@ -77,6 +78,7 @@ class Spec:
     causal: bool
     d_vocab: int | None = None
     n_ctx: int | None = None
+    first_position: int = 0
     embedding: str | None = None
     final_norm: str | None = None
     unembedding: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,17 @@ class Batch:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
         return Batch(inputs, mask)
+
+    @staticmethod
+    def of_inputs(inputs: Mapping[str, Tensor]) -> Batch:
+        """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns."""
+        mask = inputs.get("attention_mask")
+        mask = None if mask is None else mask.bool()
+        if "input_ids" not in inputs or "position_ids" in inputs:
+            return Batch(dict(inputs), mask)
+        batch = Batch.of_ids(inputs["input_ids"], mask)
+        rest = {name: x for name, x in inputs.items() if name != "attention_mask"}
+        return Batch({**rest, **batch.inputs}, batch.mask)
 
     @property
     def ids(self) -> Int[Tensor, "batch pos"]:

@@ -168,7 +168,7 @@ class Edit:
         if self.heads is not None:
             chosen = [head for layer, head in self.heads if layer == seen.layer]
             axis, n_heads = head_axis(self.site.name), x.shape[head_axis(self.site.name)]
-            if beyond := [head for head in chosen if head >= n_heads]:
+            if beyond := [head for head in chosen if not 0 <= head < n_heads]:
                 raise BadInput(
                     f"'{self.site.name}.{seen.layer}' has heads 0 to {n_heads - 1}, not {beyond[0]}"
                 )
@@ -183,6 +183,17 @@ class Edit:
         axis = 2 if self.site.axes == PATTERN_AXES else 1
         here = torch.arange(seen.start, seen.start + x.shape[axis], device=x.device)
         positions = torch.as_tensor(self.positions, device=x.device)
+        # A chunk has not all queries, and in a causal model not all keys.
+        length = x.shape[-1] if axis == 2 else x.shape[1]
+        if axis == 2 and seen.mask is not None:
+            length = seen.mask.shape[1]
+        if positions.dtype != torch.bool and positions.numel():
+            low, high = int(positions.min()), int(positions.max())
+            if low < 0 or high >= length:
+                raise BadInput(
+                    f"edit of '{self.site}' names position {low if low < 0 else high}; "
+                    f"positions are 0 to {length - 1}"
+                )
         if positions.dtype == torch.bool:
             mask = positions[:, seen.start : seen.start + x.shape[axis]]
         elif isinstance(self.positions, Tensor):

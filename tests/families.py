@@ -1,0 +1,405 @@
+"""One tiny random model of every covered Hugging Face family, and what we expect to see of it.
+
+The tests of `identities/` run over this table, and the README's list of families is made from it:
+`python tests/families.py` writes it. A new family is one entry here and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+TEXT = {**SHAPE, "vocab_size": 97, "max_position_embeddings": 64}
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+IMAGE = {**SHAPE, "image_size": 32, "patch_size": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+FOUR_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK_EXPERTS = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+GRANITE = {
+    "residual_multiplier": 0.22,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.2,
+}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
+
+PARALLEL = frozenset({"resid_mid"})
+NORM_AFTER_ADDING = frozenset({"attn_write", "mlp_write", "mlp_out", "resid_mid"})
+HEAD_WITH_A_TRANSFORM = frozenset({"unembedding"})
+NO_WINDOW = frozenset(
+    [
+        "q",
+        "k",
+        "v",
+        "scores",
+        "pattern",
+        "z",
+        "attn_out",
+        "attn_write",
+        "mlp_out",
+        "mlp_write",
+        "resid_mid",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A recipe for a tiny model, its traits, and the sites that it is right to refuse.
+
+    Attributes:
+        model, config: names of the transformers classes. options: of the config.
+        traits: "decoder", "encoder" or "vision" first, then what is special about it.
+        refused: sites (and "unembedding") that this architecture does not have.
+    """
+
+    model: str
+    config: str
+    options: dict[str, Any]
+    traits: tuple[str, ...]
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def expected(self) -> str:
+        """ "full", "partly" or "no window"."""
+        if "z" in self.refused:
+            return "no window"
+        return "full" if self.refused <= PARALLEL else "partly"
+
+    def __call__(self) -> nn.Module:
+        """The model, the same at every call, in eval mode.
+
+        Matrices get a standard deviation of 0.2, wide enough for patterns that are far from uniform;
+        gains, biases, sinks and other vectors are moved off their trivial values.
+        """
+        config = getattr(transformers, self.config)(**self.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = getattr(transformers, self.model)(config).eval()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    noise = torch.randn_like(parameter)
+                    if parameter.ndim < 2:
+                        parameter.add_(0.1 * noise)
+                    else:
+                        parameter.copy_(0.2 * noise)
+        n_parameters = sum(parameter.numel() for parameter in module.parameters())
+        assert n_parameters < 1_000_000, f"{self.model} is not tiny: {n_parameters:,} parameters"
+        return module
+
+
+def _text(
+    stem: str, options: dict[str, Any], *traits: str, config: str = "", refused: Iterable[str] = ()
+) -> Family:
+    return Family(
+        f"{stem}ForCausalLM",
+        config or f"{stem}Config",
+        options,
+        ("decoder", *traits),
+        frozenset(refused),
+    )
+
+
+def _masked(stem: str, options: dict[str, Any], *traits: str, refused: Iterable[str]) -> Family:
+    return Family(
+        f"{stem}ForMaskedLM",
+        f"{stem}Config",
+        options,
+        ("encoder", *traits),
+        frozenset(refused),
+    )
+
+
+HEAD_8 = {"head_dim": 8}
+WINDOW_4 = {"sliding_window": 4}
+BERT_LIKE = NORM_AFTER_ADDING | HEAD_WITH_A_TRANSFORM
+
+FAMILIES: dict[str, Family] = {
+    # --- decoders ------------------------------------------------------------------------------
+    "arcee": _text("Arcee", GROUPED, "grouped heads"),
+    "biogpt": _text("BioGpt", TEXT, "learned positions"),
+    "cohere": _text(
+        "Cohere", {**GROUPED, "logit_scale": 0.25}, "grouped heads", "parallel", refused=PARALLEL
+    ),
+    "cohere2": _text(
+        "Cohere2",
+        {**GROUPED, **WINDOW_4, "logit_scale": 0.25},
+        "grouped heads",
+        "parallel",
+        "sliding window",
+        refused=PARALLEL,
+    ),
+    "deepseek_v2": _text("DeepseekV2", {**TEXT, **DEEPSEEK_EXPERTS, **LATENT}, "MLA", "MoE"),
+    "deepseek_v3": _text("DeepseekV3", {**TEXT, **DEEPSEEK_EXPERTS, **LATENT}, "MLA", "MoE"),
+    "dots1": _text("Dots1", {**GROUPED, **DEEPSEEK_EXPERTS}, "grouped heads", "MoE"),
+    "ernie4_5": _text("Ernie4_5", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "exaone4": _text(
+        "Exaone4",
+        {**GROUPED, **HEAD_8, **WINDOW_4},
+        "grouped heads",
+        "post-norm",
+        "sliding window",
+    ),
+    "gemma": _text("Gemma", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "gemma2": _text(
+        "Gemma2",
+        {**GROUPED, **HEAD_8, **WINDOW_4, "query_pre_attn_scalar": 8},
+        "grouped heads",
+        "post-norm",
+        "sliding window",
+        "softcap",
+    ),
+    "gemma3": _text(
+        "Gemma3",
+        {**GROUPED, **HEAD_8, **WINDOW_4, "query_pre_attn_scalar": 8},
+        "grouped heads",
+        "post-norm",
+        "sliding window",
+        config="Gemma3TextConfig",
+    ),
+    "glm": _text("Glm", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads"),
+    "glm4": _text("Glm4", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads", "post-norm"),
+    "gpt2": Family(
+        "GPT2LMHeadModel", "GPT2Config", GPT2, ("decoder", "fused qkv", "learned positions")
+    ),
+    "gpt_bigcode": _text("GPTBigCode", GPT2, "grouped heads", "fused qkv", "learned positions"),
+    "gpt_neox": _text("GPTNeoX", TEXT, "parallel", "fused qkv", refused=PARALLEL),
+    "gpt_oss": _text(
+        "GptOss",
+        {**GROUPED, **HEAD_8, **WINDOW_4, **FOUR_EXPERTS},
+        "grouped heads",
+        "sinks",
+        "sliding window",
+        "MoE",
+    ),
+    "granite": _text("Granite", {**GROUPED, **GRANITE}, "grouped heads", "scaled residual"),
+    "granitemoe": _text(
+        "GraniteMoe",
+        {**GROUPED, **GRANITE, **FOUR_EXPERTS},
+        "grouped heads",
+        "scaled residual",
+        "MoE",
+    ),
+    "helium": _text("Helium", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "lfm2": _text(
+        "Lfm2",
+        {**GROUPED, "full_attn_idxs": [1]},
+        "grouped heads",
+        "hybrid",
+        refused=("attn_write", "mlp_write", "resid_mid"),
+    ),
+    "llama": _text("Llama", GROUPED, "grouped heads"),
+    "ministral": _text(
+        "Ministral", {**GROUPED, **HEAD_8, **WINDOW_4}, "grouped heads", "sliding window"
+    ),
+    "mistral": _text("Mistral", {**GROUPED, **WINDOW_4}, "grouped heads", "sliding window"),
+    "mixtral": _text("Mixtral", {**GROUPED, "num_local_experts": 4}, "grouped heads", "MoE"),
+    "nemotron": _text("Nemotron", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "olmo": _text("Olmo", GROUPED, "grouped heads", "norm without weights"),
+    "olmo2": _text("Olmo2", GROUPED, "grouped heads", "post-norm"),
+    "olmo3": _text(
+        "Olmo3", {**GROUPED, **WINDOW_4}, "grouped heads", "post-norm", "sliding window"
+    ),
+    "olmoe": _text(
+        "Olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}, "grouped heads", "MoE"
+    ),
+    "opt": _text(
+        "OPT",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "vocab_size": 97,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+        },
+        "flattened MLP",
+        "learned positions",
+    ),
+    "persimmon": _text("Persimmon", TEXT, "fused qkv"),
+    "phi": _text("Phi", TEXT, "parallel", refused=PARALLEL),
+    "phi3": _text("Phi3", {**GROUPED, "pad_token_id": 0}, "grouped heads", "fused qkv"),
+    "phimoe": _text("Phimoe", {**GROUPED, **FOUR_EXPERTS}, "grouped heads", "MoE"),
+    "qwen2": _text("Qwen2", GROUPED, "grouped heads"),
+    "qwen2_moe": _text(
+        "Qwen2Moe",
+        {
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+        "grouped heads",
+        "MoE",
+    ),
+    "qwen3": _text("Qwen3", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "qwen3_moe": _text(
+        "Qwen3Moe",
+        {
+            **GROUPED,
+            **HEAD_8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        "grouped heads",
+        "MoE",
+    ),
+    "qwen3_next": _text(
+        "Qwen3Next",
+        {
+            **GROUPED,
+            **HEAD_8,
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "grouped heads",
+        "hybrid",
+        "gated attention",
+        "MoE",
+        refused=("attn_out", "attn_write", "mlp_write", "resid_mid"),
+    ),
+    "seed_oss": _text("SeedOss", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "smollm3": _text("SmolLM3", {**GROUPED, "pad_token_id": 0}, "grouped heads"),
+    "stablelm": _text("StableLm", GROUPED, "grouped heads"),
+    "starcoder2": _text("Starcoder2", GROUPED, "grouped heads"),
+    "clip_text": Family("CLIPTextModel", "CLIPTextConfig", TEXT, ("decoder", "no head")),
+    # --- encoders ------------------------------------------------------------------------------
+    "bert": _masked("Bert", TEXT, "norm after adding", refused=BERT_LIKE),
+    "distilbert": _masked(
+        "DistilBert",
+        {
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 3,
+            "n_heads": 4,
+            "vocab_size": 97,
+            "max_position_embeddings": 64,
+        },
+        "norm after adding",
+        refused=BERT_LIKE,
+    ),
+    "electra": _masked(
+        "Electra", {**TEXT, "embedding_size": 32}, "norm after adding", refused=BERT_LIKE
+    ),
+    "modernbert": _masked(
+        "ModernBert",
+        {**TEXT, "pad_token_id": 0, "local_attention": 4},
+        "sliding window",
+        "fused qkv",
+        refused=HEAD_WITH_A_TRANSFORM,
+    ),
+    "roberta": _masked(
+        "Roberta", {**TEXT, "pad_token_id": 1}, "norm after adding", refused=BERT_LIKE
+    ),
+    "siglip_text": Family("SiglipTextModel", "SiglipTextConfig", TEXT, ("encoder", "no head")),
+    "t5_encoder": Family(
+        "T5EncoderModel",
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 97},
+        ("encoder", "position bias", "no head"),
+    ),
+    # --- vision --------------------------------------------------------------------------------
+    "beit": Family(
+        "BeitModel", "BeitConfig", IMAGE, ("vision", "layer scale"), refused=NORM_AFTER_ADDING
+    ),
+    "clip_vision": Family("CLIPVisionModel", "CLIPVisionConfig", IMAGE, ("vision",)),
+    "deit": Family("DeiTModel", "DeiTConfig", IMAGE, ("vision",)),
+    "dinov2": Family(
+        "Dinov2Model",
+        "Dinov2Config",
+        {name: value for name, value in IMAGE.items() if name != "intermediate_size"},
+        ("vision", "layer scale"),
+    ),
+    "dinov3": Family(
+        "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, ("vision", "layer scale", "rotary")
+    ),
+    "siglip_vision": Family("SiglipVisionModel", "SiglipVisionConfig", IMAGE, ("vision",)),
+    "vit": Family("ViTForImageClassification", "ViTConfig", IMAGE, ("vision",)),
+    # --- models that do not call the attention interface ------------------------------------------
+    "bloom": _text(
+        "Bloom",
+        {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97},
+        "ALiBi",
+        refused=NO_WINDOW,
+    ),
+    "codegen": _text("CodeGen", {**GPT2, "rotary_dim": 8}, "parallel", refused=NO_WINDOW),
+    "falcon": _text(
+        "Falcon",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97},
+        "parallel",
+        refused=NO_WINDOW,
+    ),
+    "gpt_neo": _text(
+        "GPTNeo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "num_heads": 4,
+            "vocab_size": 97,
+            "max_position_embeddings": 64,
+        },
+        "learned positions",
+        refused=NO_WINDOW,
+    ),
+    "gptj": _text("GPTJ", {**GPT2, "rotary_dim": 8}, "parallel", refused=NO_WINDOW),
+}
+
+WINDOWED = [name for name, family in FAMILIES.items() if family.expected != "no window"]
+
+
+def readme_table() -> str:
+    """The covered families as a Markdown table: name, traits, what is seen of it, what is refused."""
+    rows = ["| family | kind | traits | seen | refused |", "|---|---|---|---|---|"]
+    for name, family in sorted(FAMILIES.items(), key=lambda item: (item[1].traits[0], item[0])):
+        kind, *traits = family.traits
+        if family.expected == "no window":
+            refused = "everything but resid_pre, resid_post and logits"
+        else:
+            refused = ", ".join(f"`{site}`" for site in sorted(family.refused))
+        seen = {"full": "everything", "partly": "partly", "no window": "residual stream only"}
+        rows.append(
+            f"| {name} | {kind} | {', '.join(traits)} | {seen[family.expected]} | {refused} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(readme_table() + "\n")

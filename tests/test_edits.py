@@ -1,0 +1,272 @@
+"""Every edit against a plain torch reference: on heads, positions, rows, and in query chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from interp.errors import BadInput
+from interp.models import attention
+from interp.models.model import Model
+from interp.run.batch import Batch
+from interp.run.edits import Edit, Seen
+
+BATCH, POS, N_HEADS, D_HEAD, D_MODEL = 3, 5, 4, 8, 32
+SHAPES = {
+    "z": (BATCH, POS, N_HEADS, D_HEAD),
+    "resid_post": (BATCH, POS, D_MODEL),
+    "pattern": (BATCH, N_HEADS, POS, POS),
+}
+VECTOR = torch.arange(1.0, D_HEAD + 1)
+
+
+def activation(site: str, seed: int = 0) -> Tensor:
+    return torch.randn(SHAPES[site], generator=torch.Generator().manual_seed(seed))
+
+
+# --- what is put in place, everywhere ---------------------------------------------------------------
+
+OTHER = activation("z", seed=1)
+KINDS: dict[str, tuple[Callable[..., Edit], Callable[[Tensor], Tensor]]] = {
+    "zero": (Edit.zero, torch.zeros_like),
+    "scale": (lambda site, **where: Edit.scale(site, -2.0, **where), lambda x: -2 * x),
+    "add": (lambda site, **where: Edit.add(site, VECTOR, **where), lambda x: x + VECTOR),
+    "mean": (Edit.mean, lambda x: x.mean(dim=(0, 1)).expand_as(x)),
+    "given mean": (
+        lambda site, **where: Edit.mean(site, mean={2: OTHER[0, 0]}, **where),
+        lambda x: OTHER[0, 0].expand_as(x),
+    ),
+    "patch": (lambda site, **where: Edit.patch(site, OTHER, **where), lambda x: OTHER),
+    "patch by layer": (
+        lambda site, **where: Edit.patch(site, {2: OTHER}, **where),
+        lambda x: OTHER,
+    ),
+    "apply": (
+        lambda site, **where: Edit.apply(site, lambda x, s: x.square(), **where),
+        torch.square,
+    ),
+}
+ROWS = torch.arange(BATCH)
+EYE = torch.eye(BATCH, POS, dtype=torch.bool)
+A_ROW = torch.tensor([4, 0, 2])
+ALL = slice(None)
+PLACES: dict[str, tuple[dict[str, Any], Any]] = {
+    "everywhere": ({}, ...),
+    "one head": ({"heads": [(2, 1)]}, (ALL, ALL, 1)),
+    "heads of two layers": ({"heads": [(2, 3), (0, 2), (2, 0)]}, (ALL, ALL, [0, 3])),
+    "positions": ({"positions": [0, 3]}, (ALL, [0, 3])),
+    "a position a row": ({"positions": A_ROW}, (ROWS, A_ROW)),
+    "a mask": ({"positions": EYE}, EYE),
+    "a head at a position a row": ({"heads": [(2, 1)], "positions": A_ROW}, (ROWS, A_ROW, 1)),
+}
+"""How an edit names a place of z in layer 2, and the plain index of the same place."""
+
+
+def where_of(place: str) -> Tensor:
+    on = torch.zeros(SHAPES["z"], dtype=torch.bool)
+    on[PLACES[place][1]] = True
+    return on
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_changes_what_it_names_and_nothing_else(kind: str, place: str) -> None:
+    make, reference = KINDS[kind]
+    x = activation("z")
+    before = x.clone()
+    new = make("z", **PLACES[place][0])(x, Seen(layer=2))
+    on = where_of(place)
+    assert on.any()
+    assert torch.equal(new, torch.where(on, reference(x), x))
+    assert torch.equal(x, before)
+
+
+def test_a_head_in_the_site_is_the_same_as_in_heads() -> None:
+    x = activation("z")
+    assert torch.equal(
+        Edit.zero("z.2.1")(x, Seen(layer=2)), Edit.zero("z", heads=[(2, 1)])(x, Seen(layer=2))
+    )
+
+
+@pytest.mark.parametrize("place", ["positions", "a position a row", "a mask"])
+def test_positions_of_the_residual_stream(place: str) -> None:
+    x = activation("resid_post")
+    new = Edit.zero("resid_post", **PLACES[place][0])(x, Seen(layer=2))
+    on = where_of(place)[:, :, 0, :1]
+    assert torch.equal(new, x.masked_fill(on, 0))
+
+
+def test_rows_of_a_larger_batch() -> None:
+    """Positions, masks and means of an edit on some rows count within these rows."""
+    x = activation("z")
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    new = Edit.mean("z").on_rows(slice(0, 2))(x, Seen(layer=2, mask=mask))
+    assert torch.allclose(new[:2], torch.cat([x[0, :2], x[1, :3]]).mean(0).expand(2, POS, 4, 8))
+    assert torch.equal(new[2], x[2])
+    new = Edit.zero("z", positions=torch.tensor([4, 0])).on_rows(slice(1, 3))(x, Seen(layer=2))
+    wanted = x.clone()
+    wanted[1, 4] = wanted[2, 0] = 0
+    assert torch.equal(new, wanted)
+
+
+def test_mean_ablation_ignores_padding() -> None:
+    x = activation("z")
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    new = Edit.mean("z")(x, Seen(layer=2, mask=mask))
+    real = [x[b, p] for b in range(BATCH) for p in range(POS) if mask[b, p]]
+    assert torch.allclose(new, torch.stack(real).mean(0).expand_as(x), atol=1e-6)
+    spoiled = torch.where(mask[..., None, None], x, torch.nan)
+    assert torch.equal(Edit.mean("z")(spoiled, Seen(layer=2, mask=mask)), new)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_resampling_moves_every_row(n_rows: int, seed: int) -> None:
+    """A derangement without repeats: every row comes from another one, none is used twice."""
+    x = torch.arange(float(n_rows))[:, None, None].expand(n_rows, 2, 3)
+    sources = Edit.resample("resid_post", seed=seed)(x, Seen(layer=0))[:, 0, 0].tolist()
+    assert sorted(sources) == list(range(n_rows))
+    assert all(source != row for row, source in enumerate(sources))
+
+
+def test_resampling_is_drawn_by_the_seed() -> None:
+    x = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
+    draws = [Edit.resample("resid_post", seed=seed)(x, Seen(0)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+# --- patterns, whole and in chunks ------------------------------------------------------------------
+
+
+def test_query_positions_of_a_pattern() -> None:
+    x = activation("pattern")
+    new = Edit.zero("pattern.2.1", positions=[1, 4])(x, Seen(layer=2))
+    wanted = x.clone()
+    wanted[:, 1, [1, 4]] = 0
+    assert torch.equal(new, wanted)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [None, [3, 20, 39], torch.tensor([17, 38]), torch.arange(80).view(2, 40) % 3 == 0],
+    ids=["all", "list", "a row", "mask"],
+)
+def test_a_pattern_edit_is_the_same_in_chunks(
+    positions: Any, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    other = tiny.run(ids.flip(1), capture=["pattern"]).cache.by_layer("pattern")
+    edits = [
+        Edit.patch("pattern", other, heads=[(0, 1), (1, 3)], positions=positions),
+        Edit.scale("scores.1.0", 0.5, positions=positions),
+    ]
+    whole = tiny.run(ids, capture=["pattern"], edits=edits)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
+    chunked = tiny.run(ids, capture=["pattern"], edits=edits)
+    # Two blocks in float32: 1e-5 is about a hundred steps of rounding.
+    for site in ("pattern.0", "pattern.1"):
+        assert (whole.cache[site] - chunked.cache[site]).abs().max() < 1e-5
+    assert (whole.logits - chunked.logits).abs().max() < 1e-5 * whole.logits.abs().max()
+    clean = tiny.run(ids, capture=["pattern"]).cache["pattern.0"]
+    on = torch.zeros(2, 40, dtype=torch.bool)
+    if positions is None:
+        on[:] = True
+    elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        on = positions
+    elif isinstance(positions, Tensor):
+        on[torch.arange(2), positions] = True
+    else:
+        on[:, positions] = True
+    wanted = clean.clone()
+    wanted[:, 1] = torch.where(on[..., None], other[0][:, 1], clean[:, 1])
+    assert torch.equal(whole.cache["pattern.0"], wanted)
+
+
+# --- in a model -------------------------------------------------------------------------------------
+
+
+def test_edits_apply_in_order_and_captures_show_the_result(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    clean = tiny.run(ids, capture=["resid_post.0"]).cache["resid_post.0"]
+    one = torch.ones(32)
+    edits = [Edit.add("resid_post.0", one), Edit.scale("resid_post.0", 2.0)]
+    assert torch.equal(
+        tiny.run(ids, capture=["resid_post.0"], edits=edits).cache["resid_post.0"],
+        (clean + one) * 2,
+    )
+    assert torch.equal(
+        tiny.run(ids, capture=["resid_post.0"], edits=edits[::-1]).cache["resid_post.0"],
+        clean * 2 + one,
+    )
+
+
+def test_zeroing_a_head_takes_its_output_away(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    clean = tiny.run(ids, capture=["z", "attn_out"]).cache
+    edited = tiny.run(ids, capture=["attn_out.1"], edits=[Edit.zero("z", heads=[(1, 2)])]).cache
+    lost = clean["z.1.2"] @ tiny.W_O(1)[2]
+    # One projection in float32.
+    assert torch.allclose(clean["attn_out.1"] - lost, edited["attn_out.1"], atol=1e-5)
+
+
+def test_mean_ablation_in_a_padded_batch(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    batch = Batch.of_ids(ids, ids != 0)
+    clean = tiny.run(batch, capture=["z.0"]).cache["z.0"]
+    edited = tiny.run(batch, capture=["z.0"], edits=[Edit.mean("z.0.1")]).cache["z.0"]
+    wanted = torch.cat([clean[0, :3, 1], clean[1, :, 1]]).mean(0)
+    assert torch.allclose(edited[:, :, 1], wanted.expand(2, 5, 8), atol=1e-6)
+    assert torch.equal(edited[:, :, [0, 2, 3]], clean[:, :, [0, 2, 3]])
+
+
+def test_kv_heads_are_edited_by_their_own_number(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    cache = tiny.run(ids, capture=["z.0", "v.0"], edits=[Edit.zero("v.0.1")]).cache
+    assert not cache["v.0.1"].any() and cache["v.0.0"].abs().min() > 0
+    assert not cache["z.0"][:, :, 2:].any() and cache["z.0"][:, :, :2].abs().min() > 0
+    assert [tiny.spec.kv_group(0, head) for head in range(4)] == [0, 0, 1, 1]
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def test_edits_that_cannot_be_meant() -> None:
+    with pytest.raises(BadInput, match="did you mean 'resid_post'"):
+        Edit.zero("resid_pst")
+    with pytest.raises(BadInput, match="has no heads"):
+        Edit.zero("resid_post", heads=[(0, 1)])
+    with pytest.raises(BadInput, match="not in both"):
+        Edit.zero("z.0", heads=[(0, 1)])
+    with pytest.raises(BadInput, match="chunks"):
+        Edit.mean("pattern")
+    with pytest.raises(BadInput, match="at least two rows"):
+        Edit.resample("z")(torch.zeros(1, 2, 3, 4), Seen(layer=0))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit.zero("z", heads=[(0, 4)]), "heads 0 to 3, not 4"),
+        (Edit.zero("z", heads=[(0, -1)]), "heads 0 to 3, not -1"),
+        (Edit.zero("v.0.2"), "heads 0 to 1, not 2"),
+        (Edit.zero("pattern.1.9"), "heads 0 to 3, not 9"),
+        (Edit.zero("z", heads=[(2, 0)]), "layer 2; layers with this site: 0–1"),
+        (Edit.zero("resid_post.7"), "layer 7; layers with this site: 0–1"),
+        (Edit.zero("resid_post", positions=[3]), "position 3"),
+        (Edit.zero("resid_post", positions=[-1]), "position -1"),
+        (Edit.zero("pattern", positions=[3]), "position 3"),
+        (Edit.zero("z", positions=torch.tensor([3, 0])), "position 3"),
+        (Edit.zero("z", positions=torch.tensor([0, -2])), "position -2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.site),
+)
+def test_out_of_range_is_an_error_and_not_an_edit_of_nothing(
+    edit: Edit, message: str, tiny: Model
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        tiny.run(torch.tensor([[5, 6, 7], [8, 9, 10]]), edits=[edit])
