@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,20 +48,21 @@ class Report:
         """The main table."""
         return self.tables[self.analysis]
 
-    def figure(self, name: str = "map", **options: Any) -> go.Figure:
-        """A plotly figure of this report, to restyle or export."""
+    def figure(self, name: str | None = None, **options: Any) -> go.Figure:
+        """A plotly figure of this report, to restyle or export; its main one by default."""
         from interp.figures import FIGURES
 
-        if name not in FIGURES:
-            raise unknown("figure", name, FIGURES)
-        module, function = FIGURES[name].split(":")
-        return getattr(importlib.import_module(module), function)(self, **options)
+        known = FIGURES.get(self.analysis, {})
+        name = next(iter(known), "") if name is None else name
+        if name not in known:
+            raise unknown(f"figure of '{self.analysis}'", name, known)
+        return _named(known[name])(self, **options)
 
     def to_html(self) -> str:
         """The whole report as one page that opens from disk, without network."""
-        from interp.figures.page import head_page
+        from interp.figures import PAGES
 
-        return head_page(self)
+        return _named(PAGES.get(self.analysis, "interp.figures.figure_page:figure_page"))(self)
 
     def _repr_html_(self) -> str:
         from interp.figures.page import notebook_frame
@@ -151,6 +153,12 @@ def provenance(model: Model, *, options: dict[str, Any], seed: int) -> dict[str,
         "versions": {name: _version(name) for name in packages},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _named(address: str) -> Callable[..., Any]:
+    """The function at "module:name"."""
+    module, function = address.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _version(package: str) -> str:

@@ -441,7 +441,7 @@ function drawAblation(i) {
   place(bar.nul, control, control, scale);
   place(bar.thr, 0, 0, scale);
   const interval = known(low) && known(high) ? ` [${signed(low)}, ${signed(high)}] ` : " ";
-  const compared = known(control) ? `Unlabelled heads of the same layers: ${signed(control)} nats on average (○).` : "No control was measured.";
+  const compared = known(control) ? `Control heads of the same layers: ${signed(control)} nats on average (○).` : "No control was measured.";
   return $("ablation").replaceChildren(
     el("p", {}, el("strong", {}, `${signed(effect)} nats`), interval, get("ablation_metric", i) ?? ""), bar.box,
     el("p", { className: "ends" }, el("span", {}, signed(scale[0])), el("span", {}, compared), el("span", {}, signed(scale[1]))));

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import Entropy, Mass, RowStatistics
 from interp.sites import ATTENTION_SITES, Site
+
+T = TypeVar("T")
 
 TOKENS_PER_FORWARD = 4096
 """How many tokens a replay puts into one forward, variants times prompts together."""
@@ -332,13 +334,13 @@ class Model:
         self,
         run: Run,
         variants: Sequence[Sequence[Edit]],
-        metric: Callable[[Run], Tensor],
+        metric: Callable[[Run], T],
         *,
         logits: bool | Tensor = True,
         capture: Iterable[str | Site] = (),
         progress: Callable[[int], None] | None = None,
         tokens_per_forward: int = TOKENS_PER_FORWARD,
-    ) -> list[Tensor]:
+    ) -> list[T]:
         """`metric` of every variant of a clean run, each a list of edits, many in one forward.
 
         Blocks before a variant's first edit are not computed again: their output is read from
@@ -348,11 +350,11 @@ class Model:
         Args:
             run: a run with `capture=["resid_pre"]` and no edits.
             metric: called with each variant's Run; its result is kept.
-            logits, capture: as in `run`.
+            logits, capture: as in `run`; layers before a variant's first edit are not captured.
             progress: called with the number of variants done since the last call.
         """
         starts = [self._first_layer(variant) for variant in variants]
-        results: list[Tensor | None] = [None] * len(variants)
+        results: list[Any] = [None] * len(variants)
         per_forward = max(1, tokens_per_forward // (run.batch.size * self._length(run)))
         order = sorted(range(len(variants)), key=lambda i: starts[i])
         for start in sorted(set(starts)):
@@ -363,7 +365,7 @@ class Model:
                     results[i] = metric(_rows(joint, run.batch.size, place))
                 if progress is not None:
                     progress(len(chunk))
-        return [result for result in results if result is not None]
+        return results
 
     def _replayed(
         self, run: Run, start: int, variants: Sequence[Sequence[Edit]], logits, capture
@@ -395,7 +397,7 @@ class Model:
 
     def _plan(self, capture, edits: Sequence[Edit], statistics) -> Plan:
         plan = Plan()
-        for text in capture:
+        for text in [capture] if isinstance(capture, (str, Site)) else capture:
             site = Site.parse(text)
             layers = self.layers_with(site.name)
             if site.layer is not None and site.layer not in layers:

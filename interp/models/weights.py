@@ -22,7 +22,9 @@ def linear_map(
     if plain and isinstance(weight, Tensor) and weight.is_floating_point():
         W = (weight.T if isinstance(module, nn.Linear) else weight).detach()
         bias = getattr(module, "bias", None)
-        return W, torch.zeros(W.shape[1], dtype=W.dtype, device=W.device) if bias is None else bias.detach()
+        return W, torch.zeros(
+            W.shape[1], dtype=W.dtype, device=W.device
+        ) if bias is None else bias.detach()
     some = next(module.parameters(), torch.zeros(0))
     dtype = some.dtype if some.is_floating_point() else torch.float32
     zero = module(torch.zeros(1, d_in, dtype=dtype, device=device or some.device))

@@ -159,8 +159,15 @@ class Edit:
     def _changed(self, x: Tensor, seen: Seen) -> Tensor:
         new = self.change(x, seen)
         new = torch.as_tensor(new, dtype=x.dtype, device=x.device)
+        try:
+            new = new.expand_as(x)
+        except RuntimeError as error:
+            raise BadInput(
+                f"edit of '{self.site}' gives values of shape {tuple(new.shape)} for an activation of "
+                f"shape {tuple(x.shape)} ({', '.join(self.site.axes)})"
+            ) from error
         where = self._where(x, seen)
-        return new.expand_as(x) if where is None else torch.where(where, new, x)
+        return new if where is None else torch.where(where, new, x)
 
     def _where(self, x: Tensor, seen: Seen) -> Tensor | None:
         """Mask, broadcastable to x, of what is edited; None for all of it."""

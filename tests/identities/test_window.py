@@ -284,7 +284,11 @@ def test_a_sliding_window_hides_what_is_too_far() -> None:
 
 @pytest.mark.parametrize("capture", [(), ("z",), ("pattern",)], ids=str)
 def test_a_causal_model_stays_causal(tiny: Model, capture: tuple[str, ...]) -> None:
-    """An attention function without a mask entry would see the future, with no error."""
+    """A later token changes no earlier logit, and no weight lies above the diagonal.
+
+    (Without its mask entry the function gets no mask at all, and no error says so: padding and
+    sliding windows would be seen through. Those are the tests that fail then.)
+    """
     ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[:, 8] = (ids[:, 8] + 1) % 97

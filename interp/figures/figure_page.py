@@ -1,0 +1,36 @@
+"""A page for reports without one of their own: every figure, the tables' first rows, where it comes from."""
+
+from __future__ import annotations
+
+import json
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from interp.figures import FIGURES
+from interp.report import Report
+
+ROWS = 200
+
+
+def figure_page(report: Report) -> str:
+    """The report as one HTML document that opens from disk; plotly's script is inside, once."""
+    drawn = []
+    for place, name in enumerate(FIGURES.get(report.analysis, {})):
+        figure = report.figure(name)
+        body = figure.to_html(
+            full_html=False, include_plotlyjs=place == 0, config={"responsive": True}
+        )
+        drawn.append((name, Markup(body)))
+    tables = [
+        (name, len(table), Markup(table.head(ROWS).to_html(index=False, border=0, na_rep="")))
+        for name, table in report.tables.items()
+    ]
+    environment = Environment(loader=PackageLoader("interp.figures", "."), autoescape=True)
+    return environment.get_template("figure_page.html.j2").render(
+        report=report,
+        figures=drawn,
+        tables=tables,
+        rows=ROWS,
+        provenance=json.dumps(report.meta, indent=1, default=str),
+    )
