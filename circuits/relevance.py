@@ -7,8 +7,7 @@ about the embeddings, and the last is complete: its scores sum to the change in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
-from interp.run.cache import Run
 from interp.run.edits import Edit
 
 SINK = 0
@@ -40,7 +38,7 @@ class Target:
     answer: int
     instead: int | None = None
 
-    def of(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+    def of(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
         """The target in logits, of each row's logits at the position."""
         logits = logits.float()
         found = logits[:, self.answer]
@@ -73,27 +71,6 @@ def position_of(position: int, length: int) -> int:
     return position % length
 
 
-def token_id(model: Model, token: str | int) -> int:
-    """The id of a token given as text or id; BadInput says how the text splits if it is not one."""
-    d_vocab = model.spec.d_vocab or 0
-    if isinstance(token, int):
-        if not 0 <= token < d_vocab:
-            raise BadInput(f"token id {token} is outside the vocabulary of {d_vocab} tokens")
-        return token
-    if model.tokenizer is None:
-        raise BadInput(
-            f"{model.id} was loaded without a tokenizer: give the id of {token!r} instead"
-        )
-    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        split = " + ".join(repr(text) for text in model.tokens(ids)) or "nothing"
-        raise BadInput(
-            f"{token!r} is {len(ids)} tokens, wanted one: it splits into {split}; "
-            "name one of them, often with a leading space"
-        )
-    return int(ids[0])
-
-
 def target_of(
     model: Model,
     batch: Batch,
@@ -115,9 +92,9 @@ def target_of(
     if instead is not None and answer is None:
         raise BadInput("instead= compares two tokens: give answer= too")
     place = position_of(position, batch.ids.shape[1])
-    wrong = None if instead is None else token_id(model, instead)
+    wrong = None if instead is None else model.token_id(instead)
     if answer is not None:
-        return Target(place, token_id(model, answer), wrong)
+        return Target(place, model.token_id(answer), wrong)
     return Target(place, int(_logits_at(model, batch, place)[0].argmax()), wrong)
 
 
@@ -189,7 +166,7 @@ def attention_flow(
     position: int = -1,
     *,
     exclude_sink: bool = False,
-) -> Float[np.ndarray, "key_pos"]:
+) -> Float[np.ndarray, " key_pos"]:
     """The most that could flow from each input token to `position` of the last layer, each alone.
 
     Maximum flow through the graph of all (layer, position) with capacities Ã (see `rollout`). Unlike
@@ -203,7 +180,7 @@ def attention_flow(
     Returns: [key_pos], 0 to 1, exact to 1e-8 a capacity.
 
     >>> attention_flow(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]] * 2)).tolist()
-    [0.25, 0.75]
+    [0.5, 0.75]
 
     Source: Abnar & Zuidema 2020. Computed by scipy.sparse.csgraph.maximum_flow.
     """
@@ -233,47 +210,19 @@ def attention_flow(
 # --- patterns and gradients --------------------------------------------------------------------
 
 
-@contextmanager
-def _seen_patterns() -> Iterator[tuple[Edit, dict[int, list[Tensor]]]]:
-    """An edit that changes nothing and keeps the very tensors z is computed from, by layer.
-
-    A captured pattern is put together from chunks of rows *beside* the computation, so the target
-    does not depend on it; these chunks are inside.
-    """
-    chunks: dict[int, list[Tensor]] = {}
-
-    def keep(x: Tensor, seen) -> Tensor:
-        chunks.setdefault(seen.layer, []).append(x)
-        return x
-
-    yield Edit.apply("pattern", keep), chunks
-    chunks.clear()
-
-
 def pattern_gradients(
     model: Model, batch: Batch, target: Target
 ) -> dict[int, tuple[Float[Tensor, "n_heads q k"], Float[Tensor, "n_heads q k"]]]:
     """(A, d target / d A) of every attention layer on one prompt, in logits a unit of attention."""
-    with _seen_patterns() as (edit, chunks):
-        value = target.of(_logits_at(model, batch, target.position, edits=[edit], grad=True))[0]
-        flat = [chunk for layer in chunks for chunk in chunks[layer]]
-        grads = iter(torch.autograd.grad(value, flat, allow_unused=True))
-        found = {}
-        for layer, parts in chunks.items():
-            # Positions after the target's do not reach it: their gradient is None or zero.
-            of_parts = [
-                torch.zeros_like(x) if grad is None else grad
-                for x, grad in ((x, next(grads)) for x in parts)
-            ]
-            found[layer] = (_whole(parts), _whole(of_parts))
-    return found
-
-
-def _whole(chunks: list[Tensor]) -> Tensor:
-    """Row chunks of one pattern as a square [n_heads q k]; causal chunks leave out later keys."""
-    keys = max(chunk.shape[-1] for chunk in chunks)
-    padded = [torch.nn.functional.pad(c, (0, keys - c.shape[-1])) for c in chunks]
-    return torch.cat(padded, dim=2)[0].detach().float()
+    place = torch.tensor([target.position])
+    run = model.run(batch, capture=["pattern"], logits=place, grad=True)
+    assert run.logits is not None
+    grads = run.gradients(target.of(run.logits[:, 0])[0], "pattern")
+    layers = run.cache.layers("pattern")
+    return {
+        layer: (run.cache[f"pattern.{layer}"][0].detach().float(), grads[0, i].float())
+        for i, layer in enumerate(layers)
+    }
 
 
 def chefer_relevance(
@@ -313,13 +262,13 @@ class EmbeddingScores:
     points: gradients that were evaluated.
     """
 
-    scores: Float[Tensor, "pos"]
+    scores: Float[Tensor, " pos"]
     change: float
     gap: float
     points: int
 
 
-def gradient_times_input(model: Model, batch: Batch, target: Target) -> Float[Tensor, "pos"]:
+def gradient_times_input(model: Model, batch: Batch, target: Target) -> Float[Tensor, " pos"]:
     """First-order effect of each token's embedding on the target, in logits.
 
     Σ_d x_d · ∂target/∂x_d at the residual stream's start (`resid_pre.0`, positions included). Exact
@@ -424,9 +373,3 @@ def _gradients(model: Model, batch: Batch, target: Target, points: Tensor) -> Te
         value = _run_from(model, batch, target, leaf, grad=True).sum()
         found.append(torch.autograd.grad(value, leaf)[0].float())
     return torch.cat(found)
-
-
-def tokens_of(model: Model, run: Run | Batch) -> list[str]:
-    """The prompt's tokens as text."""
-    batch = run.batch if isinstance(run, Run) else run
-    return model.tokens(batch.ids[0].tolist())

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from importlib.metadata import entry_points
+from inspect import signature as inspect_signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,15 @@ DTYPE = Annotated[
 REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TRUST = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+]
+
+PROMPT = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain, in quotes.")]
+ANSWER = Annotated[
+    str | None, typer.Option(help="The token explained; by default the model's choice.")
+]
+INSTEAD = Annotated[str | None, typer.Option(help="Explain the difference to this token.")]
+OUT = Annotated[
+    Path | None, typer.Option(help="Folder of the report; by default reports/MODEL-COMMAND.")
 ]
 
 PARTIAL = ".partial"
@@ -136,10 +146,102 @@ def heads(
     _print_strongest(report)
     console = Console()
     console.print(f"{len(report.table)} heads in {time.perf_counter() - started:.0f} s")
-    console.print("open ", end="")
-    console.print(
-        str((out / "report.html").resolve()), soft_wrap=True, highlight=False, markup=False
+    _print_path(out)
+
+
+@app.command()
+def lens(
+    model: MODEL,
+    prompt: PROMPT,
+    sites: Annotated[str, typer.Option(help="Residual sites, separated by commas.")] = "resid_post",
+    reading: Annotated[
+        str,
+        typer.Option(
+            "--lens", help="logit, ridge (fitted once, minutes), or best (ridge if fitted)."
+        ),
+    ] = "best",
+    target: Annotated[str | None, typer.Option(help="A token whose rank is followed.")] = None,
+    out: OUT = None,
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Read what every layer believes comes next, at every position.
+
+    Example:
+
+        interp lens smollm2-135m "The capital of France is" --target " Paris"
+    """
+    options = {"sites": [site.strip() for site in sites.split(",")], "lens": reading}
+    loading = {"device": device, "dtype": dtype, "revision": revision}
+    report = _explained(
+        "lens", model, prompt, out, options | {"target": target}, loading, trust_remote_code
     )
+    rows = report.table
+    _print_rows(
+        rows.loc[rows["position"] == rows["position"].max()],
+        ["site", "layer", "top_token", "top_probability", "kl", "target_token", "target_rank"],
+    )
+
+
+@app.command()
+def attribution(
+    model: MODEL,
+    prompt: PROMPT,
+    answer: ANSWER = None,
+    instead: INSTEAD = None,
+    position: Annotated[int, typer.Option(help="Whose logits; negative from the end.")] = -1,
+    out: OUT = None,
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Split a logit (difference) into what every head, MLP, embedding and bias adds to it.
+
+    Example:
+
+        interp attribution smollm2-135m "When Mary and John went to the store, John gave a drink to" \\
+            --answer " Mary" --instead " John"
+    """
+    options = {"answer": answer, "instead": instead, "position": position}
+    loading = {"device": device, "dtype": dtype, "revision": revision}
+    report = _explained("attribution", model, prompt, out, options, loading, trust_remote_code)
+    rows = report.table
+    strongest = rows.iloc[(-rows["contribution"].abs().to_numpy()).argsort()[:15]]
+    _print_rows(strongest, ["component", "layer", "head", "contribution"])
+    Console().print(f"all {len(rows)} contributions sum to {rows['contribution'].sum():.3f} logits")
+
+
+@app.command()
+def flow(
+    model: MODEL,
+    prompt: PROMPT,
+    answer: ANSWER = None,
+    instead: INSTEAD = None,
+    position: Annotated[int, typer.Option(help="Whose prediction; negative from the end.")] = -1,
+    mass: Annotated[float, typer.Option(help="Share of each sum that the kept parts hold.")] = 0.9,
+    exclude_sink: Annotated[
+        bool, typer.Option("--exclude-sink", help="Leave out the first token.")
+    ] = False,
+    out: OUT = None,
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    revision: REVISION = None,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Draw the route by which a prediction's information came, and each token's relevance.
+
+    Example:
+
+        interp flow smollm2-135m "When Mary and John went to the store, John gave a drink to" --exclude-sink
+    """
+    options = {"answer": answer, "instead": instead, "position": position, "mass": mass}
+    loading = {"device": device, "dtype": dtype, "revision": revision}
+    options |= {"exclude_sink": exclude_sink}
+    report = _explained("flow", model, prompt, out, options, loading, trust_remote_code)
+    _print_rows(report.tables["relevance"], list(report.tables["relevance"].columns))
 
 
 @app.command()
@@ -213,6 +315,55 @@ def _analysis(name: str) -> Analysis:
     """An installed analysis, registered when its entry point is loaded."""
     entry_points(group="interp.analyses")[name].load()
     return ANALYSES[name]
+
+
+def _explained(
+    name: str,
+    model: str,
+    prompt: str,
+    out: Path | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    trust_remote_code: bool,
+) -> Report:
+    """The report of one analysis on one prompt, saved, with the path of its page printed."""
+    from interp.run.files import check_writable
+
+    if not prompt:
+        raise BadInput("the prompt is empty: give at least one token of text")
+    analysis = _analysis(name)
+    known = inspect_signature(analysis.validate).parameters
+    analysis.validate(**{key: value for key, value in options.items() if key in known})
+    out = Path("reports") / f"{_slug(model)}-{name}" if out is None else out
+    check_writable(out)
+    opened = _open(model, trust_remote_code=trust_remote_code, **loading)
+    with Console(stderr=True).status("Reading the model"):
+        report: Report = analysis.function(opened, prompt, **options)
+        report.save(out)
+    _print_path(out)
+    return report
+
+
+def _print_path(out: Path) -> None:
+    """The page to open, on a line of its own that a terminal makes a link."""
+    page = str((out / "report.html").resolve())
+    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_rows(rows: Any, columns: list[str]) -> None:
+    """Some columns of a table, numbers short, tokens as Python would write them."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows[columns].to_dict("records"):
+        table.add_row(*(escape(_short(row[column])) for column in columns))
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.0f}" if value == int(value) else f"{value:.3f}"
+    return repr(value) if isinstance(value, str) and value != value.strip() else str(value)
 
 
 def _open(name: str, **options: Any) -> Model:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import plotly.graph_objects as go
 
 from interp.errors import BadInput
+from interp.figures.tokens import visible
 from interp.report import Report
 
 
@@ -25,9 +24,9 @@ def contributions(report: Report, prompt: int = 0) -> go.Figure:
             values[int(row["layer"]), column] = row["contribution"]
     rest = sum(row["contribution"] for row in rows if row["component"] not in ("head", "mlp"))
     names = [str(head) for head in range(model["n_heads"])] + ["MLP"]
-    answer = html.escape(repr(report.meta["answers"][prompt]))
+    answer = f"‘{visible(report.meta['answers'][prompt])}’"
     if report.meta["instead"]:
-        answer += f" − {html.escape(repr(report.meta['instead'][prompt]))}"
+        answer += f" − ‘{visible(report.meta['instead'][prompt])}’"
     largest = float(np.nanmax(np.abs(values)))
     figure = go.Figure(
         go.Heatmap(

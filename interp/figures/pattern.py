@@ -5,6 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from interp.errors import BadInput
+from interp.figures.tokens import visible
 from interp.report import Report
 
 
@@ -20,7 +21,7 @@ def pattern(report: Report, head: tuple[int, int] = (0, 0), prompt: int = 0) -> 
             f"{n_heads} heads, {n_prompts} prompts"
         )
     shown = report.meta["prompts"][prompt]
-    tokens = [f"{i} {token}" for i, token in enumerate(shown["tokens"])]
+    tokens = [f"{i} {visible(token)}" for i, token in enumerate(shown["tokens"])]
     root = report.arrays["pattern"][prompt, layer, index, : len(tokens), : len(tokens)] / 255
     figure = go.Figure(
         go.Heatmap(

@@ -99,7 +99,7 @@ class Run:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[int, tuple] = field(default_factory=dict)
 
-    def gradients(self, target: Tensor, site: str) -> Tensor | dict[int, Tensor]:
+    def gradients(self, target: Tensor, site: str) -> Tensor:
         """d target / d site, shaped like `cache[site]`; needs `run(..., grad=True)`.
 
         `target` is a scalar made from `logits` or from captured activations.
