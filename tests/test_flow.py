@@ -395,7 +395,7 @@ def test_bad_input_is_told_in_one_line(tiny: Model, smollm: Model) -> None:
     for position in (9, -10):
         with pytest.raises(BadInput, match=r"positions are 0 to 8"):
             information_flow(tiny, IDS, position=position)
-    with pytest.raises(BadInput, match="outside the vocabulary of 97"):
+    with pytest.raises(BadInput, match="tiny has ids 0 to 96"):
         information_flow(tiny, IDS, answer=97)
     with pytest.raises(BadInput, match="without a tokenizer"):
         information_flow(tiny, IDS, answer=" Mary")
