@@ -428,13 +428,7 @@ def _map(model: Model) -> dict[str, Any]:
     spec = model.spec
     return {
         "model": model.id,
-        "family": spec.family,
-        "n_layers": spec.n_layers,
-        "n_heads": spec.n_heads,
-        "n_kv_heads": spec.n_kv_heads,
-        "d_model": spec.d_model,
-        "d_head": spec.d_head,
-        "d_vocab": spec.d_vocab,
+        **spec.facts,
         "n_ctx": spec.n_ctx,
         "causal": spec.causal,
         "embedding": spec.embedding,

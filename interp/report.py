@@ -132,20 +132,13 @@ def provenance(model: Model, *, options: dict[str, Any], seed: int) -> dict[str,
     """Where a report comes from: model and weights, options, seed, versions, date."""
     from interp.models.load import weights_sha256
 
-    spec = model.spec
     packages = ("interp-suite", "torch", "transformers", "numpy")
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "id": model.id,
             "sha256": weights_sha256(model.module),
-            "family": spec.family,
-            "n_layers": spec.n_layers,
-            "n_heads": spec.n_heads,
-            "n_kv_heads": spec.n_kv_heads,
-            "d_model": spec.d_model,
-            "d_head": spec.d_head,
-            "d_vocab": spec.d_vocab,
+            **model.spec.facts,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "options": options,

@@ -242,8 +242,6 @@ def test_edits_that_cannot_be_meant() -> None:
         Edit.zero("resid_post", heads=[(0, 1)])
     with pytest.raises(BadInput, match="not in both"):
         Edit.zero("z.0", heads=[(0, 1)])
-    with pytest.raises(BadInput, match="chunks"):
-        Edit.mean("pattern")
     with pytest.raises(BadInput, match="at least two rows"):
         Edit.resample("z")(torch.zeros(1, 2, 3, 4), Seen(layer=0))
 
@@ -270,3 +268,17 @@ def test_out_of_range_is_an_error_and_not_an_edit_of_nothing(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         tiny.run(torch.tensor([[5, 6, 7], [8, 9, 10]]), edits=[edit])
+
+
+def test_the_mean_pattern_is_that_of_each_query_and_key_over_rows(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+    clean = tiny.run(ids, capture=["pattern.1"]).cache["pattern.1"]
+    edited = tiny.run(ids, capture=["pattern.1"], edits=[Edit.mean("pattern.1.2")]).cache[
+        "pattern.1"
+    ]
+    wanted = clean.clone()
+    wanted[:, 2] = clean[:, 2].mean(0)
+    assert torch.allclose(edited, wanted, atol=1e-6)
+    padded = Batch.of_ids(ids, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool())
+    with pytest.raises(BadInput, match="padded rows"):
+        tiny.run(padded, edits=[Edit.mean("pattern.1")])

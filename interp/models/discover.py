@@ -294,8 +294,11 @@ def _write_map(
                 refused["attn_write"] = f"'{block.name}' writes its attention twice"
             block = replace(block, attn_write=write, direct=block.W_O in candidate.modules)
         elif block.mlp_write is not None:
+            several = (
+                "three times" if block.attention else "twice, neither time with attention seen here"
+            )
             refused.setdefault(
-                "mlp_write", f"'{block.name}' writes to the residual stream three times"
+                "mlp_write", f"'{block.name}' writes to the residual stream {several}"
             )
         else:
             block = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,12 @@ class Spec:
     def d_head(self) -> int:
         """Width of z of the widest layer."""
         return max((block.d_head for block in self.blocks), default=0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Family and sizes, as reports and `interp inspect` show them."""
+        names = ("family", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_vocab")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def attention_layers(self) -> list[int]:

@@ -86,12 +86,21 @@ class Edit:
 
     @staticmethod
     def mean(site, heads=None, positions=None, mean: Mapping[int, Tensor] | None = None) -> Edit:
-        """The activation's mean over rows and real positions; or `mean[layer]` where given."""
-        _needs_whole_rows(site)
+        """The activation's mean over rows and real positions; or `mean[layer]` where given.
+
+        Scores and patterns are averaged over rows alone, each query and key by itself.
+        """
+        of_pattern = Site.parse(site).axes == PATTERN_AXES
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             if mean is not None:
                 return mean[seen.layer].to(x).expand_as(x)
+            if of_pattern:
+                if seen.mask is not None and not bool(seen.mask.all()):
+                    raise BadInput(
+                        "the mean of patterns of padded rows means nothing: give prompts of one length"
+                    )
+                return x.mean(dim=0, keepdim=True).expand_as(x)
             if seen.mask is None:
                 return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
             return x[seen.mask].mean(dim=0).expand_as(x)
@@ -210,8 +219,3 @@ class Edit:
         shape = [1] * x.ndim
         shape[0], shape[axis] = mask.shape
         return mask.view(shape)
-
-
-def _needs_whole_rows(site: str | Site) -> None:
-    if Site.parse(site).axes == PATTERN_AXES:
-        raise BadInput("patterns are seen in chunks: use Edit.patch with a mean pattern of yours")

@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 
 import circuits
 import interp
+from tests.ground_truth.head_zoo import ZOO, head_zoo
 from tests.ground_truth.induction_model import (
     INDUCTION_HEAD,
     PREVIOUS_TOKEN_HEAD,
@@ -88,3 +89,26 @@ def test_random_models_get_almost_no_labels(smollm, seed):
         report.table["labels"].str.split(",").map(lambda names: len([n for n in names if n])).sum()
     )
     assert given <= 0.01 * len(roles) * len(report.table)
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    model = interp.load(head_zoo(), tokenizer=character_tokenizer())
+    return circuits.classify_heads(model, prompts=8, ablate=False, progress=False)
+
+
+@pytest.mark.parametrize("head", range(len(ZOO)))
+def test_every_kind_of_head_gets_its_own_label_and_no_other(zoo, head):
+    assert row(zoo, (0, head))["labels"] == list(ZOO)[head]
+
+
+def test_planted_attention_scores_over_95_percent(zoo):
+    for head, name in enumerate(ZOO):
+        if name in ("", "broad"):
+            continue
+        assert row(zoo, (0, head))[name] > 0.95, name
+    assert 0.8 < row(zoo, (0, list(ZOO).index("broad")))["broad"] < 0.97
+
+
+def test_heads_without_weights_get_no_label(zoo):
+    assert (zoo.table[zoo.table["layer"] == 1]["labels"] == "").all()
