@@ -609,7 +609,7 @@ def check_options(*, mass: float = MASS, threshold: float | None = None) -> None
     name="flow",
     source="Ferrando & Voita 2024; Abnar & Zuidema 2020; Chefer et al. 2021; Sundararajan et al. 2017",
     example='interp flow smollm2-135m "When Mary and John went to the store, John gave a drink to"',
-    figure="flow_graph",
+    figure="graph",
     validate=check_options,
 )
 def information_flow(

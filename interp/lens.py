@@ -187,7 +187,7 @@ def check_options(
     name="lens",
     source="nostalgebraist 2020 (logit lens); Belrose et al. 2023 (affine translators)",
     example='interp lens smollm2-135m "The capital of France is"',
-    figure="lens_map",
+    figure="map",
     validate=check_options,
 )
 def logit_lens(

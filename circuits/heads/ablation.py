@@ -139,7 +139,7 @@ def ablation_columns(
 ) -> pd.DataFrame:
     """The table with each labelled head's effect, interval, and the mean effect of its controls."""
     table = table.copy()
-    table["ablation_metric"] = pd.Series([None] * len(table), dtype="object")
+    table["ablation_metric"] = pd.Series([None] * len(table), dtype="str")
     for name in ("effect", "low", "high", "control"):
         table[f"ablation_{name}"] = np.nan
     row_of = {

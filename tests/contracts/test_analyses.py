@@ -1,0 +1,84 @@
+"""What holds for every registered analysis, whatever it does."""
+
+from importlib.metadata import entry_points
+
+import pandas as pd
+import pytest
+
+import interp
+from interp.figures import FIGURES
+from interp.models.load import weights_sha256
+from interp.registry import ANALYSES
+from interp.report import Report
+from tests.ground_truth.induction_model import character_tokenizer, induction_model
+
+for _entry in entry_points(group="interp.analyses"):
+    _entry.load()
+
+PROMPT = "the cat sat on the mat. the cat"
+ARGUMENTS = {
+    "heads": ((), {"prompts": 4, "progress": False}),
+    "flow": ((PROMPT,), {"max_flow": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return interp.load(induction_model(), tokenizer=character_tokenizer())
+
+
+def report_of(name: str, model) -> Report:
+    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
+    return ANALYSES[name].function(model, *positional, **options)
+
+
+@pytest.fixture(scope="module", params=sorted(ANALYSES))
+def made(request, model):
+    before = weights_sha256(model.module)
+    return request.param, report_of(request.param, model), before
+
+
+def test_the_model_is_left_as_it_was(made, model):
+    _, _, before = made
+    assert weights_sha256(model.module) == before
+    for module in model.module.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+    assert model.module.config._attn_implementation != "interp_window"
+
+
+def test_the_same_call_gives_the_same_tables(made, model):
+    name, report, _ = made
+    again = report_of(name, model)
+    assert list(again.tables) == list(report.tables)
+    for table in report.tables:
+        pd.testing.assert_frame_equal(report.tables[table], again.tables[table])
+
+
+def test_the_report_comes_back_from_disk(made, tmp_path):
+    name, report, _ = made
+    loaded = Report.load(report.save(tmp_path))
+    assert loaded.analysis == name
+    for table in report.tables:
+        pd.testing.assert_frame_equal(report.tables[table], loaded.tables[table], check_dtype=False)
+    assert loaded.meta["model"]["sha256"] == report.meta["model"]["sha256"]
+    assert "wall_time_s" in loaded.meta and loaded.meta["schema_version"] == 1
+
+
+def test_every_figure_renders_and_the_page_is_whole(made):
+    name, report, _ = made
+    assert FIGURES[name]
+    for figure in FIGURES[name]:
+        assert report.figure(figure).to_json()
+    page = report.to_html()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "http://" not in page.split("</head>")[0] and 'src="http' not in page
+    assert report._repr_html_().startswith("<iframe")
+
+
+@pytest.mark.parametrize("name", sorted(ANALYSES))
+def test_what_is_registered_is_described(name):
+    analysis = ANALYSES[name]
+    assert analysis.source and analysis.example.startswith(f"interp {name}")
+    assert analysis.figure in FIGURES[name]
+    assert analysis.function.__doc__ and ">>>" in analysis.function.__doc__
