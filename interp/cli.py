@@ -221,7 +221,7 @@ def flow(
     answer: ANSWER = None,
     instead: INSTEAD = None,
     position: Annotated[int, typer.Option(help="Whose prediction; negative from the end.")] = -1,
-    mass: Annotated[float, typer.Option(help="Share of each sum that the kept parts hold.")] = 0.9,
+    mass: Annotated[float, typer.Option(help="Share of each sum that the kept parts hold.")] = 0.8,
     exclude_sink: Annotated[
         bool, typer.Option("--exclude-sink", help="Leave out the first token.")
     ] = False,

@@ -44,7 +44,8 @@ def flow_graph(report: Report, by: str = "through") -> go.Figure:
         for colour, value in COLOURS.items():
             here = edges.loc[(place == level) & (edges["colour"] == colour)]
             if len(here):
-                traces.append(_lines(here, value, strength, colour, level == len(limits) - 1))
+                strongest = level == place[edges["colour"] == colour].max()
+                traces.append(_lines(here, value, strength, colour, bool(strongest)))
                 bins.append(level)
         here = np.flatnonzero((place == level) & (edges["colour"] != "residual"))
         if len(here):

@@ -59,7 +59,8 @@ def relevance_text(report: Report, score: str = "relevance", hide_first: bool = 
         xaxis={"visible": False},
         yaxis={"visible": False, "autorange": "reversed"},
         template="plotly_white",
-        height=140 + 44 * n_lines,
+        height=110 + 60 * n_lines,
+        margin={"t": 70, "b": 20},
     )
 
 
