@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import BadInput, Refused
+from interp.models.calls import uncapped_logits
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
 from interp.registry import analysis
@@ -228,12 +229,7 @@ def _rows(component: str, layer: float, head: float, values: Tensor) -> pd.DataF
 
 def _uncapped(model: Model, final: Tensor, answer: Tensor, instead: Tensor | None) -> Tensor:
     """The explained logits, before a soft-cap, by the model's own norm and unembedding."""
-    spec = model.spec
-    norm = None if spec.final_norm is None else model.module.get_submodule(spec.final_norm)
-    logits = model.module.get_submodule(spec.unembedding or "")(
-        final if norm is None else norm(final)
-    )
+    logits = uncapped_logits(model.spec, model.module, final)
     rows = torch.arange(len(final))
     found = logits[rows, answer].float()
-    found = found if instead is None else found - logits[rows, instead].float()
-    return found * spec.logit_scale
+    return found if instead is None else found - logits[rows, instead].float()

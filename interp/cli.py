@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import sys
 import time
 from importlib.metadata import entry_points
@@ -142,7 +143,7 @@ def heads(
         raise SystemExit(130) from None
     except SaveFailed as error:
         raise SaveFailed(f"{error}. {KEPT.format(out / PARTIAL)}") from error
-    _remove(out / PARTIAL)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
     _print_strongest(report)
     console = Console()
     console.print(f"{len(report.table)} heads in {time.perf_counter() - started:.0f} s")
@@ -380,12 +381,6 @@ def _slug(model: str) -> str:
     """A folder name for a model: its last path part, without an ending."""
     name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _print_strongest(report: Report) -> None:

@@ -198,6 +198,13 @@ def test_interrupted_run_keeps_its_units_and_resumes(run, folder, tmp_path, monk
     pd.testing.assert_frame_equal(interp.Report.load(out).table, interp.Report.load(whole).table)
 
 
+def test_a_folder_of_other_files_is_never_emptied(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(interp.InterpError, match="holds other files"):
+        Checkpoint(tmp_path, {"seed": 0})
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_resume_refuses_other_options(run, folder, tmp_path, monkeypatch):
     def interrupted(self, name, unit):
         raise KeyboardInterrupt

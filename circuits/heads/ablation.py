@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from circuits.heads.claims import INTERVAL, RESAMPLES
+from circuits.heads.claims import INTERVAL, resampling
 from interp.data.prompts import Prompts
 from interp.metrics import loss
 from interp.models.model import Model
@@ -103,28 +104,27 @@ def ablation_effects(
     read = torch.arange(max(first, 1) - 1, prompts.length - 1)
     targets = prompts.ids[:, read + 1]
     layers = sorted({layer for layer, _ in heads})
-    clean: Run | None = None
 
     def measure(run: Run) -> Tensor:
         assert run.logits is not None
         return loss(run.logits, targets).cpu()
 
-    def clean_run() -> Run:
-        nonlocal clean
-        if clean is None:
-            sites = [f"resid_pre.{layer}" for layer in layers] + [f"z.{layer}" for layer in layers]
-            clean = model.run(prompts.batch, capture=sites, logits=read)
-        return clean
+    @cache
+    def clean() -> tuple[Run, Tensor]:
+        """The clean run and its loss, made only if some unit is not stored yet."""
+        sites = [f"resid_pre.{layer}" for layer in layers]
+        run = model.run(prompts.batch, capture=sites, logits=read)
+        return run, measure(run)
 
     effects = np.empty((len(heads), len(prompts)))
     for layer in layers:
         places = [i for i, (at, _) in enumerate(heads) if at == layer]
 
         def unit(places: list[int] = places) -> dict[str, np.ndarray]:
-            run = clean_run()
+            run, clean_loss = clean()
             variants = [[Edit.mean("z", heads=[heads[i]])] for i in places]
-            losses = torch.stack(model.replay(run, variants, measure, logits=read, progress=None))
-            return {"effect": (losses - measure(run)).numpy()}
+            losses = torch.stack(model.replay(run, variants, measure, logits=read))
+            return {"effect": (losses - clean_loss).numpy()}
 
         names = "-".join(str(heads[i][1]) for i in places)
         effects[places] = checkpoint.compute(f"ablate.{prompts.name}.{layer}.{names}", unit)[
@@ -148,11 +148,8 @@ def ablation_columns(
     }
     for metric, plan in plans.items():
         effect = effects[metric]
-        n_prompts = effect.shape[1]
-        draws = np.random.default_rng(seed).multinomial(
-            n_prompts, np.full(n_prompts, 1 / n_prompts), RESAMPLES
-        )
-        low, high = np.quantile(effect @ draws.T / n_prompts, INTERVAL, axis=1)
+        draws = resampling(effect.shape[1], seed)
+        low, high = np.quantile(effect @ draws.T, INTERVAL, axis=1)
         mean = effect.mean(1)
         n = len(plan.labelled)
         for i, (layer, _) in enumerate(plan.labelled):

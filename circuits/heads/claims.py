@@ -88,10 +88,14 @@ def _p_values(scores: Scores) -> np.ndarray:
 
 def _resampled(scores: Scores, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Means of score and of distance from the null over resampled prompts [resample layer head]."""
-    n = len(scores.score)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+    draws = resampling(len(scores.score), seed)
     distance = scores.detector.side * (scores.score - scores.null)
     return np.tensordot(draws, scores.score, 1), np.tensordot(draws, distance, 1)
+
+
+def resampling(n: int, seed: int) -> np.ndarray:
+    """Weights of `n` prompts in each bootstrap resample [resample n]; every row sums to 1."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
 
 
 def heads_table(

@@ -58,12 +58,17 @@ def output_tensor(output: Any) -> Tensor:
 
 def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     """Logits of a final residual [... d_model], exactly as the model makes them."""
+    logits = uncapped_logits(spec, module, residual)
+    if spec.logit_softcap is not None:
+        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits
+
+
+def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
+    """The same before a soft-cap: linear in the normed residual, with the model's scale."""
     if spec.unembedding is None:
         raise Refused("this model has no unembedding (no language-model head)")
     normed = (
         residual if spec.final_norm is None else module.get_submodule(spec.final_norm)(residual)
     )
-    logits = module.get_submodule(spec.unembedding)(normed)
-    if spec.logit_softcap is not None:
-        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-    return logits * spec.logit_scale
+    return module.get_submodule(spec.unembedding)(normed) * spec.logit_scale

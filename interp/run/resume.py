@@ -52,6 +52,10 @@ class Checkpoint:
                     f"{wanted.get(changed[0])!r}; give the same options, or leave out --resume to start anew"
                 )
         elif folder.exists():
+            if any(folder.iterdir()) and not (folder / KEY_FILE).exists():
+                raise BadInput(
+                    f"{folder} holds other files than finished units: give a new or empty folder"
+                )
             shutil.rmtree(folder)
         write_atomically(folder / KEY_FILE, json.dumps(wanted, indent=1).encode())
 
@@ -70,8 +74,3 @@ class Checkpoint:
         result = {key: np.ascontiguousarray(value) for key, value in unit().items()}
         write_atomically(path, save(result))
         return result
-
-    def done(self) -> None:
-        """Remove the stored units: the whole result is written elsewhere."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
