@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,12 +31,46 @@ def loss(
 
 def logit_diff(
     logits: Float[Tensor, "batch d_vocab"],
-    answer: Int[Tensor, " batch"],
-    wrong: Int[Tensor, " batch"],
+    answers: Int[Tensor, " *batch_k"],
+    wrong: Int[Tensor, " *batch_k"],
 ) -> Float[Tensor, " batch"]:
-    """Logit of the answer minus logit of the wrong answer, in logits."""
-    rows = torch.arange(len(logits), device=logits.device)
-    return logits[rows, answer] - logits[rows, wrong]
+    """Logit of the answer minus logit of the wrong answer, in logits; means where there are several.
+
+    >>> logit_diff(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([2]), torch.tensor([[0, 1]]))
+    tensor([2.5000])
+    """
+    return _over(logits, answers, torch.mean) - _over(logits, wrong, torch.mean)
+
+
+def prob_diff(
+    logits: Float[Tensor, "batch d_vocab"],
+    answers: Int[Tensor, " *batch_k"],
+    wrong: Int[Tensor, " *batch_k"],
+) -> Float[Tensor, " batch"]:
+    """Probability of the answers minus that of the wrong answers: from -1 to 1."""
+    p = logits.float().softmax(-1)
+    return _over(p, answers, torch.sum) - _over(p, wrong, torch.sum)
+
+
+def answer_loss(
+    logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " *batch_k"]
+) -> Float[Tensor, " batch"]:
+    """-log of the probability of the answers together, in nats."""
+    logp = logits.float().log_softmax(-1)
+    return -_over(logp, answers, lambda x: x.logsumexp(0))
+
+
+def _over(
+    values: Float[Tensor, "batch d_vocab"],
+    tokens: Int[Tensor, " *batch_k"],
+    join: Callable[[Tensor], Tensor],
+) -> Float[Tensor, " batch"]:
+    """`join` of each row's values at its tokens; -1 is no token."""
+    tokens = tokens.to(values.device)
+    if tokens.ndim == 1 or tokens.shape[1] == 1:
+        return values.gather(-1, tokens.reshape(-1, 1))[:, 0]
+    rows = [row[mine[mine >= 0]] for row, mine in zip(values, tokens, strict=True)]
+    return torch.stack([join(row) for row in rows])
 
 
 def kl(
