@@ -23,6 +23,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "resid_post": RESIDUAL_AXES,
     "attn_out": RESIDUAL_AXES,
     "attn_write": RESIDUAL_AXES,
+    "mlp_post": ("batch", "pos", "d_mlp"),
     "mlp_out": RESIDUAL_AXES,
     "mlp_write": RESIDUAL_AXES,
     "q": HEAD_AXES,
@@ -33,7 +34,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "pattern": PATTERN_AXES,
 }
 """Axes of every site, one layer at a time. `attn_out` is what W_O returns, `attn_write` what enters
-the residual stream (they differ where a model normalises after attention); likewise for the MLP."""
+the residual stream (they differ where a model normalises after attention); likewise for the MLP.
+`mlp_post` are the neurons: what the linear layer that makes `mlp_out` reads."""
 
 ATTENTION_SITES = ("q", "k", "v", "scores", "pattern", "z")
 MODULE_SITES = tuple(name for name in AXES if name not in ATTENTION_SITES)
@@ -44,6 +46,7 @@ _TRANSFORMER_LENS = {
     "hook_resid_post": "resid_post",
     "hook_attn_out": "attn_write",
     "hook_mlp_out": "mlp_write",
+    "mlp.hook_post": "mlp_post",
     "attn.hook_rot_q": "q",
     "attn.hook_rot_k": "k",
     "attn.hook_v": "v",

@@ -1,14 +1,14 @@
 """One tiny random model of every covered Hugging Face family, and what we expect to see of it.
 
 The tests of `identities/` run over this table, and the README's list of families is made from it:
-`python tests/families.py` writes it. A new family is one entry here and nothing else.
+`python -m tests.families` writes it. A new family is one entry here and nothing else.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ GRANITE = {
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions": 64}
 
 PARALLEL = frozenset({"resid_mid"})
-NORM_AFTER_ADDING = frozenset({"attn_write", "mlp_write", "mlp_out", "resid_mid"})
+EXPERTS = frozenset({"mlp_post"})
+NORM_AFTER_ADDING = frozenset({"attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"})
 HEAD_WITH_A_TRANSFORM = frozenset({"unembedding"})
 NO_WINDOW = frozenset(
     [
@@ -64,6 +65,7 @@ NO_WINDOW = frozenset(
         "attn_out",
         "attn_write",
         "mlp_out",
+        "mlp_post",
         "mlp_write",
         "resid_mid",
     ]
@@ -91,7 +93,7 @@ class Family:
         """ "full", "partly" or "no window"."""
         if "z" in self.refused:
             return "no window"
-        return "full" if self.refused <= PARALLEL else "partly"
+        return "full" if self.refused <= PARALLEL | EXPERTS else "partly"
 
     def __call__(self) -> nn.Module:
         """The model, the same at every call, in eval mode.
@@ -198,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         "sinks",
         "sliding window",
         "MoE",
+        refused=EXPERTS,
     ),
     "granite": _text("Granite", {**GROUPED, **GRANITE}, "grouped heads", "scaled residual"),
     "granitemoe": _text(
@@ -206,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         "grouped heads",
         "scaled residual",
         "MoE",
+        refused=EXPERTS,
     ),
     "helium": _text("Helium", {**GROUPED, **HEAD_8}, "grouped heads"),
     "lfm2": _text(
@@ -220,7 +224,9 @@ FAMILIES: dict[str, Family] = {
         "Ministral", {**GROUPED, **HEAD_8, **WINDOW_4}, "grouped heads", "sliding window"
     ),
     "mistral": _text("Mistral", {**GROUPED, **WINDOW_4}, "grouped heads", "sliding window"),
-    "mixtral": _text("Mixtral", {**GROUPED, "num_local_experts": 4}, "grouped heads", "MoE"),
+    "mixtral": _text(
+        "Mixtral", {**GROUPED, "num_local_experts": 4}, "grouped heads", "MoE", refused=EXPERTS
+    ),
     "nemotron": _text("Nemotron", {**GROUPED, **HEAD_8}, "grouped heads"),
     "olmo": _text("Olmo", GROUPED, "grouped heads", "norm without weights"),
     "olmo2": _text("Olmo2", GROUPED, "grouped heads", "post-norm"),
@@ -228,7 +234,11 @@ FAMILIES: dict[str, Family] = {
         "Olmo3", {**GROUPED, **WINDOW_4}, "grouped heads", "post-norm", "sliding window"
     ),
     "olmoe": _text(
-        "Olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}, "grouped heads", "MoE"
+        "Olmoe",
+        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+        "grouped heads",
+        "MoE",
+        refused=EXPERTS,
     ),
     "opt": _text(
         "OPT",
@@ -247,7 +257,7 @@ FAMILIES: dict[str, Family] = {
     "persimmon": _text("Persimmon", TEXT, "fused qkv"),
     "phi": _text("Phi", TEXT, "parallel", refused=PARALLEL),
     "phi3": _text("Phi3", {**GROUPED, "pad_token_id": 0}, "grouped heads", "fused qkv"),
-    "phimoe": _text("Phimoe", {**GROUPED, **FOUR_EXPERTS}, "grouped heads", "MoE"),
+    "phimoe": _text("Phimoe", {**GROUPED, **FOUR_EXPERTS}, "grouped heads", "MoE", refused=EXPERTS),
     "qwen2": _text("Qwen2", GROUPED, "grouped heads"),
     "qwen2_moe": _text(
         "Qwen2Moe",
@@ -260,6 +270,7 @@ FAMILIES: dict[str, Family] = {
         },
         "grouped heads",
         "MoE",
+        refused=EXPERTS,
     ),
     "qwen3": _text("Qwen3", {**GROUPED, **HEAD_8}, "grouped heads"),
     "qwen3_moe": _text(
@@ -273,6 +284,7 @@ FAMILIES: dict[str, Family] = {
         },
         "grouped heads",
         "MoE",
+        refused=EXPERTS,
     ),
     "qwen3_next": _text(
         "Qwen3Next",
@@ -293,7 +305,7 @@ FAMILIES: dict[str, Family] = {
         "hybrid",
         "gated attention",
         "MoE",
-        refused=("attn_out", "attn_write", "mlp_write", "resid_mid"),
+        refused=("mlp_post", "attn_out", "attn_write", "mlp_write", "resid_mid"),
     ),
     "seed_oss": _text("SeedOss", {**GROUPED, **HEAD_8}, "grouped heads"),
     "smollm3": _text("SmolLM3", {**GROUPED, "pad_token_id": 0}, "grouped heads"),
@@ -402,4 +414,8 @@ def readme_table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(readme_table() + "\n")
+    readme = Path(__file__).parent.parent / "README.md"
+    before, rest = readme.read_text().split("<!-- families -->")
+    _, after = rest.split("<!-- /families -->")
+    table = f"<!-- families -->\n{readme_table()}\n<!-- /families -->"
+    readme.write_text(before + table + after)

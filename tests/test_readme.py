@@ -9,7 +9,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_family_table_is_the_one_the_tests_run_over():
     shown = README.split("<!-- families -->")[1].split("<!-- /families -->")[0].strip()
-    assert shown == readme_table(), "run `python tests/families.py` and paste what it prints"
+    assert shown == readme_table(), "run `python -m tests.families`"
     assert f"{len(FAMILIES)} families" in README
 
 

@@ -49,6 +49,10 @@ def discover(seen: Recording, batch: Batch) -> Spec:
             block = _attention_map(seen, block, attention, refused)
             patterns.append(torch.cat(attention.rows, dim=2))
         blocks.append(_write_map(seen, block, call, shape, refused) if layer_of else block)
+    if not any(block.W_out for block in blocks):
+        refused.setdefault(
+            "mlp_post", "no one linear layer makes an MLP's output (experts, or a gate)"
+        )
     if all(block.parallel or block.attn_write is None for block in blocks):
         refused.setdefault("resid_mid", "attention and MLP are parallel: nothing lies between them")
     causal = bool(patterns) and all(not pattern.triu(1).any() for pattern in patterns)
@@ -90,6 +94,7 @@ def _stack(seen: Recording, refused: dict[str, str]) -> tuple[str, dict[int, Att
             "attn_out",
             "attn_write",
             "mlp_out",
+            "mlp_post",
             "mlp_write",
             "resid_mid",
         ):
@@ -282,7 +287,7 @@ def _write_map(
             f"no outputs inside '{block.name}' sum to resid_post - resid_pre (a norm after the addition, "
             "or a rescaled stream)"
         )
-        for site in ("attn_write", "mlp_write", "mlp_out", "resid_mid"):
+        for site in ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"):
             refused.setdefault(site, reason)
         return block
     from_attention = _downstream(seen, block, candidates)
@@ -304,6 +309,7 @@ def _write_map(
             block = replace(
                 block, mlp_write=write, mlp_out=_before_norm(seen, write.module, candidates)
             )
+            block = _neurons(seen, block, candidates)
     if block.attn_write is not None and block.mlp_write is not None:
         mid = pre + block.attn_write.scale * _value(candidates, block.attn_write.module).double()
         inside = [
@@ -426,6 +432,17 @@ def _before_norm(seen: Recording, module: str, candidates: list[Candidate]) -> s
             if _same(candidate.value, call.inputs[0]):
                 return candidate.modules[0]
     return module
+
+
+def _neurons(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> BlockMap:
+    """W_out: the linear layer that returns mlp_out as it is; none where experts or gates mix it."""
+    for name in next(c.modules for c in candidates if block.mlp_out in c.modules):
+        call, module = seen.once(name), seen.module.get_submodule(name)
+        linear = isinstance(getattr(module, "weight", None), Tensor)
+        leaf = linear and not any(True for _ in module.children())
+        if leaf and call and call.inputs and not _elementwise(seen, name, call):
+            return replace(block, W_out=name, d_mlp=call.inputs[0].shape[-1])
+    return block
 
 
 def _with_ends(spec: Spec, seen: Recording, batch: Batch) -> Spec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -112,6 +112,7 @@ class Model:
         address = {
             "attn_out": block.W_O,
             "attn_write": block.attn_write,
+            "mlp_post": block.W_out,
             "mlp_out": block.mlp_out,
             "mlp_write": block.mlp_write,
         }
@@ -129,6 +130,23 @@ class Model:
             self.module.get_submodule(block.W_O), block.n_heads * block.d_head, self.device
         )
         return W.reshape(block.n_heads, block.d_head, -1)
+
+    def b_O(self, layer: int) -> Tensor:
+        """Bias of a layer's output projection [d_model]; zeros where it has none."""
+        self.layers_with("attn_out")
+        block = self.spec.blocks[layer]
+        if block.W_O is None:
+            raise Refused(f"layer {layer} of {self.id} has no attention output projection")
+        width = block.n_heads * block.d_head
+        return linear_map(self.module.get_submodule(block.W_O), width, self.device)[1]
+
+    def W_out(self, layer: int) -> Tensor:
+        """What each neuron of a layer writes, before scale and norm [d_mlp d_model]."""
+        self.layers_with("mlp_post")
+        block = self.spec.blocks[layer]
+        if block.W_out is None:
+            raise Refused(f"layer {layer} of {self.id} has no one linear layer from neurons")
+        return linear_map(self.module.get_submodule(block.W_out), block.d_mlp, self.device)[0]
 
     def W_V(self, layer: int) -> Tensor:
         """Value projection of a layer, one slice a kv head [n_kv_heads d_model d_head].
@@ -489,6 +507,8 @@ class Model:
             if where.attn_write and plan.wants_any(("attn_write", "resid_mid"), layer):
                 change = attn_write_change(layer, where.attn_write, touch, plan, pre)
                 self._on_output(stack, where.attn_write.module, change, run)
+            if where.W_out and plan.wants("mlp_post", layer):
+                self._on_input(stack, where.W_out, partial(touch, "mlp_post", layer), run)
             for name, write in (
                 ("attn_out", Write(where.W_O) if where.W_O else None),
                 ("mlp_out", Write(where.mlp_out) if where.mlp_out else None),
@@ -501,6 +521,19 @@ class Model:
             post = BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
             if post.needed or self.spec.tuple_blocks:
                 stack.callback(block.register_forward_hook(post).remove)
+
+    def _on_input(
+        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run
+    ) -> None:
+        """Hook a module's input, seen as [batch pos width] even where the block flattened it."""
+
+        def hook(module: nn.Module, args: tuple) -> Any:
+            x = args[0]
+            seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
+            new = change(seen)
+            return None if new is x else (new.reshape(x.shape), *args[1:])
+
+        stack.callback(self.module.get_submodule(name).register_forward_pre_hook(hook).remove)
 
     def _on_output(
         self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run

@@ -35,7 +35,8 @@ class BlockMap:
     """Addresses inside one block; None where the block has no such thing or it was not found.
 
     `parallel`: attention and MLP read the same input. `direct`: the attention output is written as
-    it is (times `attn_write.scale`), with no norm in between.
+    it is (times `attn_write.scale`), with no norm in between. `W_out`: the one linear layer that makes
+    mlp_out from the neurons (`d_mlp` of them).
     """
 
     name: str
@@ -46,6 +47,8 @@ class BlockMap:
     W_O: str | None = None
     v: Source | None = None
     attn_write: Write | None = None
+    W_out: str | None = None
+    d_mlp: int = 0
     mlp_out: str | None = None
     mlp_write: Write | None = None
     parallel: bool = False

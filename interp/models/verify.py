@@ -75,6 +75,23 @@ def verify(spec: Spec, seen: Recording, plain: Tensor) -> Spec:
             "head outputs plus bias sum to the attention output",
             ("attn_out",),
         )
+    outs, sums = [], []
+    for block in spec.blocks:
+        if block.W_out:
+            call = seen.call(block.W_out)
+            assert call.output is not None
+            post = call.inputs[0].reshape(-1, block.d_mlp).double()
+            W, b = linear_map(seen.module.get_submodule(block.W_out), block.d_mlp, post.device)
+            outs.append(call.output.reshape(len(post), -1))
+            sums.append(post @ W.double() + b.double())
+    if outs:
+        check(
+            "neurons",
+            torch.cat(sums, -1),
+            torch.cat(outs, -1),
+            "neurons times W_out plus bias sum to the MLP's output",
+            ("mlp_post",),
+        )
     calls_of = [seen.call(block.name) for block in spec.blocks]
     links = [(a.output, b.inputs[0]) for a, b in pairwise(calls_of) if a.output is not None]
     final = calls_of[-1].output

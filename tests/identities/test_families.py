@@ -192,10 +192,23 @@ def test_heads_and_bias_sum_to_the_attention_output(name: str) -> None:
     cache = model.run(inputs_of(name), capture=["z", "attn_out"]).cache
     for layer in model.layers_with("attn_out"):
         heads = torch.einsum("bphd,hdm->bphm", cache[f"z.{layer}"], model.W_O(layer))
-        projection = model.module.get_submodule(model.spec.blocks[layer].W_O or "")
-        bias = getattr(projection, "bias", None)
-        total = heads.sum(2) if bias is None else heads.sum(2) + bias
+        total = heads.sum(2) + model.b_O(layer)
         assert off(total, cache[f"attn_out.{layer}"]) < ROUNDING
+
+
+@every_window
+def test_neurons_and_bias_sum_to_the_mlp_output(name: str) -> None:
+    model = model_of(name)
+    if "mlp_post" in model.spec.refused:
+        pytest.skip("no one linear layer makes this family's MLP output")
+    cache = model.run(inputs_of(name), capture=["mlp_post", "mlp_out"]).cache
+    for layer in model.layers_with("mlp_post"):
+        total = cache[f"mlp_post.{layer}"] @ model.W_out(layer)
+        bias = getattr(
+            model.module.get_submodule(model.spec.blocks[layer].W_out or ""), "bias", None
+        )
+        total = total if bias is None else total + bias
+        assert off(total, cache[f"mlp_out.{layer}"]) < ROUNDING
 
 
 @every_window
