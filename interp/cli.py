@@ -12,8 +12,8 @@ import re
 import shutil
 import sys
 import time
-from importlib.metadata import entry_points
-from inspect import signature as inspect_signature
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,15 +23,73 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from interp.commands import (
+    DEVICE,
+    DTYPE,
+    GROUPS,
+    MODEL,
+    REVISION,
+    TRUST,
+    Job,
+    analysis_group,
+    options_known_to,
+)
 from interp.errors import BadInput, InterpError, SaveFailed
-from interp.registry import ANALYSES, Analysis
 from interp.sites import ranges
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from interp.models.model import Model
     from interp.report import Report
 
+PARTIAL = ".partial"
+KEPT = "what was finished is kept in {}: go on with the same command and --resume"
+
+
+def perform(job: Job) -> None:
+    """Run one analysis, save its report, print its summary and where its page is."""
+    from interp.run.files import check_writable
+
+    started = time.perf_counter()
+    analysis, out = job.analysis, job.out
+    data = job.arguments | job.options
+    if data.get("prompt") == "":
+        raise BadInput("the prompt is empty: give at least one token of text")
+    analysis.validate(**options_known_to(analysis.validate, data))
+    if out is None:
+        out = Path("reports") / f"{_slug(job.model)}-{analysis.name.replace('_', '-')}"
+    check_writable(out)
+    opened = _open(job.model, **job.loading)
+    known = signature(analysis.function).parameters
+    keeping = {"checkpoint": out / PARTIAL, "resume": job.resume} if "resume" in known else {}
+    busy = (
+        nullcontext() if "progress" in known else Console(stderr=True).status("Reading the model")
+    )
+    try:
+        with busy:
+            report: Report = analysis.function(
+                opened, *job.arguments.values(), **job.options, **keeping
+            )
+            report.save(out)
+    except KeyboardInterrupt:
+        kept = f"; {KEPT.format(out / PARTIAL)}" if keeping else ""
+        print(f"interp: stopped{kept}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SaveFailed as error:
+        raise SaveFailed(
+            f"{error}. {KEPT.format(out / PARTIAL)}" if keeping else str(error)
+        ) from error
+    if keeping:
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    _print_summary(report, analysis.summary(report))
+    Console().print(f"{time.perf_counter() - started:.0f} s")
+    page = str((out / "report.html").resolve())
+    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
+
+
 app = typer.Typer(
+    cls=analysis_group(perform),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -39,210 +97,9 @@ app = typer.Typer(
     help="What every attention head of a transformer does, how sure that is, and whether it matters.",
 )
 
-MODEL = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
-    ),
-]
-DEVICE = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")
-]
-DTYPE = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, …; by default the checkpoint's own.")
-]
-REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-TRUST = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
-]
-
-PROMPT = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain, in quotes.")]
-ANSWER = Annotated[
-    str | None, typer.Option(help="The token explained; by default the model's choice.")
-]
-INSTEAD = Annotated[str | None, typer.Option(help="Explain the difference to this token.")]
-OUT = Annotated[
-    Path | None, typer.Option(help="Folder of the report; by default reports/MODEL-COMMAND.")
-]
-
-PARTIAL = ".partial"
-STRONGEST = 3
-KEPT = "what was finished is kept in {}: go on with the same command and --resume"
-
-
-@app.command()
-def heads(
-    model: MODEL,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the report; by default reports/MODEL.")
-    ] = None,
-    detectors: Annotated[
-        str | None,
-        typer.Option(help="Names separated by commas; all by default. An unknown name lists them."),
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts in each set.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of prompts, bootstrap and controls.")] = 0,
-    alpha: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Corrected significance level of a label.")
-    ] = 0.01,
-    ablate: Annotated[
-        bool, typer.Option(help="Measure what ablating each labelled head does.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from an interrupted run.")
-    ] = False,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
-    revision: REVISION = None,
-    trust_remote_code: TRUST = False,
-) -> None:
-    """Classify every attention head and write a report.
-
-    Examples:
-
-        interp heads smollm2-135m
-
-        interp heads org/name --out reports/mine --prompts 64 --dtype bfloat16
-
-        interp heads ./checkpoint --detectors induction,previous_token --no-ablate
-
-    Ctrl-C keeps what is finished; the same command with --resume goes on from it.
-    """
-    from interp.run.files import check_writable
-
-    started = time.perf_counter()
-    out = Path("reports") / _slug(model) if out is None else out
-    names = (
-        None
-        if detectors is None
-        else [name.strip() for name in detectors.split(",") if name.strip()]
-    )
-    if names == []:
-        raise BadInput("--detectors names no detector; write --detectors induction,previous_token")
-    analysis = _analysis("heads")
-    analysis.validate(detectors=names, prompts=prompts)
-    check_writable(out)
-    opened = _open(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
-    try:
-        report: Report = analysis.function(
-            opened,
-            detectors=names,
-            prompts=prompts,
-            seed=seed,
-            alpha=alpha,
-            ablate=ablate,
-            checkpoint=out / PARTIAL,
-            resume=resume,
-        )
-        report.save(out)
-    except KeyboardInterrupt:
-        print(f"interp: stopped; {KEPT.format(out / PARTIAL)}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except SaveFailed as error:
-        raise SaveFailed(f"{error}. {KEPT.format(out / PARTIAL)}") from error
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    _print_strongest(report)
-    console = Console()
-    console.print(f"{len(report.table)} heads in {time.perf_counter() - started:.0f} s")
-    _print_path(out)
-
-
-@app.command()
-def lens(
-    model: MODEL,
-    prompt: PROMPT,
-    sites: Annotated[str, typer.Option(help="Residual sites, separated by commas.")] = "resid_post",
-    reading: Annotated[
-        str,
-        typer.Option(
-            "--lens", help="logit, ridge (fitted once, minutes), or best (ridge if fitted)."
-        ),
-    ] = "best",
-    target: Annotated[str | None, typer.Option(help="A token whose rank is followed.")] = None,
-    out: OUT = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
-    revision: REVISION = None,
-    trust_remote_code: TRUST = False,
-) -> None:
-    """Read what every layer believes comes next, at every position.
-
-    Example:
-
-        interp lens smollm2-135m "The capital of France is" --target " Paris"
-    """
-    options = {"sites": [site.strip() for site in sites.split(",")], "lens": reading}
-    loading = {"device": device, "dtype": dtype, "revision": revision}
-    report = _explained(
-        "lens", model, prompt, out, options | {"target": target}, loading, trust_remote_code
-    )
-    rows = report.table
-    _print_rows(
-        rows.loc[rows["position"] == rows["position"].max()],
-        ["site", "layer", "top_token", "top_probability", "kl", "target_token", "target_rank"],
-    )
-
-
-@app.command()
-def attribution(
-    model: MODEL,
-    prompt: PROMPT,
-    answer: ANSWER = None,
-    instead: INSTEAD = None,
-    position: Annotated[int, typer.Option(help="Whose logits; negative from the end.")] = -1,
-    out: OUT = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
-    revision: REVISION = None,
-    trust_remote_code: TRUST = False,
-) -> None:
-    """Split a logit (difference) into what every head, MLP, embedding and bias adds to it.
-
-    Example:
-
-        interp attribution smollm2-135m "When Mary and John went to the store, John gave a drink to" \\
-            --answer " Mary" --instead " John"
-    """
-    options = {"answer": answer, "instead": instead, "position": position}
-    loading = {"device": device, "dtype": dtype, "revision": revision}
-    report = _explained("attribution", model, prompt, out, options, loading, trust_remote_code)
-    rows = report.table
-    strongest = rows.iloc[(-rows["contribution"].abs().to_numpy()).argsort()[:15]]
-    _print_rows(strongest, ["component", "layer", "head", "contribution"])
-    Console().print(f"all {len(rows)} contributions sum to {rows['contribution'].sum():.3f} logits")
-
-
-@app.command()
-def flow(
-    model: MODEL,
-    prompt: PROMPT,
-    answer: ANSWER = None,
-    instead: INSTEAD = None,
-    position: Annotated[int, typer.Option(help="Whose prediction; negative from the end.")] = -1,
-    mass: Annotated[float, typer.Option(help="Share of each sum that the kept parts hold.")] = 0.8,
-    exclude_sink: Annotated[
-        bool, typer.Option("--exclude-sink", help="Leave out the first token.")
-    ] = False,
-    out: OUT = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
-    revision: REVISION = None,
-    trust_remote_code: TRUST = False,
-) -> None:
-    """Draw the route by which a prediction's information came, and each token's relevance.
-
-    Example:
-
-        interp flow smollm2-135m "When Mary and John went to the store, John gave a drink to" --exclude-sink
-    """
-    options = {"answer": answer, "instead": instead, "position": position, "mass": mass}
-    loading = {"device": device, "dtype": dtype, "revision": revision}
-    options |= {"exclude_sink": exclude_sink}
-    report = _explained("flow", model, prompt, out, options, loading, trust_remote_code)
-    _print_rows(report.tables["relevance"], list(report.tables["relevance"].columns))
+for _prefix, _about in GROUPS.items():
+    _group = typer.Typer(cls=analysis_group(perform, _prefix), no_args_is_help=True, help=_about)
+    app.add_typer(_group, name=_prefix)
 
 
 @app.command()
@@ -312,53 +169,19 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _analysis(name: str) -> Analysis:
-    """An installed analysis, registered when its entry point is loaded."""
-    entry_points(group="interp.analyses")[name].load()
-    return ANALYSES[name]
-
-
-def _explained(
-    name: str,
-    model: str,
-    prompt: str,
-    out: Path | None,
-    options: dict[str, Any],
-    loading: dict[str, Any],
-    trust_remote_code: bool,
-) -> Report:
-    """The report of one analysis on one prompt, saved, with the path of its page printed."""
-    from interp.run.files import check_writable
-
-    if not prompt:
-        raise BadInput("the prompt is empty: give at least one token of text")
-    analysis = _analysis(name)
-    known = inspect_signature(analysis.validate).parameters
-    analysis.validate(**{key: value for key, value in options.items() if key in known})
-    out = Path("reports") / f"{_slug(model)}-{name}" if out is None else out
-    check_writable(out)
-    opened = _open(model, trust_remote_code=trust_remote_code, **loading)
-    with Console(stderr=True).status("Reading the model"):
-        report: Report = analysis.function(opened, prompt, **options)
-        report.save(out)
-    _print_path(out)
-    return report
-
-
-def _print_path(out: Path) -> None:
-    """The page to open, on a line of its own that a terminal makes a link."""
-    page = str((out / "report.html").resolve())
-    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_rows(rows: Any, columns: list[str]) -> None:
-    """Some columns of a table, numbers short, tokens as Python would write them."""
+def _print_summary(report: Report, rows: pd.DataFrame) -> None:
+    """The summary's table, then what the report wants to be known."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows[columns].to_dict("records"):
-        table.add_row(*(escape(_short(row[column])) for column in columns))
-    Console().print(table)
+    for column in rows.columns:
+        table.add_column(str(column), no_wrap=True)
+    for row in rows.to_dict("records"):
+        table.add_row(*(escape(_short(value)) for value in row.values()))
+    console = Console()
+    console.print(table)
+    for name, reason in report.meta.get("skipped", {}).items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    for note in report.meta.get("notes", []):
+        console.print(f"note: {note}", markup=False)
 
 
 def _short(value: Any) -> str:
@@ -381,41 +204,6 @@ def _slug(model: str) -> str:
     """A folder name for a model: its last path part, without an ending."""
     name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
-
-
-def _print_strongest(report: Report) -> None:
-    """The strongest labelled heads of each role."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("role", "heads", "best", "score", "95 %", "null", "ablated", "controls"):
-        table.add_column(column, no_wrap=True)
-    for detector in report.meta["detectors"]:
-        if not detector["labels"]:
-            continue
-        name, title = detector["name"], detector["title"]
-        mine = report.table.loc[[name in labels.split(",") for labels in report.table["labels"]]]
-        count = str(len(mine))
-        if not len(mine):
-            table.add_row(title, count)
-        best: Any = mine.nlargest(STRONGEST, name)
-        for row in best.to_dict("records"):
-            interval = f"{row[f'{name}_low']:.2f}–{row[f'{name}_high']:.2f}"
-            numbers = (f"{row[name]:.3f}", interval, f"{row[f'{name}_null']:.3f}")
-            effects = (_signed(row.get(f"ablation_{kind}")) for kind in ("effect", "control"))
-            table.add_row(title, count, f"L{row['layer']}H{row['head']}", *numbers, *effects)
-            title = count = ""
-    console = Console()
-    console.print(table)
-    if "ablation_effect" in report.table:
-        console.print("ablated, controls: change in loss (nats a token) on what the role serves")
-    for name, reason in report.meta["skipped"].items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    for note in report.meta["notes"]:
-        console.print(f"note: {note}", markup=False)
-
-
-def _signed(value: float | None) -> str:
-    """A number with its sign; nothing where it was not measured."""
-    return "" if value is None or value != value else f"{value:+.3f}"
 
 
 def _map(model: Model) -> dict[str, Any]:
@@ -442,6 +230,8 @@ def _map(model: Model) -> dict[str, Any]:
                 "v": block.v and block.v.module,
                 "attn_write": block.attn_write
                 and [block.attn_write.module, block.attn_write.scale],
+                "d_mlp": block.d_mlp,
+                "W_out": block.W_out,
                 "mlp_out": block.mlp_out,
                 "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
                 "parallel": block.parallel,
@@ -472,7 +262,8 @@ def _print_map(model: Model) -> None:
             facts.add_row(key, escape(str(value)))
     console.print(facts)
 
-    keys = ("attention", "W_O", "v", "attn_write", "mlp_out", "mlp_write", "n_heads", "n_kv_heads")
+    keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
+    keys += ("n_heads", "n_kv_heads", "d_mlp")
     alike: dict[tuple, list[int]] = {}
     for layer, block in enumerate(data["blocks"]):
         row = tuple(_relative(block[key], block["name"] + ".") for key in keys)

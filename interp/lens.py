@@ -183,12 +183,21 @@ def check_options(
     _check_top_k(top_k, None)
 
 
+def at_the_end(report: Report) -> pd.DataFrame:
+    """Every layer's reading at the last position."""
+    rows = report.table.loc[report.table["position"] == report.table["position"].max()]
+    return rows[
+        ["site", "layer", "top_token", "top_probability", "kl", "target_token", "target_rank"]
+    ]
+
+
 @analysis(
     name="lens",
     source="nostalgebraist 2020 (logit lens); Belrose et al. 2023 (affine translators)",
     example='interp lens smollm2-135m "The capital of France is"',
     figure="map",
     validate=check_options,
+    summary=at_the_end,
 )
 def logit_lens(
     model: Model,

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.report import Report
 
 F = TypeVar("F", bound=Callable)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known about an analysis: `function(model, *, options) -> Report`.
+    """What is known about an analysis: `function(model, data, *, options) -> Report`.
 
-    `validate(**options)` raises BadInput for options that no model could satisfy, so that a typo is
-    told before a large model is loaded.
+    The command line is made from the function's signature and docstring. `validate(**options)` raises
+    BadInput for options that no model could satisfy, so that a typo is told before a large model is
+    loaded. `summary(report)` is the table that the command line prints; by default the first rows.
     """
 
     name: str
@@ -23,18 +29,30 @@ class Analysis:
     example: str
     figure: str
     validate: Callable[..., None]
+    summary: Callable[[Report], pd.DataFrame]
 
 
 ANALYSES: dict[str, Analysis] = {}
 
 
+def first_rows(report: Report) -> pd.DataFrame:
+    """The first rows of the main table."""
+    return report.table.head(15)
+
+
 def analysis(
-    *, name: str, source: str, example: str, figure: str, validate: Callable[..., None]
+    *,
+    name: str,
+    source: str,
+    example: str,
+    figure: str,
+    validate: Callable[..., None],
+    summary: Callable[[Report], pd.DataFrame] = first_rows,
 ) -> Callable[[F], F]:
     """Register a function as an analysis and return it unchanged."""
 
     def register(function: F) -> F:
-        ANALYSES[name] = Analysis(name, function, source, example, figure, validate)
+        ANALYSES[name] = Analysis(name, function, source, example, figure, validate, summary)
         return function
 
     return register

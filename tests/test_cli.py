@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 
 import interp
 from interp import cli
+from interp.commands import GROUPS, Deferred, Job
+from interp.registry import ANALYSES, Analysis
 from interp.run.resume import Checkpoint
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
 
@@ -253,8 +258,82 @@ def test_models_lists_the_embedded_default(run):
     assert json.loads(text)[0]["model"] == "smollm2-135m"
 
 
-@pytest.mark.parametrize("command", ["heads", "inspect", "models"])
+COMMANDS = [
+    entry.name.replace("_", " " if entry.name.split("_")[0] in GROUPS else "-", 1).replace("_", "-")
+    for entry in entry_points(group="interp.analyses")
+]
+
+
+@pytest.mark.parametrize("command", ["inspect", "models", *COMMANDS])
 def test_help_shows_an_example(run, command):
-    code, text, _ = run(command, "--help")
+    code, text, _ = run(*command.split(), "--help")
     assert code == 0
-    assert f"interp {command}" in text.replace("Usage: interp", "")
+    assert f"interp {command}" in " ".join(text.replace("Usage: interp", "").split())
+
+
+def test_what_can_be_done_is_listed_without_importing_torch():
+    code = "import sys; sys.argv = ['interp', '--help']\nfrom interp.cli import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules)"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert text.rstrip().endswith("False")
+    shown = " ".join(text.split())
+    for command in COMMANDS:
+        assert f"│ {command.split()[0]} " in shown, command
+    assert "Every attention head's roles" in shown
+
+
+def example(
+    model,
+    prompt: str | Sequence[str],
+    *,
+    sites: Sequence[str] = ("z", "resid_post"),
+    layers: Sequence[int] | None = None,
+    exact: bool = False,
+    hidden: dict | None = None,
+) -> interp.Report:
+    """A report that shows what came from the shell.
+
+    It computes nothing.
+
+    Args:
+        prompt: the text. sites: names,
+            and more names.
+        layers: numbers.
+
+    Returns: a Report.
+    """
+    table = pd.DataFrame({"option": ["sites", "layers"], "given": [str(sites), str(layers)]})
+    return interp.Report("example", {"example": table}, {}, {"notes": [f"exact is {exact}"]})
+
+
+def shell(monkeypatch, *arguments: str) -> list[Job]:
+    """The jobs that a shell call of `example` asks for."""
+    made = Analysis("example", example, "nobody 2000", "interp example M P", "", print, print)
+    monkeypatch.setitem(ANALYSES, "example", made)
+    entry = EntryPoint("example", f"{__name__}:example", "interp.analyses")
+    jobs: list[Job] = []
+    context = Deferred("example", entry, jobs.append).make_context("example", [*arguments])
+    context.command.invoke(context)
+    return jobs
+
+
+def test_arguments_and_options_come_from_the_signature(monkeypatch):
+    (job,) = shell(monkeypatch, "m", "some text", "--layers", "3, 4", "--exact", "--device", "cpu")
+    assert job.model == "m" and job.arguments == {"prompt": "some text"}
+    assert job.options == {"sites": ["z", "resid_post"], "layers": [3, 4], "exact": True}
+    assert job.loading["device"] == "cpu" and job.out is None and not job.resume
+
+
+@pytest.mark.parametrize("given", [",", "three"])
+def test_a_list_that_is_none_is_refused(monkeypatch, given):
+    with pytest.raises(interp.InterpError, match="--layers"):
+        shell(monkeypatch, "m", "text", "--layers", given)
+
+
+def test_help_of_options_comes_from_the_docstring(monkeypatch, capsys):
+    with pytest.raises(typer.Exit):
+        shell(monkeypatch, "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for text in ("It computes nothing.", "names, and more names.", "numbers.", "nobody 2000"):
+        assert text in shown, shown
+    assert "--hidden" not in shown

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interp.ridge_lens",),
     ("interp.report",),
     ("interp.figures", "interp.lens"),
+    ("interp.commands",),
     ("interp.cli",),
 )
 """A module imports from its own group and from groups above it. Groups on one line do not import

@@ -14,6 +14,7 @@ from circuits.heads.claims import MIN_PROMPTS, claims, heads_table
 from circuits.heads.detector import Detector, choose
 from circuits.heads.evidence import evidence_patterns, evidence_prompts
 from circuits.heads.scan import passes, scan
+from circuits.heads.summary import strongest_heads
 from circuits.weights import ov_tokens
 from interp.data.prompts import Prompts, repeated_tokens, text_windows
 from interp.errors import BadInput, Refused
@@ -43,6 +44,7 @@ def check_options(*, detectors: Sequence[str] | None = None, prompts: int = 32) 
     example="interp heads smollm2-135m",
     figure="map",
     validate=check_options,
+    summary=strongest_heads,
 )
 def classify_heads(
     model: Model,

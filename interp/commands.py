@@ -1,0 +1,249 @@
+"""Commands made from registered analyses: signature and docstring are the whole interface.
+
+An analysis is `(model, data, *, options) -> Report`: what stands before the star becomes an argument,
+what stands after it an option, and the docstring's `Args:` their help. An analysis called `a_b` is the
+command `a b` where `a` is one of `GROUPS`, else `a-b`. Nothing is imported until a command is used: the
+line beside its name in `interp --help` is read from the source file.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from interp.errors import BadInput
+from interp.registry import ANALYSES, Analysis
+
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
+    ),
+]
+DEVICE = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")
+]
+DTYPE = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, …; by default the checkpoint's own.")
+]
+REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TRUST = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+]
+LOADING = {"device": DEVICE, "dtype": DTYPE, "revision": REVISION, "trust_remote_code": TRUST}
+"""Options of every command that loads a model."""
+
+GROUPS = {"circuit": "Find a circuit, and judge it."}
+"""First words of two-word commands, and what is said of them."""
+
+OURS = ("checkpoint", "resume", "progress")
+"""Parameters that the command line fills by itself."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a command: what to run, on what, and where the report goes."""
+
+    analysis: Analysis
+    model: str
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    out: Path | None
+    resume: bool
+    loading: dict[str, Any]
+
+
+def analysis_group(perform: Callable[[Job], None], prefix: str = "") -> type[TyperGroup]:
+    """A kind of group that has, beside its own commands, one for every installed analysis."""
+    return type("AnalysisGroup", (_Group,), {"prefix": prefix, "perform": staticmethod(perform)})
+
+
+class _Group(TyperGroup):
+    prefix: str
+    perform: Callable[[Job], None]
+
+    def _entries(self) -> dict[str, EntryPoint]:
+        found = {}
+        for entry in entry_points(group="interp.analyses"):
+            first, _, rest = entry.name.partition("_")
+            group, name = (first, rest) if first in GROUPS and rest else ("", entry.name)
+            if group == self.prefix:
+                found[name.replace("_", "-")] = entry
+        return dict(sorted(found.items()))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*self._entries(), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        entry = self._entries().get(cmd_name)
+        if entry is None:
+            return super().get_command(ctx, cmd_name)
+        return Deferred(cmd_name, entry, self.perform)
+
+
+class Deferred(TyperCommand):
+    """A command whose analysis is imported when it is called, not when it is listed."""
+
+    def __init__(self, name: str, entry: EntryPoint, perform: Callable[[Job], None]):
+        super().__init__(name=name, callback=None, help=_first_line(entry))
+        self.entry, self.perform = entry, perform
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        self.entry.load()
+        app = typer.Typer(
+            add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+        )
+        analysis = ANALYSES[self.entry.name]
+        app.command(name=self.name)(_callback(analysis, self.perform))
+        return get_command(app).make_context(info_name, args, parent=parent, **extra)
+
+
+def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..., None]:
+    """The function behind a command, with the signature that typer reads."""
+    function = analysis.function
+    hints = inspect.get_annotations(function, eval_str=True)
+    help_of = _argument_help(function)
+    parameters = [_parameter("model", MODEL)]
+    lists: dict[str, type] = {}
+    arguments = []
+    known = list(inspect.signature(function).parameters.values())[1:]
+    for parameter in known:
+        if parameter.name in OURS:
+            continue
+        positional = parameter.kind is not parameter.KEYWORD_ONLY
+        kind, many = _plain(hints[parameter.name], singular=positional)
+        if kind is None:
+            continue
+        if many:
+            lists[parameter.name] = kind
+        wanted = str if many else kind
+        default = parameter.default
+        if isinstance(default, (tuple, list)):
+            default = ",".join(map(str, default))
+        if positional:
+            arguments.append(parameter.name)
+        elif default is None:
+            wanted = wanted | None
+        make = typer.Argument if positional else typer.Option
+        info = make(help=help_of.get(parameter.name), **_metavar(positional, parameter.name, many))
+        parameters.append(_parameter(parameter.name, Annotated[wanted, info], default))
+    folder = f"Folder of the report; by default reports/MODEL-{analysis.name.replace('_', '-')}."
+    parameters.append(_parameter("out", Annotated[Path | None, typer.Option(help=folder)], None))
+    if resumable := any(parameter.name == "resume" for parameter in known):
+        again = typer.Option("--resume", help="Go on from an interrupted run.")
+        parameters.append(_parameter("resume", Annotated[bool, again], False))
+    for name, annotation in LOADING.items():
+        parameters.append(_parameter(name, annotation, False if name.startswith("trust") else None))
+
+    def callback(**values: Any) -> None:
+        loading = {name: values.pop(name) for name in LOADING}
+        out, model = values.pop("out"), values.pop("model")
+        resume = values.pop("resume") if resumable else False
+        for name, kind in lists.items():
+            if values[name] is not None:
+                values[name] = _split(name, values[name], kind)
+        data = {name: values.pop(name) for name in arguments}
+        perform(Job(analysis, model, data, values, out, resume, loading))
+
+    callback.__doc__ = _help(analysis, resumable)
+    callback.__annotations__ = {p.name: p.annotation for p in parameters}
+    # This signature is what typer reads; the function itself takes anything.
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return callback
+
+
+def _parameter(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _metavar(positional: bool, name: str, many: bool) -> dict[str, Any]:
+    if positional:
+        return {"metavar": name.upper().removesuffix("S") if name == "prompts" else name.upper()}
+    return {"metavar": "A,B,…"} if many else {}
+
+
+def _plain(annotation: Any, *, singular: bool) -> tuple[Any, bool]:
+    """(type, whether a list) that a shell can give for an annotation; (None, False) if it cannot."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    members = [member for member in members if member is not NoneType]
+    if not singular:
+        for member in members:
+            if get_origin(member) in (list, tuple, Sequence):
+                inner, _ = _plain(get_args(member)[0], singular=True)
+                return inner, inner is not None
+    return next((kind for kind in (str, bool, int, float, Path) if kind in members), None), False
+
+
+def _split(name: str, text: str, kind: type) -> list[Any]:
+    option = "--" + name.replace("_", "-")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise BadInput(f"{option} names nothing; write {option} A,B")
+    try:
+        return [kind(part) for part in parts]
+    except ValueError:
+        raise BadInput(
+            f"{option} is {text!r}; wanted {kind.__name__}s separated by commas"
+        ) from None
+
+
+def _help(analysis: Analysis, resumable: bool) -> str:
+    """What `--help` says: the result, what it does not show, an example, the source."""
+    doc = inspect.getdoc(analysis.function) or ""
+    told = re.split(r"\n\s*\n(?=(?:Args|Returns|Raises|Source|>>>))", doc)[0]
+    parts = [told, "Example:", analysis.example, f"Source: {analysis.source}."]
+    if resumable:
+        parts.insert(
+            3, "Ctrl-C keeps what is finished; the same command with --resume goes on from it."
+        )
+    return "\n\n".join(
+        re.sub(r"\s*\n(?!\n)", " ", part) if part is not told else part for part in parts
+    )
+
+
+def _argument_help(function: Callable) -> dict[str, str]:
+    """Help of every parameter, from the docstring's Args."""
+    doc = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n|\n)+)", doc + "\n", re.MULTILINE)
+    found: dict[str, str] = {}
+    if section is None:
+        return found
+    for entry in re.split(r"^    (?=\S)", section[1], flags=re.MULTILINE)[1:]:
+        for names, text in re.findall(r"([\w, ]+?): (.*?)(?=\. [a-z_]+: |\Z)", entry, re.DOTALL):
+            for name in names.split(","):
+                found[name.strip()] = re.sub(r"\s+", " ", text).strip()
+    return found
+
+
+def _first_line(entry: EntryPoint) -> str:
+    """First docstring line of an analysis, without importing it."""
+    spec = importlib.util.find_spec(entry.module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
+
+
+def options_known_to(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a function takes."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
