@@ -14,6 +14,7 @@ import torch
 
 import interp
 from circuits.heads.detector import choose
+from circuits.heads.prompt_sets import REPEATED, TEXT
 from circuits.heads.scan import one_pass
 from interp.data.prompts import repeated_tokens, text_windows
 
@@ -39,8 +40,8 @@ def main() -> None:
     repeated, control = repeated_tokens(model, 8)
     text = text_windows(model, 8, length=128)
     batch = model.as_batch(text.ids[:, :128])
-    on_repeats = [d for d in choose(None) if d.reads == "repeated"]
-    on_text = [d for d in choose(None) if d.reads == "text"]
+    on_repeats = [d for d in choose(None) if d.reads is REPEATED]
+    on_text = [d for d in choose(None) if d.reads is TEXT]
 
     def plain(ids: torch.Tensor) -> object:
         with torch.no_grad():

@@ -15,6 +15,7 @@ CODE = """
 import sys, torch, interp
 from benchmarks.memory import peak_mb
 from circuits.heads.detector import choose
+from circuits.heads.prompt_sets import REPEATED, TEXT
 from circuits.heads.scan import one_pass
 from interp.data.prompts import repeated_tokens, text_windows
 
@@ -31,8 +32,8 @@ elif what == "eager":
         model.module(input_ids=ids, use_cache=False, output_attentions=True, logits_to_keep=1)
 else:
     repeated, _ = repeated_tokens(model, 1, length=length // 2)
-    one_pass(model, [d for d in choose(None) if d.reads == "repeated"], repeated)
-    one_pass(model, [d for d in choose(None) if d.reads == "text"], text_windows(model, 1, length=length - 1))
+    one_pass(model, [d for d in choose(None) if d.reads is REPEATED], repeated)
+    one_pass(model, [d for d in choose(None) if d.reads is TEXT], text_windows(model, 1, length=length - 1))
 print(peak_mb() - before)
 """
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ from interp.commands import (
     TRUST,
     Job,
     analysis_group,
+    first_line,
     options_known_to,
 )
 from interp.errors import BadInput, InterpError, SaveFailed
@@ -155,6 +157,26 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     Console().print(table)
 
 
+def _listing(entry: EntryPoint) -> None:
+    """Add the command that prints what an installed listing returns."""
+
+    def listing(
+        as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    ) -> None:
+        rows: pd.DataFrame = entry.load()()
+        if as_json:
+            print(rows.to_json(orient="records", indent=1, force_ascii=False))
+        else:
+            _print_table(rows, wrap=True)
+
+    shown = f"{first_line(entry)}\n\nExample:\n\n    interp {entry.name}"
+    app.command(name=entry.name, help=shown)(listing)
+
+
+for _entry in entry_points(group="interp.listings"):
+    _listing(_entry)
+
+
 def main() -> None:
     """Run the command line; every error a user can mend is one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="interp: %(message)s")
@@ -169,15 +191,19 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _print_summary(report: Report, rows: pd.DataFrame) -> None:
-    """The summary's table, then what the report wants to be known."""
+def _print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in rows.columns:
-        table.add_column(str(column), no_wrap=True)
+        table.add_column(str(column), no_wrap=not wrap)
     for row in rows.to_dict("records"):
         table.add_row(*(escape(_short(value)) for value in row.values()))
+    Console().print(table)
+
+
+def _print_summary(report: Report, rows: pd.DataFrame) -> None:
+    """The summary's table, then what the report wants to be known."""
+    _print_table(rows)
     console = Console()
-    console.print(table)
     for name, reason in report.meta.get("skipped", {}).items():
         console.print(f"skipped {name}: {reason}", markup=False)
     for note in report.meta.get("notes", []):

@@ -98,7 +98,7 @@ class Deferred(TyperCommand):
     """A command whose analysis is imported when it is called, not when it is listed."""
 
     def __init__(self, name: str, entry: EntryPoint, perform: Callable[[Job], None]):
-        super().__init__(name=name, callback=None, help=_first_line(entry))
+        super().__init__(name=name, callback=None, help=first_line(entry))
         self.entry, self.perform = entry, perform
 
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
@@ -232,7 +232,7 @@ def _argument_help(function: Callable) -> dict[str, str]:
     return found
 
 
-def _first_line(entry: EntryPoint) -> str:
+def first_line(entry: EntryPoint) -> str:
     """First docstring line of an analysis, without importing it."""
     spec = importlib.util.find_spec(entry.module)
     if spec is None or spec.origin is None:

@@ -264,11 +264,19 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["inspect", "models", *COMMANDS])
+@pytest.mark.parametrize("command", ["inspect", "models", "detectors", *COMMANDS])
 def test_help_shows_an_example(run, command):
     code, text, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"interp {command}" in " ".join(text.replace("Usage: interp", "").split())
+
+
+def test_detectors_are_listed_with_cost_and_source(run):
+    code, text, _ = run("detectors", "--json")
+    rows = {row["name"]: row for row in json.loads(text)}
+    assert code == 0 and rows["induction"]["cost"] == "fast"
+    assert "Olsson" in rows["induction"]["source"]
+    assert "induction" in run("detectors")[1]
 
 
 def test_what_can_be_done_is_listed_without_importing_torch():

@@ -3,11 +3,13 @@
 import torch
 
 from circuits.heads.detector import Detector, visible_keys
+from circuits.heads.prompt_sets import TEXT
 from interp.data.prompts import Prompts
+from interp.models.model import Model
 from interp.run.statistics import Entropy
 
 
-def _statistics(prompts: Prompts) -> dict[str, Entropy]:
+def _statistics(model: Model, prompts: Prompts) -> dict[str, Entropy]:
     rows = prompts.positions >= 1 if prompts.causal else prompts.positions >= 0
     return {"score": Entropy(rows, visible_keys(prompts))}
 
@@ -24,7 +26,7 @@ BROAD = Detector(
     "most of what it sees. A head without any preference (over 0.97; untrained heads reach 0.99) gets "
     "no label.",
     source="Clark et al. 2019, What Does BERT Look At, §3.1 (broad heads); normalisation, band and threshold ours",
-    reads="text",
+    reads=TEXT,
     null="a head without preference: attention to all visible keys alike (entropy share 1)",
     threshold=0.8,
     margin=0.03,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,24 @@ def _resampled(scores: Scores, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def resampling(n: int, seed: int) -> np.ndarray:
     """Weights of `n` prompts in each bootstrap resample [resample n]; every row sums to 1."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+
+
+def agreement(by_seed: Sequence[Sequence[Claim]]) -> dict[str, float | int]:
+    """How far labels agree between draws of the prompts.
+
+    Returns: "labels": (head, role) pairs labelled in any draw; "in_all": those labelled in every one;
+        "agreement": mean over pairs of draws of |A ∩ B| / |A ∪ B|, 1 where no label is given.
+    """
+    label = np.array([np.stack([claim.label for claim in found]) for found in by_seed])
+    shares = [
+        (a & b).sum() / max((a | b).sum(), 1) if (a | b).any() else 1.0
+        for a, b in combinations(label, 2)
+    ]
+    return {
+        "labels": int(label.any(0).sum()),
+        "in_all": int(label.all(0).sum()),
+        "agreement": float(np.mean(shares)),
+    }
 
 
 def heads_table(

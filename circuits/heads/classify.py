@@ -10,13 +10,12 @@ from typing import Any
 import pandas as pd
 
 from circuits.heads.ablation import METRICS, ablation_columns, ablation_effects, plan_ablations
-from circuits.heads.claims import MIN_PROMPTS, claims, heads_table
+from circuits.heads.claims import MIN_PROMPTS, Claim, agreement, claims, heads_table
 from circuits.heads.detector import Detector, choose
 from circuits.heads.evidence import evidence_patterns, evidence_prompts
-from circuits.heads.scan import passes, scan
+from circuits.heads.scan import Sets, passes, prompt_sets, scan
 from circuits.heads.summary import strongest_heads
 from circuits.weights import ov_tokens
-from interp.data.prompts import Prompts, repeated_tokens, text_windows
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.registry import analysis
@@ -55,6 +54,7 @@ def classify_heads(
     alpha: float = 0.01,
     ablate: bool = True,
     evidence: int = 4,
+    seeds: int = 1,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -67,12 +67,14 @@ def classify_heads(
 
     Args:
         model: from `interp.load`.
-        detectors: names out of `circuits.heads.detector.catalogue()`; all by default.
+        detectors: names as `interp detectors` lists them, "fast" (the default) or "all".
         prompts: prompts in each set; at least 4.
         seed: of prompts, bootstrap and controls.
         alpha: corrected significance level of a label.
         ablate: whether labelled heads are ablated.
         evidence: how many prompts' patterns the report keeps.
+        seeds: labels are made again with the next seeds, this many in all; meta["stability"] says how
+            far they agree.
         checkpoint: folder for finished units, so that an interrupted call can be resumed.
         resume: go on from what is there.
         progress: show progress bars; by default in a terminal or a notebook.
@@ -90,13 +92,14 @@ def classify_heads(
     check_options(detectors=detectors, prompts=prompts)
     model.layers_with("pattern")
     chosen, skipped = _usable(model, choose(detectors))
-    sets = _prompt_sets(model, chosen, prompts, seed)
+    sets = prompt_sets(model, chosen, prompts, seed)
     options = {
         "detectors": [d.name for d in chosen],
         "prompts": prompts,
         "alpha": alpha,
         "ablate": ablate,
         "evidence": evidence,
+        "seeds": seeds,
     }
     source = provenance(model, options=options, seed=seed)
     units = Checkpoint(
@@ -104,9 +107,8 @@ def classify_heads(
     )
 
     with Progress(progress) as bars:
-        found = scan(
-            model, chosen, sets, units, bars.stage("Scanning prompts", passes(chosen, sets))
-        )
+        advance = bars.stage("Scanning prompts", passes(chosen, sets, prompts))
+        found = scan(model, chosen, sets, prompts, seed, units, advance)
         verdicts = claims(found, alpha=alpha, seed=seed)
         heads = model.spec.heads
         table = heads_table(verdicts, heads, [model.spec.kv_group(*head) for head in heads])
@@ -119,15 +121,22 @@ def classify_heads(
             patterns = evidence_patterns(model, shown)
             shown = shown[: len(patterns)]
             advance(evidence)
+        stability = _stability(model, verdicts, prompts, seed, seeds, alpha, units, bars)
     notes = _notes(model, sets)
+    tables = {"heads": table} | _ov_tables(model, notes)
+    for scores in found:
+        if scores.detector.tables is not None:
+            tables |= scores.detector.tables(scores.seen)
+        if scores.detector.notes is not None:
+            notes += scores.detector.notes(scores.seen)
     meta: dict[str, Any] = source | {
         "detectors": [d.declaration() for d in chosen],
         "skipped": skipped,
         "notes": notes,
+        "stability": stability,
         "causal": model.spec.causal,
         "prompts": [{"title": title, "tokens": model.tokens(ids.tolist())} for title, ids in shown],
     }
-    tables = {"heads": table} | _ov_tables(model, notes)
     arrays = {} if patterns is None or not len(patterns) else {"pattern": patterns}
     meta["wall_time_s"] = round(time.perf_counter() - started, 2)
     return Report("heads", tables, arrays, meta)
@@ -144,7 +153,9 @@ def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], d
             skipped[detector.name] = (
                 f"needs {detector.min_layers} attention layers, the model has {n_layers}"
             )
-        elif detector.reads == "text" and model.tokenizer is None:
+        elif model.tokenizer is None and (
+            detector.needs_text or (detector.reads is not None and detector.reads.needs_text)
+        ):
             skipped[detector.name] = "needs text, and the model was loaded without a tokenizer"
         elif detector.measure is not None:
             try:
@@ -162,26 +173,39 @@ def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], d
     return usable, skipped
 
 
-def _prompt_sets(model: Model, chosen: Sequence[Detector], n: int, seed: int) -> dict[str, Prompts]:
-    sets: dict[str, Prompts] = {}
-    read = {detector.reads for detector in chosen}
-    if "repeated" in read:
-        sets["repeated"], sets["unrepeated"] = repeated_tokens(model, n, seed=seed)
-    if "text" in read:
-        sets["text"] = text_windows(model, n, seed=seed)
-    return sets
+def _stability(
+    model: Model,
+    first: Sequence[Claim],
+    prompts: int,
+    seed: int,
+    seeds: int,
+    alpha: float,
+    units: Checkpoint,
+    bars: Progress,
+) -> dict[str, Any] | None:
+    """How far labels agree when prompts are drawn anew; detectors that observe by themselves left out."""
+    shared = [c.scores.detector for c in first if c.scores.detector.reads is not None]
+    if seeds < 2 or not shared:
+        return None
+    all_claims = [[claim for claim in first if claim.scores.detector.reads is not None]]
+    for other in range(seed + 1, seed + seeds):
+        sets = prompt_sets(model, shared, prompts, other)
+        advance = bars.stage(f"Scanning again, seed {other}", passes(shared, sets, 0))
+        found = scan(model, shared, sets, prompts, other, units.part(f"seed.{other}"), advance)
+        all_claims.append(claims(found, alpha=alpha, seed=other))
+    return {"seeds": seeds, **agreement(all_claims)}
 
 
 def _ablated(
     model: Model,
     table: pd.DataFrame,
     chosen: Sequence[Detector],
-    sets: dict[str, Prompts],
+    sets: Sets,
     units: Checkpoint,
     seed: int,
     bars: Progress,
 ) -> pd.DataFrame:
-    few = {name: sets[name].rows(slice(ABLATION_PROMPTS)) for name in METRICS if name in sets}
+    few = {name: sets[name][0].rows(slice(ABLATION_PROMPTS)) for name in METRICS if name in sets}
     if "text" in few:
         few["text"] = few["text"].first(few["text"].lead + ABLATION_TOKENS)
     causal_lm = (
@@ -211,15 +235,13 @@ def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
     return {"ov_tokens": words} if len(words) else {}
 
 
-def _notes(model: Model, sets: dict[str, Prompts]) -> list[str]:
+def _notes(model: Model, sets: Sets) -> list[str]:
     notes = list(model.notes)
-    if any(prompts.lead == 0 for prompts in sets.values()):
+    if any(prompts.lead == 0 for prompts, _ in sets.values()):
         notes.append(
             "The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text."
         )
-    repeated = sets.get("repeated")
-    if repeated is not None and repeated.period < 64:
-        notes.append(
-            f"Repeated sequences are {repeated.period} tokens twice (64 where there is room)."
-        )
+    period = sets["repeated"][0].period if "repeated" in sets else 64
+    if period < 64:
+        notes.append(f"Repeated sequences are {period} tokens twice (64 where there is room).")
     return notes

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 import circuits.heads
+from circuits.heads.prompt_sets import PromptSet
 from interp.data.prompts import Prompts
 from interp.errors import unknown
 from interp.models.model import Model
@@ -32,16 +35,22 @@ class Detector:
         description: what a high score says, and what it does not.
         source: paper and section, and where we differ.
         unit: of the score.
-        reads: the prompt set it looks at, "repeated" or "text".
+        reads: the prompt set it looks at; None for one that brings its own procedure, `observe`.
         null: sentence: what the null is.
         threshold: a label needs a mean score of at least this. None: a score without a label.
         margin: and a mean distance from the null of at least this.
         side: 1 where the score must lie above the null, -1 where it must lie below.
-        statistics: row statistics wanted from a prompt set, by name.
+        statistics: (model, prompts) -> row statistics wanted from a prompt set, by name.
         combine: (statistics of the prompts, of their control) -> (score, null) for every prompt;
-            the control is None for "text".
+            None for a set without control.
         measure: instead of statistics: (model, prompts, run) -> score for every prompt, with the
             same measure on the control as null; `captures(model)` names the sites it needs.
+        observe: instead of both: (model, n, seed) -> arrays "score" and "null" [n n_layers n_heads] and
+            whatever `tables` and `notes` want to tell; n is how many prompts (or other units of the
+            test) are asked for.
+        tables, notes: from the arrays of `observe`, tables for the report and sentences for its reader.
+        slow: costs far more than one pass over a shared prompt set; left out of "fast".
+        needs_text: whether `observe` needs a tokenizer.
         causal_only: whether it makes sense only where a model reads left to right.
         serves: the metric that ablating such a head should hurt, "repeated" or "text".
         rank: order in tables, most telling first.
@@ -52,14 +61,14 @@ class Detector:
     letter: str
     description: str
     source: str
-    reads: str
+    reads: PromptSet | None
     null: str
     threshold: float | None
     margin: float
     rank: int
     side: int = 1
     unit: str = "attention mass"
-    statistics: Callable[[Prompts], Mapping[str, Mass | Entropy]] | None = None
+    statistics: Callable[[Model, Prompts], Mapping[str, Mass | Entropy]] | None = None
     combine: (
         Callable[
             [Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]
@@ -68,6 +77,11 @@ class Detector:
     ) = None
     measure: Callable[[Model, Prompts, Run], PerPrompt] | None = None
     captures: Callable[[Model], Sequence[str]] = lambda model: ()
+    observe: Callable[[Model, int, int], dict[str, np.ndarray]] | None = None
+    tables: Callable[[Mapping[str, np.ndarray]], dict[str, pd.DataFrame]] | None = None
+    notes: Callable[[Mapping[str, np.ndarray]], list[str]] | None = None
+    slow: bool = False
+    needs_text: bool = False
     causal_only: bool = False
     min_layers: int = 1
     serves: str = "text"
@@ -91,7 +105,10 @@ class Detector:
             "margin",
             "labels",
         )
-        return {name: getattr(self, name) for name in names} | {"prompts": self.reads}
+        return {name: getattr(self, name) for name in names} | {
+            "prompts": self.reads.name if self.reads else "its own",
+            "cost": "slow" if self.slow else "fast",
+        }
 
 
 @cache
@@ -104,13 +121,31 @@ def catalogue() -> tuple[Detector, ...]:
     return tuple(sorted(set(found), key=lambda detector: detector.rank))
 
 
+def declarations() -> pd.DataFrame:
+    """List every detector of `interp heads`: what it reads, what it costs, where it comes from."""
+    rows = [detector.declaration() for detector in catalogue()]
+    columns = ["name", "labels", "cost", "prompts", "unit", "description", "source"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def choose(names: Sequence[str] | None) -> tuple[Detector, ...]:
-    """The detectors of these names, all if None; BadInput with the nearest name for a typo."""
+    """The detectors of these names; BadInput with the nearest name for a typo.
+
+    "fast" stands for all that read shared prompt sets in one pass, "all" for every one; None is "fast".
+
+    >>> [detector.name for detector in choose(["induction", "recency"])]
+    ['induction', 'recency']
+    """
+    names = ["fast"] if names is None else names
     known = {detector.name: detector for detector in catalogue()}
-    for name in names or ():
-        if name not in known:
-            raise unknown("detector", name, known)
-    return tuple(d for d in catalogue() if names is None or d.name in names)
+    for name in names:
+        if name not in known and name not in ("all", "fast"):
+            raise unknown("detector", name, [*known, "fast", "all"])
+    return tuple(
+        d
+        for d in catalogue()
+        if "all" in names or d.name in names or ("fast" in names and not d.slow)
+    )
 
 
 # --- keys of a row, as functions of the query position -----------------------------------------

@@ -1,14 +1,16 @@
 """Fixed-offset heads: attention to the token exactly k back, k from 2 to 8."""
 
 from circuits.heads.detector import Detector, offset_key, strongest
+from circuits.heads.prompt_sets import TEXT
 from interp.data.prompts import Prompts
+from interp.models.model import Model
 from interp.run.statistics import Mass
 
 OFFSETS = range(2, 9)
 CONTROL_OFFSETS = range(12, 19)  # as many, so that choosing the best of them favours neither
 
 
-def _statistics(prompts: Prompts) -> dict[str, Mass]:
+def _statistics(model: Model, prompts: Prompts) -> dict[str, Mass]:
     rows = prompts.positions >= min(prompts.lead + CONTROL_OFFSETS.stop, prompts.length - 1)
     return {str(k): Mass(offset_key(prompts, k), rows) for k in (*OFFSETS, *CONTROL_OFFSETS)}
 
@@ -26,7 +28,7 @@ FIXED_OFFSET = Detector(
     description="Largest over k = 2…8 of the mean of A[q, q-k] on prose: the head looks a fixed "
     "number of tokens back. The previous token (k = 1) is its own role.",
     source="Clark et al. 2019, What Does BERT Look At, §3 (broad offsets); range and threshold ours",
-    reads="text",
+    reads=TEXT,
     null="the best of seven offsets further back (12…18) on the same rows",
     threshold=0.3,
     margin=0.2,

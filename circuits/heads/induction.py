@@ -9,13 +9,14 @@ without copying directly write something later heads read.
 import torch
 
 from circuits.heads.detector import Detector, PerPrompt, offset_key, score_on_control
+from circuits.heads.prompt_sets import REPEATED
 from interp.data.prompts import Prompts
 from interp.models.model import Model
 from interp.run.cache import Run
 from interp.run.statistics import Mass
 
 
-def _statistics(prompts: Prompts) -> dict[str, Mass]:
+def _statistics(model: Model, prompts: Prompts) -> dict[str, Mass]:
     return {"score": Mass(offset_key(prompts, prompts.period - 1), prompts.second_half)}
 
 
@@ -26,7 +27,7 @@ INDUCTION = Detector(
     description="Prefix matching: mean attention in the second copy of repeated random tokens to the "
     "token after the first copy. It does not show copying: see the next score.",
     source="Olsson et al. 2022, In-context Learning and Induction Heads, prefix-matching score; threshold ours",
-    reads="repeated",
+    reads=REPEATED,
     null="the same rows and keys where the second half is fresh tokens (no repeat)",
     threshold=0.4,
     margin=0.3,
@@ -73,7 +74,7 @@ INDUCTION_COPYING = Detector(
     "second copy of repeated random tokens. A score, not a label: later layers may use what a head "
     "writes in other ways.",
     source="after Olsson et al. 2022, copying score; ours is the centred direct logit attribution, not their ratio",
-    reads="repeated",
+    reads=REPEATED,
     null="the same token's logit where the second half is fresh tokens",
     threshold=None,
     margin=0.0,

@@ -3,13 +3,15 @@
 import torch
 
 from circuits.heads.detector import Detector, offset_key, strongest
+from circuits.heads.prompt_sets import TEXT
 from interp.data.prompts import Prompts
+from interp.models.model import Model
 from interp.run.statistics import Mass
 
 WINDOW = 10
 
 
-def _statistics(prompts: Prompts) -> dict[str, Mass]:
+def _statistics(model: Model, prompts: Prompts) -> dict[str, Mass]:
     rows = prompts.positions >= min(WINDOW + 2, prompts.length - 1)
     offsets = [offset_key(prompts, k) for k in range(WINDOW + 1)]
     single = {str(k): Mass(keys, rows) for k, keys in enumerate(offsets)}
@@ -27,7 +29,7 @@ RECENCY = Detector(
     description="Mean attention on prose to the last ten tokens and the current one. The label asks for "
     "a window: heads that look at one fixed offset have their own roles.",
     source="RecurFormer (Yan et al. 2024), recency ratio; window of 10 and threshold ours",
-    reads="text",
+    reads=TEXT,
     null="the same rows' mass on the window's best single offset",
     threshold=0.5,
     margin=0.2,

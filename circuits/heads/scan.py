@@ -1,9 +1,9 @@
-"""One pass over each prompt set feeds every detector that reads it."""
+"""One pass over each prompt set feeds every detector that reads it; the others observe by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,53 +16,73 @@ from interp.run.resume import Checkpoint
 
 TOKENS_PER_PASS = 1024
 
+Sets = Mapping[str, tuple[Prompts, Prompts | None]]
+"""Prompts and their control by the name of the prompt set."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """A detector's result: score and null of every prompt and head [n n_layers n_heads]."""
+    """A detector's result: score and null of every prompt and head [n n_layers n_heads].
+
+    `seen` is everything that an observing detector returned.
+    """
 
     detector: Detector
     score: np.ndarray
     null: np.ndarray
+    seen: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def prompt_sets(model: Model, detectors: Sequence[Detector], n: int, seed: int) -> Sets:
+    """The prompts that these detectors read."""
+    wanted = {d.reads.name: d.reads for d in detectors if d.reads is not None}
+    return {name: prompt_set.make(model, n, seed) for name, prompt_set in wanted.items()}
 
 
 def scan(
     model: Model,
     detectors: Sequence[Detector],
-    sets: dict[str, Prompts],
+    sets: Sets,
+    n: int,
+    seed: int,
     checkpoint: Checkpoint,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Scores]:
-    """Every detector's scores. `sets` holds "repeated" with its control "unrepeated", and "text"."""
-    seen = {
-        name: _statistics_of(
-            model, [d for d in detectors if name in _reads(d)], prompts, checkpoint, advance
-        )
-        for name, prompts in sets.items()
-        if any(name in _reads(d) for d in detectors)
-    }
-    return [_scores(detector, seen) for detector in detectors]
+    """Every detector's scores; `n` and `seed` go to detectors that observe by themselves."""
+    seen: dict[str, list[dict[str, PerPrompt]]] = {}
+    for name, both in sets.items():
+        mine = [d for d in detectors if d.reads and d.reads.name == name]
+        seen[name] = [
+            _statistics_of(model, mine, prompts, checkpoint, advance)
+            for prompts in both
+            if prompts is not None
+        ]
+    found = []
+    for detector in detectors:
+        if detector.reads is not None:
+            found.append(_scores(detector, seen[detector.reads.name]))
+        elif detector.observe is not None:
+            unit = partial(detector.observe, model, n, seed)
+            arrays = checkpoint.compute(f"observe.{detector.name}", unit)
+            found.append(Scores(detector, arrays["score"], arrays["null"], arrays))
+            advance(n)
+    return found
 
 
-def passes(detectors: Sequence[Detector], sets: dict[str, Prompts]) -> int:
-    """How many prompts `scan` will run, for a progress bar."""
-    return sum(
-        len(prompts) for name, prompts in sets.items() if any(name in _reads(d) for d in detectors)
-    )
+def passes(detectors: Sequence[Detector], sets: Sets, n: int) -> int:
+    """How many prompts `scan` will run, for a progress bar; an observing detector counts as n."""
+    shared = sum(len(prompts) for both in sets.values() for prompts in both if prompts is not None)
+    return shared + n * sum(detector.reads is None for detector in detectors)
 
 
-def _reads(detector: Detector) -> tuple[str, ...]:
-    return ("repeated", "unrepeated") if detector.reads == "repeated" else (detector.reads,)
-
-
-def _scores(detector: Detector, seen: dict[str, dict[str, PerPrompt]]) -> Scores:
+def _scores(detector: Detector, seen: Sequence[Mapping[str, PerPrompt]]) -> Scores:
     first, *control = (
         {
             key.removeprefix(f"{detector.name}."): value
-            for key, value in seen[name].items()
+            for key, value in side.items()
             if key.startswith(f"{detector.name}.")
         }
-        for name in _reads(detector)
+        for side in seen
     )
     if detector.combine is None:
         score, null = first["score"], control[0]["score"]
@@ -98,11 +118,12 @@ def _chunks(prompts: Prompts) -> Iterator[slice]:
 def one_pass(
     model: Model, detectors: Sequence[Detector], prompts: Prompts
 ) -> dict[str, np.ndarray]:
+    """What these detectors want of some prompts, from one forward."""
     wanted = {
         f"{d.name}.{key}": statistic
         for d in detectors
         if d.statistics is not None
-        for key, statistic in d.statistics(prompts).items()
+        for key, statistic in d.statistics(model, prompts).items()
     }
     captures = sorted({site for d in detectors for site in d.captures(model)})
     run = model.run(prompts.batch, capture=captures, statistics=wanted or None, logits=False)

@@ -40,6 +40,7 @@ class Checkpoint:
         resume: bool = False,
     ):
         self.folder = folder
+        self.prefix = ""
         if folder is None:
             return
         wanted = json.loads(json.dumps(key or {}, sort_keys=True, default=str))
@@ -59,13 +60,20 @@ class Checkpoint:
             shutil.rmtree(folder)
         write_atomically(folder / KEY_FILE, json.dumps(wanted, indent=1).encode())
 
+    def part(self, name: str) -> Checkpoint:
+        """The same folder for a part of the computation, its units named apart."""
+        part = Checkpoint()
+        part.folder, part.prefix = self.folder, f"{self.prefix}{name}."
+        return part
+
     def compute(
         self, name: str, unit: Callable[[], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         """The stored result called `name`, or `unit()`, stored."""
         if self.folder is None:
             return unit()
-        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+        digest = hashlib.sha256((self.prefix + name).encode()).hexdigest()[:16]
+        path = self.folder / f"{digest}.safetensors"
         if path.exists():
             try:
                 return load_file(path)

@@ -1,11 +1,13 @@
 """Head labels on models whose heads are known."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 import circuits
 import interp
+from circuits.heads.claims import Claim, agreement
 from tests.ground_truth.head_zoo import ZOO, head_zoo
 from tests.ground_truth.induction_model import (
     INDUCTION_HEAD,
@@ -112,3 +114,29 @@ def test_planted_attention_scores_over_95_percent(zoo):
 
 def test_heads_without_weights_get_no_label(zoo):
     assert (zoo.table[zoo.table["layer"] == 1]["labels"] == "").all()
+
+
+def test_labels_of_planted_heads_agree_between_draws(hand_built):
+    """A hand-built circuit is what it is on any prompts; meta says so."""
+    report = circuits.classify_heads(
+        hand_built,
+        detectors=["induction", "previous_token"],
+        prompts=4,
+        seeds=3,
+        ablate=False,
+        evidence=0,
+        progress=False,
+    )
+    stability = report.meta["stability"]
+    assert stability["agreement"] == 1.0 and stability["in_all"] == stability["labels"] > 0
+
+
+def test_agreement_counts_the_labels_that_come_back():
+    names = ["a", "b"]
+    draws = [np.array([[[1, 0]], [[1, 1]]], bool), np.array([[[1, 0]], [[0, 1]]], bool)]
+
+    def claim(label):
+        return Claim(*[None] * 7, label=label)
+
+    found = agreement([[claim(label[i]) for i in range(len(names))] for label in draws])
+    assert found == {"labels": 3, "in_all": 2, "agreement": 2 / 3}
