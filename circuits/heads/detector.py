@@ -21,7 +21,7 @@ from interp.data.prompts import Prompts
 from interp.errors import unknown
 from interp.models.model import Model
 from interp.run.cache import Run
-from interp.run.statistics import Entropy, Mass
+from interp.run.statistics import Statistic
 
 PerPrompt = Float[Tensor, "n n_layers n_heads"]
 
@@ -68,7 +68,7 @@ class Detector:
     rank: int
     side: int = 1
     unit: str = "attention mass"
-    statistics: Callable[[Model, Prompts], Mapping[str, Mass | Entropy]] | None = None
+    statistics: Callable[[Model, Prompts], Mapping[str, Statistic]] | None = None
     combine: (
         Callable[
             [Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]

@@ -30,7 +30,7 @@ from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
-from interp.run.statistics import Entropy, Mass, RowStatistics
+from interp.run.statistics import RowStatistics, Statistic
 from interp.sites import ATTENTION_SITES, Site
 
 T = TypeVar("T")
@@ -320,7 +320,7 @@ class Model:
         capture: Iterable[str | Site] = (),
         edits: Sequence[Edit] = (),
         *,
-        statistics: Mapping[str, Mass | Entropy] | None = None,
+        statistics: Mapping[str, Statistic] | None = None,
         stop_at: int | None = None,
         logits: bool | Tensor = True,
         grad: bool = False,
@@ -605,7 +605,7 @@ def _rows(joint: Run, size: int, place: int) -> Run:
     return Run(joint.batch.rows(rows), logits, cache)
 
 
-def _to_device(statistic: Mass | Entropy, device: torch.device) -> Mass | Entropy:
+def _to_device(statistic: Statistic, device: torch.device) -> Statistic:
     return type(statistic)(
         *(getattr(statistic, name).to(device) for name in statistic.__dataclass_fields__)
     )

@@ -41,6 +41,42 @@ class Entropy:
     visible: Int[Tensor, "batch pos"]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Mean over chosen rows of what a row expects of a number of each key: mean_q Σ_k A[q, k] values[k].
+
+    With values 1 and 0 it is the mass on some keys, whatever the query. Unit: that of `values`.
+    """
+
+    values: Float[Tensor, "batch pos"]
+    rows: Bool[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Mean over chosen rows of Σ_k∈keys A[q, k] |q − k|: how far the mass on these keys reaches, in tokens.
+
+    Divided by the mass itself (`Expected` of the keys) it is the mean distance of that mass.
+    """
+
+    keys: Bool[Tensor, "batch pos"]
+    rows: Bool[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class PeakColumn:
+    """The key that most rows look at: max over chosen keys k of the mean of A[q, k] over later rows q > k.
+
+    Choose only keys that enough rows come after. Unit: attention mass, 0 to 1.
+    """
+
+    keys: Bool[Tensor, "batch pos"]
+    rows: Bool[Tensor, "batch pos"]
+
+
+Statistic = Mass | Entropy | Expected | Distance | PeakColumn
+
+
 class RowStatistics:
     """Accumulates named statistics over pattern chunks; `means` gives each as [batch layer head].
 
@@ -48,16 +84,22 @@ class RowStatistics:
     little more than one.
     """
 
-    def __init__(self, wanted: Mapping[str, Mass | Entropy]):
+    def __init__(self, wanted: Mapping[str, Statistic]):
         rows = {name: statistic.rows for name, statistic in wanted.items()}
         if empty := [name for name, chosen in rows.items() if not chosen.any(dim=1).all()]:
             raise BadInput(f"statistic '{empty[0]}' has a prompt with no row to average over")
         self._weights = {name: r / r.sum(dim=1, keepdim=True) for name, r in rows.items()}
         self._masses = {name: s for name, s in wanted.items() if isinstance(s, Mass)}
         self._entropies = {name: s for name, s in wanted.items() if isinstance(s, Entropy)}
+        self._expected = {name: s for name, s in wanted.items() if isinstance(s, Expected)}
+        self._distances = {name: s for name, s in wanted.items() if isinstance(s, Distance)}
+        self._peaks = {name: s for name, s in wanted.items() if isinstance(s, PeakColumn)}
         self._sums: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
         if self._masses:
             self._prepare_masses()
+        if self._expected:
+            self._values = torch.stack([s.values.float() for s in self._expected.values()], dim=-1)
+            self._value_rows = torch.stack([self._weights[name] for name in self._expected], dim=-1)
 
     def _prepare_masses(self) -> None:
         """One key list for all masses: distinct columns once, with a weight for each (mass, column).
@@ -108,6 +150,39 @@ class RowStatistics:
                     torch.einsum("bhq,bq->bh", entropy, scale[:, start:stop].to(entropy)),
                 )
 
+        if self._expected:
+            values = self._values[:, : pattern.shape[-1]].to(pattern)
+            found = torch.einsum("bhqk,bks->bhqs", pattern, values)
+            rows = self._value_rows[:, start:stop].to(found)
+            for name, total in zip(
+                self._expected, torch.einsum("bhqs,bqs->sbh", found, rows), strict=True
+            ):
+                self._add(name, layer, total)
+        if self._distances:
+            at = torch.arange(start, stop, device=pattern.device)[:, None]
+            far = (at - torch.arange(pattern.shape[-1], device=pattern.device)).abs().to(pattern)
+            for name, statistic in self._distances.items():
+                keys = statistic.keys[:, : pattern.shape[-1]].to(pattern)
+                found = torch.einsum("bhqk,qk,bk->bhq", pattern, far, keys)
+                rows = self._weights[name][:, start:stop].to(found)
+                self._add(name, layer, torch.einsum("bhq,bq->bh", found, rows))
+        for name, statistic in self._peaks.items():
+            later = torch.ones(pattern.shape[2:], dtype=torch.bool, device=pattern.device)
+            later = later.tril(start - 1)  # rows after the key's own
+            rows = statistic.rows[:, start:stop].to(pattern)
+            total = torch.einsum("bhqk,bq,qk->bhk", pattern, rows, later.to(pattern))
+            length = statistic.keys.shape[1]
+            self._add(name, layer, torch.nn.functional.pad(total, (0, length - total.shape[-1])))
+
+    def _peak(self, name: str, sums: Tensor) -> Float[Tensor, "batch heads"]:
+        """The largest column mean among the chosen keys."""
+        statistic = self._peaks[name]
+        rows = statistic.rows.long()
+        later = rows.sum(1, keepdim=True) - rows.cumsum(1)
+        means = sums / later.clamp_min(1)[:, None]
+        chosen = statistic.keys & (later > 0)
+        return means.masked_fill(~chosen[:, None], -torch.inf).amax(-1)
+
     def _add(self, name: str, layer: int, total: Tensor) -> None:
         sums = self._sums[name]
         sums[layer] = total if layer not in sums else sums[layer] + total
@@ -116,6 +191,8 @@ class RowStatistics:
         """Every statistic for all layers; NaN where a layer (or a head of it) was not seen."""
         out = {}
         for name, sums in self._sums.items():
+            if name in self._peaks:
+                sums = {layer: self._peak(name, total) for layer, total in sums.items()}
             if not sums:
                 raise BadInput(
                     "no attention was seen: the pass stopped before the first attention layer"

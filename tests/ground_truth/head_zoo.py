@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from interp.data.prompts import prose
 from tests.ground_truth.induction_model import SYMBOLS
 
 D_VOCAB, N_CTX = len(SYMBOLS), 64
@@ -54,6 +55,29 @@ def _leaning() -> tuple[Features, Features]:
     return _of({(0, CONSTANT): 1.0}), _of({(0, TOKEN + t): 0.055 for t in range(0, D_VOCAB, 2)})
 
 
+def _any_query(*features: int) -> tuple[Features, Features]:
+    """Any query, every key that has one of these features."""
+    return _of({(0, CONSTANT): 1.0}), _of({(0, feature): 1.0 for feature in features})
+
+
+def _delimiters() -> tuple[Features, Features]:
+    return _any_query(*(TOKEN + i for i, symbol in enumerate(SYMBOLS) if symbol in ",.;'\"-!?\n"))
+
+
+def _rare() -> tuple[Features, Features]:
+    """The letters that together make up 5 % of the shipped prose."""
+    counts = [prose().count(symbol) if len(symbol) == 1 else 0 for symbol in SYMBOLS]
+    counts[1] = len(prose()) - sum(counts)  # what has no symbol of its own
+    order = sorted(range(D_VOCAB), key=lambda i: counts[i])
+    total, few = 0, []
+    for i in order:
+        total += counts[i]
+        if total > 0.05 * len(prose()):
+            break
+        few += [TOKEN + i] if i else []  # the lead token is nobody's rare token
+    return _any_query(*few)
+
+
 def _nothing() -> tuple[Features, Features]:
     return _of({}), _of({})
 
@@ -66,6 +90,9 @@ ZOO: dict[str, Callable[[], tuple[Features, Features]]] = {
     "first_token_sink": _first,
     "duplicate_token": _duplicates,
     "broad": _leaning,
+    "delimiter": _delimiters,
+    "rare_token": _rare,
+    "later_sink": lambda: _any_query(POSITION + 7),
     "": _nothing,
 }
 """The label each head of layer 0 should get, in order of heads."""

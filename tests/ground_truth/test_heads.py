@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 import circuits
 import interp
 from circuits.heads.claims import Claim, agreement
-from tests.ground_truth.head_zoo import ZOO, head_zoo
+from tests.ground_truth.head_zoo import FIXED, ZOO, head_zoo
 from tests.ground_truth.induction_model import (
     INDUCTION_HEAD,
     PREVIOUS_TOKEN_HEAD,
@@ -106,10 +106,17 @@ def test_every_kind_of_head_gets_its_own_label_and_no_other(zoo, head):
 
 def test_planted_attention_scores_over_95_percent(zoo):
     for head, name in enumerate(ZOO):
-        if name in ("", "broad"):
+        if name in ("", "broad", "delimiter", "rare_token"):
             continue
         assert row(zoo, (0, head))[name] > 0.95, name
     assert 0.8 < row(zoo, (0, list(ZOO).index("broad")))["broad"] < 0.97
+    for name in ("delimiter", "rare_token"):  # rows before the first such token have nothing to see
+        assert row(zoo, (0, list(ZOO).index(name)))[name] > 0.6
+
+
+def test_the_distance_of_heads_that_look_back_is_what_was_planted(zoo):
+    for name, tokens in (("previous_token", 1), ("fixed_offset", FIXED), ("current_token", 0)):
+        assert row(zoo, (0, list(ZOO).index(name)))["distance"] == pytest.approx(tokens, abs=0.05)
 
 
 def test_heads_without_weights_get_no_label(zoo):
