@@ -100,8 +100,7 @@ def ablation_effects(
     checkpoint = Checkpoint() if checkpoint is None else checkpoint
     if not heads:
         return np.zeros((0, len(prompts)))
-    first = prompts.lead + prompts.period if prompts.period else prompts.lead
-    read = torch.arange(max(first, 1) - 1, prompts.length - 1)
+    read = prompts.judged
     targets = prompts.ids[:, read + 1]
     layers = sorted({layer for layer, _ in heads})
 

@@ -45,7 +45,9 @@ class Detector:
             None for a set without control.
         measure: instead of statistics: (model, prompts, run) -> score for every prompt, with the
             same measure on the control as null; `captures(model)` names the sites it needs.
-        observe: instead of both: (model, n, seed) -> arrays "score" and "null" [n n_layers n_heads] and
+        from_gradient: instead of statistics: (z, dL/dz), each [layer] -> [n pos n_heads d_head], -> arrays
+            [n n_layers n_heads …] for `combine`; L is the loss on `prompts.judged`, summed over prompts.
+        observe: instead of all these: (model, n, seed) -> arrays "score" and "null" [n n_layers n_heads] and
             whatever `tables` and `notes` want to tell; n is how many prompts (or other units of the
             test) are asked for.
         tables, notes: from the arrays of `observe`, tables for the report and sentences for its reader.
@@ -77,6 +79,9 @@ class Detector:
     ) = None
     measure: Callable[[Model, Prompts, Run], PerPrompt] | None = None
     captures: Callable[[Model], Sequence[str]] = lambda model: ()
+    from_gradient: (
+        Callable[[Mapping[int, Tensor], Mapping[int, Tensor]], dict[str, Tensor]] | None
+    ) = None
     observe: Callable[[Model, int, int], dict[str, np.ndarray]] | None = None
     tables: Callable[[Mapping[str, np.ndarray]], dict[str, pd.DataFrame]] | None = None
     notes: Callable[[Mapping[str, np.ndarray]], list[str]] | None = None

@@ -8,10 +8,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from circuits.heads.detector import Detector, PerPrompt
 from interp.data.prompts import Prompts
+from interp.metrics import loss
 from interp.models.model import Model
+from interp.run.cache import Run
 from interp.run.resume import Checkpoint
 
 TOKENS_PER_PASS = 1024
@@ -126,10 +129,34 @@ def one_pass(
         for key, statistic in d.statistics(model, prompts).items()
     }
     captures = sorted({site for d in detectors for site in d.captures(model)})
-    run = model.run(prompts.batch, capture=captures, statistics=wanted or None, logits=False)
+    run = Run(prompts.batch)
+    if wanted or captures:
+        run = model.run(prompts.batch, capture=captures, statistics=wanted or None, logits=False)
     measured = {
         f"{d.name}.score": d.measure(model, prompts, run)
         for d in detectors
         if d.measure is not None
     }
-    return {key: value.numpy() for key, value in (run.statistics | measured).items()}
+    found = run.statistics | measured | _from_gradients(model, detectors, prompts)
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def _from_gradients(
+    model: Model, detectors: Sequence[Detector], prompts: Prompts
+) -> dict[str, Tensor]:
+    """What detectors make of z and of the loss's gradient at z: one forward and one backward for all."""
+    readers = [(d.name, d.from_gradient) for d in detectors if d.from_gradient is not None]
+    if not readers:
+        return {}
+    run = model.run(prompts.batch, capture=["z"], logits=prompts.judged, grad=True)
+    assert run.logits is not None
+    targets = prompts.ids[:, prompts.judged + 1]
+    z = run.cache.by_layer("z")
+    total = loss(run.logits, targets).sum()
+    grads = dict(zip(z, torch.autograd.grad(total, [*z.values()]), strict=True))
+    z = {layer: value.detach() for layer, value in z.items()}
+    return {
+        f"{name}.{key}": value.cpu()
+        for name, read in readers
+        for key, value in read(z, grads).items()
+    }

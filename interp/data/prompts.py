@@ -66,6 +66,12 @@ class Prompts:
         return torch.arange(self.length).expand(len(self), -1)
 
     @property
+    def judged(self) -> Int[Tensor, " m"]:
+        """Positions whose next token a loss is taken on: the second copy, or all after the lead."""
+        first = self.lead + self.period if self.period else self.lead
+        return torch.arange(max(first, 1) - 1, self.length - 1)
+
+    @property
     def second_half(self) -> Bool[Tensor, "n pos"]:
         """Where the second copy stands."""
         return self.positions >= self.lead + self.period

@@ -114,6 +114,49 @@ def test_planted_attention_scores_over_95_percent(zoo):
         assert row(zoo, (0, list(ZOO).index(name)))[name] > 0.6
 
 
+def test_exact_ablation_finds_both_heads_and_gradients_miss_them(hand_built):
+    """The loss is nearly 0 there, so it hardly moves with a small change of either head."""
+    names = ["gradient_importance", "first_order_ablation", "exact_ablation"]
+    report = circuits.classify_heads(
+        hand_built, detectors=names, prompts=4, ablate=False, evidence=0, progress=False
+    )
+    table = report.table.set_index(["layer", "head"])
+    planted = [PREVIOUS_TOKEN_HEAD, INDUCTION_HEAD]
+    assert (table.loc[planted, "exact_ablation"] > 3).all()
+    assert (table.loc[planted, "gradient_importance"] < 0.1).all()
+    assert (table.drop(planted)[names].abs() < 1e-4).all(axis=None)
+
+
+def test_the_first_order_estimate_is_the_slope_of_the_ablation(tiny):
+    """A fiftieth of the way to the mean changes the loss by a fiftieth of the estimate."""
+    from circuits.heads.importance import FIRST_ORDER
+    from circuits.heads.scan import one_pass
+    from interp.data.prompts import repeated_tokens
+    from interp.metrics import loss
+    from interp.run.edits import Edit
+
+    tiny.module.double()
+    prompts, _ = repeated_tokens(tiny, 3, length=12)
+    seen = {
+        key.split(".")[1]: torch.from_numpy(value)
+        for key, value in one_pass(tiny, [FIRST_ORDER], prompts).items()
+    }
+    estimate = FIRST_ORDER.combine(seen, seen)[0].mean(0)
+    mean = {layer: seen["mean_z"][:, layer].mean(0).double() for layer in range(tiny.n_layers)}
+    targets = prompts.ids[:, prompts.judged + 1]
+    step = 0.02
+
+    def moved(head, share: float) -> float:
+        towards = Edit.apply("z", lambda z, seen: z + share * (mean[seen.layer] - z), heads=[head])
+        run = tiny.run(prompts.batch, edits=[towards], logits=prompts.judged)
+        return float(loss(run.logits, targets).mean())
+
+    for head in tiny.spec.heads:
+        slope = (moved(head, step) - moved(head, -step)) / (2 * step)
+        # the loss is taken in float32: 5e-7 of it over the step
+        assert slope == pytest.approx(float(estimate[head]), rel=1e-2, abs=1e-4)
+
+
 def test_the_distance_of_heads_that_look_back_is_what_was_planted(zoo):
     for name, tokens in (("previous_token", 1), ("fixed_offset", FIXED), ("current_token", 0)):
         assert row(zoo, (0, list(ZOO).index(name)))["distance"] == pytest.approx(tokens, abs=0.05)
