@@ -7,7 +7,7 @@ const on = (id, type, listener) => $(id).addEventListener(type, listener);
 const PALETTE = { // Okabe and Ito; the commonest role gets the grey
   previous_token: "#56b4e9", fixed_offset: "#0072b2", current_token: "#cc79a7",
   first_token_sink: "#999999", duplicate_token: "#f0e442", induction: "#d55e00",
-  recency: "#009e73", broad: "#e69f00",
+  recency: "#009e73", broad: "#e69f00", delimiter: "#8c6bb1", rare_token: "#a6761d", later_sink: "#606060",
 };
 const RAMPS = {
   light: ["#eef2f4", "#c5dfe4", "#7dbccb", "#3a8fb0", "#1f5c93", "#1c2a5c"],
@@ -218,6 +218,7 @@ function applyFilter() {
     return;
   }
   for (const i of heads) cells[i].classList.toggle("out", !state.passes(i));
+  drawPlot();
   for (const chip of $("legend").querySelectorAll("button")) chip.ariaPressed = chip.dataset.filter === text;
   state.page = 0;
   drawTable();
@@ -417,6 +418,8 @@ function drawScores(i) {
     const interval = known(low) && known(high) ? `${number(low)}\u2009–\u2009${number(high)}` : "–";
     [number(value), interval, number(nul), pValue(get(`${d.name}_p`, i))].forEach((text, k) => { row.numbers[k].textContent = text; });
   }
+  const claim = (d) => (report.labels[i].includes(d.name) ? 1 + (get(`${d.name}_confidence`, i) ?? 0) : 0); // surest first
+  $("scores-rows").append(...detectors.filter((d) => scoreRows.has(d.name)).sort((a, b) => claim(b) - claim(a)).map((d) => scoreRows.get(d.name).row));
 }
 
 function drawRoles(i) {
@@ -588,6 +591,52 @@ function listenToPattern() {
   on("links", "toggle", () => { if ($("links").open) drawLinks(); });
 }
 
+// --- two scores of every head
+
+const PLOT = { width: 460, height: 320, left: 46, right: 12, top: 12, bottom: 38 };
+
+function axes() {
+  return [["across", PLOT.left, PLOT.width - PLOT.right], ["up", PLOT.height - PLOT.bottom, PLOT.top]].map(([id, from, to]) => {
+    const name = $(id).value, [low, high] = extent(name), unit = unitOf(name);
+    const at = (i) => (known(get(name, i)) ? from + ((get(name, i) - low) / (high - low)) * (to - from) : NaN);
+    return { at, low: number(low), high: number(high), title: titleOf(name) + (unit && `, ${unit}`) };
+  });
+}
+
+function drawPlot() {
+  const { width, height, left, right, top, bottom } = PLOT, x1 = width - right, y0 = height - bottom;
+  const canvas = $("plot"), context = canvas.getContext("2d"), [x, y] = axes();
+  canvas.width = width * devicePixelRatio;
+  canvas.height = height * devicePixelRatio;
+  context.scale(devicePixelRatio, devicePixelRatio);
+  context.font = "11px system-ui, sans-serif";
+  context.strokeStyle = context.fillStyle = theme.muted;
+  context.strokeRect(left, top, x1 - left, y0 - top);
+  const write = (text, at, baseline, align) => { context.textAlign = align; context.fillText(text, at, baseline); };
+  write(x.low, left, y0 + 14, "center");
+  write(x.high, x1, y0 + 14, "end");
+  write(x.title, (left + x1) / 2, y0 + 30, "center");
+  write(y.low, left - 4, y0, "end");
+  write(y.high, left - 4, top + 8, "end");
+  write(y.title, left + 6, top + 14, "start");
+  for (const i of heads.toSorted((a, b) => (a === state.head) - (b === state.head))) {
+    const [role] = report.labels[i].toSorted((a, b) => get(b, i) - get(a, i)), chosen = i === state.head;
+    context.globalAlpha = state.passes(i) ? 0.85 : 0.12;
+    context.fillStyle = css(role ? roleColour(role) : mix(theme.panel, [128, 128, 128], 0.6));
+    context.beginPath();
+    context.arc(x.at(i), y.at(i), chosen ? 6 : 3.5, 0, 7);
+    context.fill();
+    context.strokeStyle = theme.text;
+    if (chosen) context.stroke();
+  }
+}
+
+function nearest(event) {
+  const [x, y] = axes(), box = $("plot").getBoundingClientRect(), scale = PLOT.width / box.width;
+  const away = (i) => Math.hypot(x.at(i) - (event.clientX - box.x) * scale, y.at(i) - (event.clientY - box.y) * scale) || Infinity;
+  return heads.filter(state.passes).reduce((a, b) => (away(b) < away(a) ? b : a), heads[0]);
+}
+
 // --- choosing a head
 
 function select(i) {
@@ -606,6 +655,7 @@ function select(i) {
 }
 
 function drawCard() {
+  drawPlot();
   const i = state.head, group = get("kv_group", i);
   $("card-title").textContent = nameOf(i);
   $("card-where").textContent = `layer ${columns.layer[i]}, head ${columns.head[i]}${known(group) ? `, key/value group ${group}` : ""}`;
@@ -825,6 +875,9 @@ function repaint() {
 }
 
 function listen() {
+  for (const axis of ["across", "up"]) on(axis, "change", drawPlot);
+  on("plot", "click", (event) => select(nearest(event)));
+  on("plot", "mousemove", (event) => { $("plot").title = describe(nearest(event)); });
   on("colour", "change", () => { state.colour = $("colour").value; drawGrid(); });
   let waiting;
   on("filter", "input", () => { clearTimeout(waiting); waiting = setTimeout(applyFilter, 120); });
@@ -861,6 +914,10 @@ async function start() {
   if (columns.ablation_effect?.some(known)) state.sort = ["ablation_effect", -1];
   const options = [["roles", "Role"], ...tableColumns().slice(2)];
   $("colour").append(...options.map(([value, title]) => el("option", { value }, title)));
+  for (const [axis, k] of [["across", 0], ["up", 1]]) {
+    $(axis).append(...detectors.filter((d) => columns[d.name]).map((d) => el("option", { value: d.name }, d.title)));
+    $(axis).selectedIndex = Math.min(k * 2, $(axis).options.length - 1);
+  }
   $("prompt").append(...report.prompts.map((prompt, p) => el("option", { value: p }, prompt.title || `prompt ${p + 1}`)));
   const first = headInHash(location.hash);
   state.head = first >= 0 ? first : firstHead();

@@ -43,7 +43,7 @@ def head_page(report: Report) -> str:
         The document. Numbers in it carry six significant digits, attention weights eight bits.
     """
     meta, heads = report.meta, report.tables["heads"]
-    style, script = _part("page.css"), _part("page.js")
+    style, script = _part("page.css"), _compact(_part("page.js"))
     page = _template().render(
         model=meta.get("model", {}),
         summary=_summary(meta, heads),
@@ -297,6 +297,12 @@ def _part(name: str) -> str:
     text = (_HERE / name).read_text(encoding="utf-8")
     assert not re.search(r"</(script|style)", text, re.IGNORECASE), f"{name} would end its own tag"
     return text
+
+
+def _compact(script: str) -> str:
+    """A script without indentation and comments: what travels with every page."""
+    lines = (re.sub(r"^//.*|\s// [^\"'`]*$", "", line.strip()) for line in script.splitlines())
+    return "\n".join(filter(None, lines))
 
 
 @cache

@@ -57,6 +57,20 @@ def test_bounds(drive: Drive, file: Path) -> None:
     assert scripts == 1  # the page's own: no token became one
 
 
+def test_the_scatter_chooses_the_head_under_the_pointer(
+    drive: Drive, file: Path, report: Report
+) -> None:
+    """With one score on both axes the head in the upper right corner has most of it."""
+    heads: Any = report.tables["heads"]
+    best = heads.loc[heads["duplicate_token"].idxmax()]
+    choose = """['across', 'up'].forEach((id) => { const list = document.getElementById(id);
+      list.value = 'duplicate_token'; list.dispatchEvent(new Event('change')); })"""
+    click = """(() => { const plot = document.getElementById('plot'), box = plot.getBoundingClientRect();
+      plot.dispatchEvent(new MouseEvent('click', { clientX: box.right, clientY: box.top, bubbles: true })); })()"""
+    r = quiet(drive(file, [["ready"], ["eval", choose], ["eval", click], ["text", CARD]]))
+    assert r[3] == f"L{best['layer']}H{best['head']}"
+
+
 def test_mouse_keyboard_and_card(drive: Drive, file: Path, report: Report) -> None:
     heads: Any = report.tables["heads"]
     i = int(heads["induction"].idxmax())
