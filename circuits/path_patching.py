@@ -1,0 +1,558 @@
+"""Path patching: what a sender does through one receiver, everything else as in the clean run.
+
+Wang et al.: (A) the corrupted run is cached; (B) the clean run is cached; (C) the clean run again, every
+head's q, k and v held at their clean values and the sender's output replaced by its corrupted one: the
+receiver's input is recorded; (D) the clean run with the receiver reading that input: the metric is read.
+In (C) MLPs are recomputed from what reaches them, or held too: two definitions, which differ (for 20.0 →
+23.0.q of the default model −0.3 and −0.6 logits), so every row says which it is.
+
+`naive=True` does just that, two or three full forwards a path. The fast engine (`path_effects.py`) does
+the same arithmetic where something changes and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path as Folder
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.graph import Receiver, Sender
+from circuits.measure import METRICS, Measure, measure_of
+from circuits.path_effects import (
+    Path,
+    Screen,
+    Senders,
+    as_array,
+    exact_effects,
+    screened_effects,
+)
+from circuits.path_replay import SITES, PathReplay, as_mask, columns_of
+from circuits.tasks import as_pairs
+from interp.data.pairs import Pairs
+from interp.errors import BadInput, Refused, unknown
+from interp.models.model import Model
+from interp.registry import analysis
+from interp.report import Report, provenance
+from interp.run.cache import Run
+from interp.run.edits import Edit
+from interp.run.progress import Progress
+from interp.run.resume import Checkpoint
+
+DEFINITIONS = ("recompute", "frozen")
+PARTS = ("q", "k", "v")
+CONFIRM = 50
+"""Strongest screened paths of a full sweep that are computed exactly."""
+
+Names = str | Sequence[str]
+
+
+def check_options(
+    *,
+    senders: Names | None = None,
+    receiver: Names = "logits",
+    mlps: str = "recompute",
+    metric: str = "logit_diff",
+    confirm: int | None = None,
+    n: int = 32,
+) -> None:
+    """What can be judged without a model."""
+    if mlps not in DEFINITIONS:
+        raise unknown("definition (mlps)", mlps, DEFINITIONS)
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if confirm is not None and confirm < 0:
+        raise BadInput(
+            f"confirm={confirm}: give how many of the strongest paths to compute exactly"
+        )
+    if n < 1:
+        raise BadInput(f"n={n}: give at least one pair of prompts")
+    for name in _split(receiver):
+        if name not in ("logits", "all"):
+            _parsed(name, receiver=True)
+    for name in _split(senders or "heads"):
+        if name not in ("heads", "mlps"):
+            _parsed(name, receiver=False)
+
+
+def summary(report: Report) -> pd.DataFrame:
+    """The strongest exact paths."""
+    columns = ["sender", "receiver", "change", "normalised", "definition"]
+    return report.table.query("exact").loc[:, columns].head(15)
+
+
+@analysis(
+    name="path_patch",
+    source="Wang et al. 2022, Interpretability in the Wild, §3.1 (path patching)",
+    example="interp path-patch smollm2-135m ioi --receiver 23.0.q --positions end",
+    figure="map",
+    validate=check_options,
+    summary=summary,
+)
+def path_patch(
+    model: Model,
+    task: Pairs | str,
+    *,
+    senders: Names | None = None,
+    receiver: Names = "logits",
+    positions: Names | None = None,
+    mlps: str = "recompute",
+    metric: str = "logit_diff",
+    confirm: int | None = None,
+    n: int = 32,
+    seed: int = 0,
+    naive: bool = False,
+    checkpoint: Folder | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Change of the metric when one path, sender to receiver, carries the corrupted prompt's activation.
+
+    change = metric(clean run in which the receiver reads x + δ) − metric(clean run), where δ is what the
+    sender's corrupted output changes at the receiver's input x with every head's q, k, v (and so z)
+    held. mlps="recompute" lets norms and MLPs between the two answer to it; mlps="frozen" holds the MLPs
+    too: x + δ = x + Δz W_O. After the receiver everything is recomputed. A negative change: the path
+    supports the answer.
+
+    A path's effect is not its share: paths interact, so changes do not add up to the effect of patching
+    the sender (they do in a linear model). It says nothing of other corruptions than this task's.
+
+    Args:
+        task: pairs of prompts, or the name of a task.
+        senders: "23.0" (layer.head), "mlp.5", "heads" or "mlps", several of them; by default all heads.
+        receiver: "logits", "23.0.q" (layer.head and q, k or v), "mlp.5", several of them; or "all": q, k
+            and v of every head.
+        positions: named positions of the task at which the receiver's input is replaced; by default all.
+            The logits are always read at the last position.
+        mlps: "recompute" or "frozen", the two definitions.
+        metric: logit_diff, prob_diff, kl or loss.
+        confirm: screen all paths into q, k and v to first order with MLPs frozen, and compute so many of
+            the strongest exactly; by default 50 for receiver "all", and no screen otherwise.
+        n: pairs of prompts, where the task is given by name.
+        naive: compute every path by full forwards, in the plainest way.
+        checkpoint: folder for finished units, so that an interrupted call can be resumed.
+        resume: go on from what is there.
+        progress: show progress bars; by default in a terminal or a notebook.
+
+    Returns: a Report. Table "path_patch", one row for each path, strongest first: sender, layer, head (−1:
+        an MLP), receiver, receiver_layer, receiver_head, part (q, k, v, mlp, logits), change (the metric's
+        unit, mean over pairs), normalised (change / (clean − corrupted): −1 undoes everything), exact,
+        definition (of `change`), screened (first-order change, where it was screened). meta["forwards"]:
+        work in units of a plain forward over the pairs, ours and the plain way's (two forwards a path).
+
+    Raises:
+        BadInput: unknown names, no sender before the receiver, a metric that is not finite or does not
+        move. Refused: heads are not seen, or positions interact outside of attention.
+
+    >>> pairs = Pairs.of([[5, 6, 7]], [[5, 9, 7]], answers=[3], wrong=[4])
+    >>> fast = path_patch(tiny_model(), pairs, receiver="1.2.k", progress=False)
+    >>> plain = path_patch(tiny_model(), pairs, receiver="1.2.k", naive=True, progress=False)
+    >>> sorted(fast.table["sender"]), np.allclose(fast.table["change"], plain.table["change"], atol=1e-5)
+    (['0.0', '0.1', '0.2', '0.3'], True)
+    """
+    started = time.perf_counter()
+    check_options(
+        senders=senders, receiver=receiver, mlps=mlps, metric=metric, confirm=confirm, n=n
+    )
+    _check_model(model)
+    pairs = as_pairs(model, task, n=n, seed=seed)
+    confirm = CONFIRM if confirm is None and "all" in _split(receiver) else confirm
+    paths = _paths(model, senders, receiver, mlps)
+    named = [pairs.position(name) for name in _split(positions or [])]
+    mask = _reached(model, pairs, as_mask(named, len(pairs), pairs.length))
+    options = {
+        "task": pairs.name,
+        "senders": ",".join(_split(senders or "heads")),
+        "receiver": ",".join(_split(receiver)),
+        "positions": None if positions is None else ",".join(_split(positions)),
+        "mlps": mlps,
+        "metric": metric,
+        "confirm": confirm,
+        "n": len(pairs),
+        "naive": naive,
+    }
+    source = provenance(model, options=options, seed=seed)
+    prompts = hashlib.sha256(torch.cat([pairs.clean, pairs.corrupted]).numpy().tobytes())
+    key = {"model": source["model"], "options": options, "prompts": prompts.hexdigest()}
+    units = Checkpoint(checkpoint, key, resume=resume)
+    clean, corrupted, measure = both_runs(model, pairs, metric, paths)
+    notes = list(measure.notes)
+    replay, fault = None, None
+    if not naive:
+        replay, fault = _engine(model, clean, corrupted, measure, paths, mask, mlps)
+        if fault is not None:
+            notes.append(f"every path was computed by full forwards: {fault}")
+    with Progress(progress) as bars:
+        if replay is None:
+            ends = bars.stage("Patching paths", len(paths))
+            exact, screened = dict.fromkeys(paths, 0.0), {}
+            for path in paths:
+                value = units.compute(
+                    f"{path}",
+                    lambda path=path: {
+                        "change": as_array(
+                            plain_effect(model, clean, corrupted, measure, path, mask, mlps)
+                        )
+                    },
+                )
+                exact[path] = float(value["change"].mean())
+                ends(1)
+        else:
+            exact, screened = _fast(
+                Senders(replay, corrupted, mlps),
+                paths,
+                mask,
+                confirm,
+                units,
+                bars,
+            )
+    table = _table(paths, exact, screened, measure, mlps)
+    plain = 2 * len(paths) + 2
+    ours = _naive_forwards(paths) if replay is None else 2 + replay.forwards()
+    if confirm is not None and replay is not None:
+        ours += 2  # the backward pass and its own forward
+    meta: dict[str, Any] = source | {
+        "unit": measure.unit,
+        "clean": float(measure.clean.mean()),
+        "corrupted": float(measure.corrupted.mean()),
+        "definition": mlps,
+        "engine": "plain" if replay is None else "replay",
+        "forwards": {"ours": round(float(ours), 2), "plain": plain},
+        "notes": notes,
+        "wall_time_s": round(time.perf_counter() - started, 2),
+    }
+    return Report("path_patch", {"path_patch": table}, {}, meta)
+
+
+# --- what was asked for ---------------------------------------------------------------------------
+
+
+def _split(names: Names) -> list[str]:
+    parts = names.split(",") if isinstance(names, str) else list(names)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _parsed(name: str, *, receiver: bool) -> Sender | Receiver:
+    """The sender or receiver that a name means; whether the model has it is not looked at."""
+    kind, *rest = name.split(".")
+    if kind == "mlp" and len(rest) == 1 and rest[0].isdigit():
+        return (Receiver if receiver else Sender)("mlp", int(rest[0]))
+    if kind.isdigit() and rest and rest[0].isdigit():
+        if receiver and len(rest) == 2 and rest[1] in PARTS:
+            return Receiver(rest[1], int(kind), int(rest[0]))
+        if not receiver and len(rest) == 1:
+            return Sender("head", int(kind), int(rest[0]))
+    if receiver:
+        raise BadInput(
+            f"no receiver '{name}'; write 'logits', '23.0.q' (layer.head and q, k or v), 'mlp.5' or 'all'"
+        )
+    raise BadInput(f"no sender '{name}'; write '23.0' (layer.head), 'mlp.5', 'heads' or 'mlps'")
+
+
+def _paths(model: Model, senders: Names | None, receiver: Names, mlps: str) -> list[Path]:
+    """Every pair of a sender and a receiver that reads what it wrote."""
+    spec = model.spec
+    heads = [Sender("head", layer, head) for layer, head in spec.heads]
+    found: list[Sender] = []
+    for name in _split(senders or "heads"):
+        if name == "heads":
+            found += heads
+        elif name == "mlps":
+            found += [Sender("mlp", layer) for layer in model.layers_with("mlp_write")]
+        else:
+            sender = _parsed(name, receiver=False)
+            _check_exists(model, name, sender)
+            found.append(Sender(*sender))
+    wanted: list[Receiver] = []
+    for name in _split(receiver):
+        if name == "all":
+            wanted += [Receiver(part, *place) for place in spec.heads for part in PARTS]
+        elif name == "logits":
+            wanted.append(Receiver("logits", model.n_layers))
+        else:
+            one = _parsed(name, receiver=True)
+            _check_exists(model, name, one)
+            wanted.append(Receiver(*one))
+    if mlps == "frozen":
+        model.layers_with("mlp_write")
+    paths = [
+        (sender, one)
+        for one in dict.fromkeys(wanted)
+        for sender in dict.fromkeys(found)
+        if sender.layer < one.layer or _within_block(model, sender, one)
+    ]
+    if not paths:
+        raise BadInput(
+            f"no path: no sender of '{','.join(_split(senders or 'heads'))}' comes before receiver "
+            f"'{','.join(_split(receiver))}'; name senders of earlier layers"
+        )
+    return paths
+
+
+def _reached(model: Model, pairs: Pairs, mask: Bool[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
+    """The mask without positions before the first token that differs: in a causal model nothing moves there."""
+    if not model.spec.causal:
+        return mask
+    later = mask.clone()
+    later[:, : int((pairs.clean != pairs.corrupted).any(0).int().argmax())] = False
+    return later if bool(later.any()) else mask
+
+
+def _within_block(model: Model, sender: Sender, receiver: Receiver) -> bool:
+    """Whether the receiver is the MLP that reads the sender's block after its attention."""
+    sequential = not model.spec.blocks[sender.layer].parallel
+    same = receiver.layer == sender.layer and receiver.kind == "mlp"
+    return same and sender.kind == "head" and sequential
+
+
+def _check_exists(model: Model, name: str, node: Sender | Receiver) -> None:
+    if not node.layer < model.n_layers:
+        raise BadInput(f"'{name}': layers of {model.id} are 0 to {model.n_layers - 1}")
+    if node.kind == "mlp":
+        if node.layer not in model.layers_with("mlp_write"):
+            raise BadInput(f"'{name}': layer {node.layer} of {model.id} has no MLP write")
+    elif not node.head < model.spec.blocks[node.layer].n_heads:
+        last = model.spec.blocks[node.layer].n_heads - 1
+        raise BadInput(f"'{name}': heads of layer {node.layer} of {model.id} are 0 to {last}")
+
+
+def _check_model(model: Model) -> None:
+    """Refused where heads are not seen, or something else than heads moves things between positions."""
+    model.layers_with("z")
+    without = [layer for layer, block in enumerate(model.spec.blocks) if block.attention is None]
+    if without:
+        raise Refused(
+            f"layer {without[0]} of {model.id} has no attention heads: what it moves between positions "
+            "cannot be held, so a path is not defined; activation patching still works"
+        )
+
+
+# --- the two runs -----------------------------------------------------------------------------------
+
+
+def both_runs(
+    model: Model, pairs: Pairs, metric: str, paths: Sequence[Path]
+) -> tuple[Run, Run, Measure]:
+    """(B) and (A): the clean and the corrupted run with what the paths need, and the metric's two ends."""
+    refused, spec = model.spec.refused, model.spec
+    capture = [site for site in (*SITES, "mlp_write") if site not in refused]
+    if "attn_write" not in refused and not all(block.direct for block in spec.blocks):
+        capture.append("attn_write")
+    there = ["z"] + ["mlp_write"] * any(sender.kind == "mlp" for sender, _ in paths)
+    last = torch.tensor([pairs.end])
+    with torch.no_grad():
+        clean = model.run(
+            pairs.clean_batch, [*capture, f"resid_post.{model.n_layers - 1}"], logits=last
+        )
+        corrupted = model.run(pairs.corrupted_batch, there, logits=last)
+    ends = []
+    for run in (clean, corrupted):
+        assert run.logits is not None
+        ends.append(run.logits[:, -1].float())
+    return clean, corrupted, measure_of(pairs, metric, *ends)
+
+
+def _engine(
+    model: Model,
+    clean: Run,
+    corrupted: Run,
+    measure: Measure,
+    paths: Sequence[Path],
+    mask: Bool[Tensor, "n pos"],
+    mlps: str,
+) -> tuple[PathReplay | None, str | None]:
+    """The replay engine, or what of this model it does not reproduce."""
+    if "attn_out" in model.spec.refused:
+        return None, model.spec.refused["attn_out"]
+    replay = PathReplay(model, clean, measure)
+    kinds = {receiver.kind for _, receiver in paths}
+    end = torch.zeros_like(mask)
+    end[:, -1] = True
+    fault = None
+    with torch.no_grad():
+        if mlps == "frozen" or any(receiver.kind in PARTS for _, receiver in paths):
+            fault = Senders(replay, corrupted, mlps).fault()
+        if fault is None and "logits" in kinds:
+            fault = replay.verify(columns_of(end), blocks=mlps == "recompute", attention=False)
+        if fault is None and kinds - {"logits"}:
+            fault = replay.verify(columns_of(mask), blocks=True, attention=True)
+    return (None, fault) if fault else (replay, None)
+
+
+# --- fast ---------------------------------------------------------------------------------------------
+
+
+def _fast(
+    senders: Senders,
+    paths: Sequence[Path],
+    mask: Bool[Tensor, "n pos"],
+    confirm: int | None,
+    units: Checkpoint,
+    bars: Progress,
+) -> tuple[dict[Path, float], dict[Path, float]]:
+    """(exact, screened) mean change of each path; with `confirm`, q, k and v receivers are screened."""
+    screened: dict[Path, float] = {}
+    chosen = list(paths)
+    if confirm is not None:
+        of_heads = [path for path in paths if path[1].kind in PARTS]
+        screened = _screened(senders, of_heads, mask, units, bars)
+        strongest = sorted(screened, key=lambda path: -abs(screened[path]))[:confirm]
+        kept = set(strongest)
+        chosen = [path for path in paths if path in kept or path not in screened]
+    advance = bars.stage("Patching paths", len(chosen))
+    values = exact_effects(senders, chosen, mask, units=units, advance=advance)
+    return dict(zip(chosen, values.mean(1).tolist(), strict=True)), screened
+
+
+def _screened(
+    senders: Senders,
+    paths: Sequence[Path],
+    mask: Bool[Tensor, "n pos"],
+    units: Checkpoint,
+    bars: Progress,
+) -> dict[Path, float]:
+    """First-order mean change of each path into q, k or v; one backward pass for all."""
+    of_layer: dict[int, list[Sender]] = defaultdict(list)
+    for sender in dict.fromkeys(sender for sender, _ in paths):
+        of_layer[sender.layer].append(sender)
+    layers = sorted({receiver.layer for _, receiver in paths})
+    screens: list[Screen] = []
+
+    def unit(layer: int) -> dict[str, np.ndarray]:
+        if not screens:
+            gradients = z_gradients(senders.replay)
+            screens.extend(Screen(senders, i, mask, gradients[i]) for i in layers)
+        later = [screen for screen in screens if screen.layer > layer]
+        return {"change": as_array(screened_effects(senders, of_layer[layer], later))}
+
+    advance = bars.stage("Screening senders", len(of_layer))
+    found: dict[tuple[Sender, int], np.ndarray] = {}
+    for layer in sorted(of_layer):
+        values = units.compute(f"screen {layer}", partial(unit, layer))["change"]
+        later = [other for other in layers if other > layer]
+        for other, by_sender in zip(later, values, strict=True):
+            found |= {(s, other): x for s, x in zip(of_layer[layer], by_sender, strict=True)}
+        advance(1)
+    return {
+        (sender, receiver): float(
+            found[sender, receiver.layer][PARTS.index(receiver.kind), receiver.head]
+        )
+        for sender, receiver in paths
+    }
+
+
+def z_gradients(replay: PathReplay) -> dict[int, Float[Tensor, "n pos n_heads d_v"]]:
+    """∂ (sum over prompts of the metric) / ∂z of every layer of the clean run."""
+    model, pairs = replay.model, replay.measure.pairs
+    run = model.run(pairs.clean_batch, ["z"], logits=torch.tensor([pairs.end]), grad=True)
+    assert run.logits is not None
+    target = replay.measure(run.logits[:, -1].float()).sum()
+    z = run.cache.by_layer("z")
+    return dict(zip(z, torch.autograd.grad(target, list(z.values())), strict=True))
+
+
+# --- plain --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_effect(
+    model: Model,
+    clean: Run,
+    corrupted: Run,
+    measure: Measure,
+    path: Path,
+    mask: Bool[Tensor, "n pos"],
+    mlps: str,
+) -> Float[Tensor, " n"]:
+    """Change of the metric of every prompt by one path, in full forwards of the whole model."""
+    sender, receiver = path
+    layer, batch, last = receiver.layer, clean.batch, torch.tensor([measure.pairs.end])
+    # (C) What is held: q, k and v of the heads before the receiver, with mlps="frozen" the MLPs too.
+    after_attention = receiver.kind in ("mlp", "logits")
+    held = range(min(layer + after_attention, model.n_layers))
+    edits = [
+        Edit.patch(f"{part}.{i}", clean.cache[f"{part}.{i}"])
+        for i in held
+        for part in PARTS
+        if model.spec.blocks[i].attention
+    ]
+    if mlps == "frozen":
+        writers = [i for i in model.layers_with("mlp_write") if i < layer]
+        edits += [Edit.patch(f"mlp_write.{i}", clean.cache[f"mlp_write.{i}"]) for i in writers]
+    site = "z" if sender.kind == "head" else "mlp_write"
+    value = corrupted.cache[f"{site}.{sender.layer}"]
+    place = f".{sender.head}" if sender.kind == "head" else ""
+    edits.append(Edit.patch(f"{site}.{sender.layer}{place}", value))
+
+    def metric(edits: Sequence[Edit]) -> Tensor:
+        logits = model.run(batch, edits=edits, logits=last).logits
+        assert logits is not None
+        return measure(logits[:, -1].float()) - measure.clean
+
+    if receiver.kind == "logits":
+        return metric(edits)
+    recorded = f"{'mlp_write' if receiver.kind == 'mlp' else receiver.kind}.{layer}"
+    heard = model.run(batch, capture=[recorded], edits=edits, logits=False).cache[recorded]
+    # (D) The receiver's own output from that input, everything after it recomputed.
+    if receiver.kind == "mlp":
+        return metric([Edit.patch(recorded, heard, positions=mask)])
+    if receiver.kind == "q":
+        return metric([Edit.patch(f"{recorded}.{receiver.head}", heard, positions=mask)])
+    # k and v of one query head: its z is taken from a run in which its whole group reads them.
+    group = model.spec.kv_group(layer, receiver.head)
+    patch = Edit.patch(f"{recorded}.{group}", heard, positions=mask)
+    z = model.run(batch, capture=[f"z.{layer}"], edits=[patch], logits=False).cache[f"z.{layer}"]
+    return metric([Edit.patch(f"z.{layer}.{receiver.head}", z)])
+
+
+def _naive_forwards(paths: Sequence[Path]) -> int:
+    """How many forwards the plain engine ran."""
+    each: dict[str, int] = {"logits": 1, "q": 2, "mlp": 2, "k": 3, "v": 3}
+    return 2 + sum(each[receiver.kind] for _, receiver in paths)
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def _table(
+    paths: Sequence[Path],
+    exact: dict[Path, float],
+    screened: dict[Path, float],
+    measure: Measure,
+    mlps: str,
+) -> pd.DataFrame:
+    """One row a path: exact ones first, the strongest first."""
+    span = float(measure.clean.mean() - measure.corrupted.mean())
+    rows = []
+    for sender, receiver in paths:
+        known = (sender, receiver) in exact
+        change = exact[sender, receiver] if known else screened[sender, receiver]
+        rows.append(
+            {
+                "sender": sender.name,
+                "layer": sender.layer,
+                "head": sender.head,
+                "receiver": receiver.name,
+                "receiver_layer": receiver.layer,
+                "receiver_head": receiver.head,
+                "part": receiver.kind,
+                "change": change,
+                "normalised": change / span,
+                "exact": known,
+                "definition": mlps if known else "frozen",
+                "screened": screened.get((sender, receiver), float("nan")),
+            }
+        )
+    table = pd.DataFrame(rows)
+    order = table.assign(size=-table["change"].abs(), late=~table["exact"])
+    order = order.sort_values(["late", "size"], kind="stable").index
+    return table.loc[order].reset_index(drop=True)

@@ -1,0 +1,577 @@
+"""The blocks of a clean run, called one by one on changed inputs, only at the positions that matter.
+
+With every head's z held, positions do not interact: a block is then a function of one position, so it is
+called with its attention module returning the clean output, on any subset of positions and any number of
+variants. What a changed q, k or v does to z is computed here (softmax of scaled scores, fitted to the
+captured ones), and from the receiver on only the changed positions run, against the clean keys and
+values of the earlier ones. Every part is tried on the clean run before it is used (`verify`); where one
+does not reproduce it, the plain engine has to do the work.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+from circuits.measure import Measure
+from interp.errors import Refused
+from interp.models.attention import Watch, window
+from interp.models.calls import call_model, text_config
+from interp.models.hooks import Stop, with_hidden
+from interp.models.model import Model
+from interp.models.spec import first_tensor, with_first
+from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.weights import linear_map
+from interp.run.batch import Batch
+from interp.run.cache import Run
+
+TOKENS = 2048
+"""Tokens of one call, variants × prompts × positions: what an MLP makes of more leaves the processor's cache."""
+HIDDEN = -1e30
+"""Scores below this are masked out."""
+
+Streams = Float[Tensor, "variants n pos d_model"]
+"""Residual vectors of several variants of every prompt, at some positions."""
+Columns = tuple[int, ...]
+"""Positions that are computed, the same in every prompt."""
+
+SITES = ("resid_pre", "attn_out", "q", "k", "v", "z")
+"""What the clean run has to have captured, beside the last `resid_post`."""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How a layer makes weights of q · k: scale, soft-cap, mask [pos pos], a sink logit a head."""
+
+    scale: float
+    cap: float | None
+    hidden: Bool[Tensor, "pos pos"]
+    sinks: Float[Tensor, " n_heads"] | None
+
+    def weights(
+        self, products: Float[Tensor, "*variants n_heads queries keys"], rows: Columns, heads: slice
+    ) -> Float[Tensor, "*variants n_heads queries keys"]:
+        """Pattern of these query rows over all keys; may overwrite `products`."""
+        scores = products.mul_(self.scale)
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        scores = scores.masked_fill_(self.hidden[list(rows)], -torch.inf)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sink = self.sinks[heads, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block (beside the hidden state), and what its attention module returns."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    attention: Any
+
+
+class PathReplay:
+    """A clean run taken apart.
+
+    Args:
+        run: of the clean prompts, with SITES and the last resid_post captured.
+        measure: the metric that `read` gives.
+
+    Attributes:
+        work: parameter-tokens multiplied so far (see `forwards`).
+    """
+
+    def __init__(self, model: Model, run: Run, measure: Measure):
+        self.model, self.run, self.measure = model, run, measure
+        self.size, self.length = run.batch.ids.shape
+        self.rows = slice(None)
+        self.work = 0
+        self._calls: dict[Columns, list[Call]] = {}
+        self._watch: Callable[[nn.Module], Watch] = lambda module: Watch()
+        self._open = False
+
+    # --- the clean run -----------------------------------------------------------------------------
+
+    def clean(self, site: str, columns: Columns | None = None) -> Tensor:
+        """A captured site of one layer, [n pos ...] at `columns`."""
+        value = self.run.cache[site][self.rows]
+        return value if columns is None else value[:, list(columns)]
+
+    def clean_streams(self, layer: int, columns: Columns) -> Streams:
+        """The clean residual stream before block `layer` (n_layers: after the last), one variant."""
+        last = self.model.n_layers
+        site = f"resid_pre.{layer}" if layer < last else f"resid_post.{last - 1}"
+        return self.clean(site, columns)[None]
+
+    def suffix(self, columns: Columns) -> Columns:
+        """The positions that a change at `columns` can reach: in a causal model, those from the first on."""
+        return tuple(range(columns[0] if self.model.spec.causal else 0, self.length))
+
+    def calls(self, columns: Columns) -> list[Call]:
+        """How every block is called on these positions, recorded from a pass over one prompt.
+
+        One row, so that rotary tables and the like broadcast over any number of variants. The masks in
+        it are never used: z is held, or computed by `head_outputs`.
+        """
+        if columns not in self._calls:
+            self._calls[columns] = _recorded_calls(self.model, self.run.batch.ids[:1], columns)
+        return self._calls[columns]
+
+    @cached_property
+    def softmaxes(self) -> list[Softmax | None]:
+        """Every layer's way from q · k to weights; None where none fits."""
+        sites = ("q", "k", "scores", "pattern")
+        run = self.model.run(self.run.batch.rows(slice(1)), capture=sites, logits=False)
+        cap = getattr(text_config(self.model.module), "attn_logit_softcapping", None)
+        found: list[Softmax | None] = []
+        for layer in range(self.model.n_layers):
+            q, k, scores, pattern = (run.cache[f"{site}.{layer}"][0].float() for site in sites)
+            found.append(_fit(q, k, scores, pattern, cap))
+        return found
+
+    # --- parts of a block ----------------------------------------------------------------------------
+
+    def frozen_block(
+        self,
+        layer: int,
+        streams: Streams,
+        columns: Columns,
+        attention: Float[Tensor, "*variants n pos d_model"] | None = None,
+        *,
+        mlp_write: bool = False,
+    ) -> Streams:
+        """The block's output with z held: only its norms and its MLP are computed.
+
+        Args:
+            attention: what the attention module's output projection returns, one for all variants or
+                one each; the clean one by default.
+            mlp_write: return what the MLP writes instead.
+        """
+        call, block = self.calls(columns)[layer], self.model.spec.blocks[layer]
+        given = self.clean(f"attn_out.{layer}", columns) if attention is None else attention
+        own = given.ndim == 4
+        out: list[Tensor] = []
+        with ExitStack() as stack:
+            if mlp_write:
+                assert block.mlp_write is not None
+                module = self.model.module.get_submodule(block.mlp_write.module)
+                written: list[Tensor] = []
+                hook = module.register_forward_hook(
+                    lambda m, args, output: written.append(first_tensor(output))  # type: ignore[arg-type]
+                )
+                stack.callback(hook.remove)
+            for chunk in self._chunks(len(streams), len(columns)):
+                x = streams[chunk]
+                z = given[chunk] if own else given.expand(len(x), *given.shape)
+                with self._attention_returns(layer, call, z.flatten(0, 1)):
+                    y = self._call_block(layer, call, x.flatten(0, 1).clone())
+                if mlp_write:
+                    y = written.pop() * block.mlp_write.scale  # type: ignore[union-attr]
+                out.append(y.reshape(x.shape))
+        self._worked(streams.shape[:3].numel(), self._sizes[layer][1])
+        return torch.cat(out)
+
+    def projections(
+        self, layer: int, streams: Streams, columns: Columns
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a block on changed inputs, each [variants n heads pos d_head]."""
+        call, shape = self.calls(columns)[layer], streams.shape[:2]
+        found: list[tuple[Tensor, ...]] = []
+        self._watch = lambda module: _Projections(found)
+        with self.seen():
+            for chunk in self._chunks(len(streams), len(columns)):
+                try:
+                    self._call_block(layer, call, streams[chunk].flatten(0, 1))
+                except Stop:
+                    continue
+        self._worked(streams.shape[:3].numel(), self._sizes[layer][2])
+        q, k, v = (
+            (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, shape)
+            for parts in zip(*found, strict=True)
+        )
+        return q, k, v
+
+    def head_outputs(
+        self,
+        layer: int,
+        head: int,
+        rows: Columns,
+        q: Float[Tensor, "variants n queries d_head"],
+        k: Float[Tensor, "variants n pos d_head"],
+        v: Float[Tensor, "variants n pos d_v"],
+    ) -> Float[Tensor, "variants n queries d_v"]:
+        """z of one head at query positions `rows`, over all keys."""
+        softmax = self.softmaxes[layer]
+        assert softmax is not None
+        products = torch.einsum("xnqd,xnkd->xnqk", q.float(), k.float())[:, :, None]
+        weights = softmax.weights(products, rows, slice(head, head + 1))[:, :, 0]
+        return torch.einsum("xnqk,xnkd->xnqd", weights, v.float()).to(v.dtype)
+
+    def rest(self, layer: int, streams: Streams, columns: Columns) -> Streams:
+        """The final residual at the last position, of streams changed at `columns` before block `layer`.
+
+        `columns` is a suffix; earlier positions have their clean keys and values.
+        """
+        if layer == self.model.n_layers:
+            return streams[:, :, -1:]
+        calls = self.calls(columns)
+        layers = {
+            self.model.module.get_submodule(block.attention): index
+            for index, block in enumerate(self.model.spec.blocks)
+            if block.attention
+        }
+        out = []
+        self._watch = lambda module: _SuffixAttention(self, layers[module], columns)
+        with self.seen():
+            for chunk in self._chunks(len(streams), len(columns)):
+                x = streams[chunk].flatten(0, 1)
+                for index in range(layer, self.model.n_layers):
+                    x = self._call_block(index, calls[index], x)
+                out.append(x[:, -1:].unflatten(0, (-1, streams.shape[1])))
+        whole = sum(size for size, _, _ in self._sizes[layer:])
+        self._worked(streams.shape[:3].numel(), whole)
+        return torch.cat(out)
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """Inside, attention calls are seen; opening the window once serves many small calls."""
+        if self._open:
+            yield
+            return
+        with window(self.model.module, lambda module: self._watch(module)):
+            self._open = True
+            try:
+                yield
+            finally:
+                self._open = False
+
+    # --- the ends --------------------------------------------------------------------------------
+
+    def read(self, final: Streams) -> Float[Tensor, "variants n"]:
+        """The metric of every variant and prompt, from final residuals [variants n 1 d_model]."""
+        final = final[:, :, -1]
+        spec = self.model.spec
+        pairs = self.measure.pairs.rows(self.rows)
+        if self.measure.metric == "logit_diff":
+            return self._logit_diffs(final)
+        d_vocab = spec.d_vocab or 1
+        values = []
+        few = replace_rows(self.measure, self.rows)
+        for start in range(0, len(final), max(1, TOKENS // len(pairs))):
+            logits = self.model.unembed(final[start : start + max(1, TOKENS // len(pairs))]).float()
+            values += [few(variant) for variant in logits]
+        self._worked(final.shape[:2].numel(), d_vocab * spec.d_model)
+        return torch.stack(values)
+
+    @cached_property
+    def clean_metric(self) -> Float[Tensor, "1 n"]:
+        """The metric of the clean prompts, read in the same way."""
+        return self.read(self.clean_streams(self.model.n_layers, (self.length - 1,)))
+
+    def _logit_diffs(self, final: Float[Tensor, "variants n d_model"]) -> Tensor:
+        """Logits of the answers and wrong answers alone: a few columns of W_U."""
+        spec, module = self.model.spec, self.model.module
+        weights, W, b = self._answer_columns
+        norm = None if spec.final_norm is None else module.get_submodule(spec.final_norm)
+        x = final if norm is None else norm(final.flatten(0, 1)).reshape(final.shape)
+        logits = torch.einsum("xnd,nkd->xnk", x.float(), W[self.rows]) + b[self.rows]
+        logits = logits * spec.logit_scale
+        if spec.logit_softcap is not None:
+            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+        return (logits * weights[self.rows]).sum(-1)
+
+    @cached_property
+    def _answer_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight in the mean, row of W_Uᵀ, bias) of every answer (+) and wrong answer (−) of a prompt."""
+        self.model.layers_with("resid_pre")
+        _ = self.model.W_U
+        module = self.model.module.get_submodule(self.model.spec.unembedding or "")
+        W, b = linear_map(module, self.model.spec.d_model, self.model.device)
+        sides = (self.measure.pairs.answers, self.measure.pairs.wrong)
+        weights = [
+            sign * (ids >= 0) / (ids >= 0).sum(1, keepdim=True)
+            for ids, sign in zip(sides, (1, -1), strict=True)
+        ]
+        ids = torch.cat(sides, 1).clamp_min(0).to(W.device)
+        return torch.cat(weights, 1).to(W.device), W.T[ids].float(), b[ids].float()
+
+    def forwards(self, work: int | None = None) -> float:
+        """Work so far in units of F, a plain forward over the batch: parameters × tokens over the same of F."""
+        sizes = sum(size for size, _, _ in self._sizes)
+        head = (self.model.spec.d_vocab or 0) * self.model.spec.d_model
+        return (self.work if work is None else work) / (self.size * self.length * (sizes + head))
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int, int]]:
+        """Parameters of each block: all, those outside the attention module, those that make q, k and v."""
+        sizes = []
+        for block in self.model.spec.blocks:
+            whole, attention, W_O = (
+                0
+                if name is None
+                else sum(p.numel() for p in self.model.module.get_submodule(name).parameters())
+                for name in (block.name, block.attention, block.W_O)
+            )
+            inside = bool(block.W_O and block.W_O.startswith(f"{block.attention}."))
+            sizes.append((whole, whole - attention, attention - (W_O if inside else 0)))
+        return sizes
+
+    # --- identities ----------------------------------------------------------------------------------
+
+    def verify(self, columns: Columns, *, blocks: bool, attention: bool) -> str | None:
+        """None where every part reproduces the clean run of two prompts; else what does not.
+
+        Args:
+            columns: the positions that will be computed.
+            blocks: whether blocks are called with z held.
+            attention: whether projections, z and the rest of the model after a head are needed too.
+        """
+        try:
+            return self._first_fault(columns, blocks, attention)
+        except (Refused, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            # A block that cannot be called on its own raises what its own code raises.
+            return f"a block cannot be called on its own ({type(error).__name__}: {error})"
+
+    def _first_fault(self, columns: Columns, blocks: bool, attention: bool) -> str | None:
+        allowed = RELATIVE_TOLERANCE.get(self.model.dtype, 6e-2)
+        eps = torch.finfo(self.model.dtype).eps
+        few = copy.copy(self)
+        few.rows = slice(0, 2)
+        last = self.model.n_layers
+        end = few.clean_streams(last, (self.length - 1,))
+        error, _ = relative_error(few.read(end)[0], self.measure.clean[:2])
+        if error > allowed:
+            return "unembedding the final residual does not give the metric"
+        if not blocks:
+            return None
+        suffix = self.suffix(columns)
+        for layer in range(last):
+            pre, post = (few.clean_streams(at, columns) for at in (layer, layer + 1))
+            made = few.frozen_block(layer, pre, columns)
+            # Against what the block writes, so that massive residuals hide nothing, and their rounding.
+            room = allowed * (post - pre).abs().amax(-1) + 16 * eps * post.abs().amax(-1)
+            error = (made - post).abs().amax(-1)
+            if bool((error > room).any()):
+                return f"block {layer} with z held is off by {float(error.max()):.1e}"
+            if not attention:
+                continue
+            q, k, v = few.projections(layer, pre, columns)
+            for site, x in (("q", q), ("k", k), ("v", v)):
+                wanted = few.clean(f"{site}.{layer}", columns)
+                error = relative_error(x[0].transpose(1, 2), wanted)[0]
+                if error > allowed:
+                    return f"{site} of block {layer} called on its own is off by {error:.1e}"
+            if self.softmaxes[layer] is None:
+                return f"the pattern of layer {layer} is no softmax of scaled q · k"
+        if attention:
+            made = few.rest(0, few.clean_streams(0, suffix), suffix)
+            error, _ = relative_error(few.read(made)[0], self.measure.clean[:2])
+            if error > allowed:
+                return f"the last positions against clean keys and values are off by {error:.1e}"
+        return None
+
+    # --- calling ---------------------------------------------------------------------------------
+
+    def _call_block(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
+        args, kwargs = with_hidden(call.args, call.kwargs, hidden)
+        out = first_tensor(self.model.blocks[layer](*args, **kwargs))
+        assert out is not None
+        return out
+
+    @contextmanager
+    def _attention_returns(self, layer: int, call: Call, value: Tensor) -> Iterator[None]:
+        """Inside, the block's attention costs nothing and its output projection returns `value`."""
+        block = self.model.spec.blocks[layer]
+        if block.attention is None or block.W_O is None:
+            raise Refused(f"layer {layer} has no attention that could be held")
+        module = self.model.module.get_submodule(block.attention)
+        with ExitStack() as stack:
+            if not block.W_O.startswith(f"{block.attention}."):
+                # The projection is outside (ViT, BERT): the attention module returns anything.
+                projection = self.model.module.get_submodule(block.W_O)
+                stack.enter_context(_forward(projection, lambda *args, **kwargs: value))
+            if (
+                block.v is not None
+                and block.v.input not in ("", "resid_pre")
+                and not block.parallel
+            ):
+                # Only the attention reads what this norm makes.
+                norm = self.model.module.get_submodule(block.v.input)
+                stack.enter_context(_forward(norm, lambda x: x))
+            stack.enter_context(
+                _forward(module, lambda *args, **kwargs: with_first(call.attention, value))
+            )
+            yield
+
+    def _chunks(self, variants: int, positions: int) -> Iterator[slice]:
+        rows = self.size if self.rows == slice(None) else 2
+        most = max(1, TOKENS // (rows * positions))
+        step = max(
+            1, -(-variants // -(-variants // most))
+        )  # of equal size, without a small last one
+        return (slice(start, start + step) for start in range(0, variants, step))
+
+    def _worked(self, tokens: int, parameters: int) -> None:
+        self.work += tokens * parameters
+
+
+class _Projections(Watch):
+    """Keeps q, k and v, and goes no further."""
+
+    def __init__(self, found: list[tuple[Tensor, ...]]):
+        self.found = found
+
+    def inputs(self, q, k, v):
+        self.found.append((q, k, v))
+        raise Stop
+
+
+class _SuffixAttention(Watch):
+    """Attention of the last positions over clean keys and values of the earlier ones and their own."""
+
+    def __init__(self, replay: PathReplay, layer: int, columns: Columns):
+        self.replay, self.layer, self.columns = replay, layer, columns
+
+    def inputs(self, q, k, v):
+        self.made = self._z(q, k, v)
+        return q, k, v
+
+    def z(self, z):
+        return self.made.reshape(z.shape)
+
+    def _z(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[batch queries n_heads d_v], variants one after the other along the batch."""
+        replay, first = self.replay, self.columns[0]
+        softmax = replay.softmaxes[self.layer]
+        assert softmax is not None
+        earlier_k = replay.clean(f"k.{self.layer}")[:, :first].float()
+        earlier_v = replay.clean(f"v.{self.layer}")[:, :first].float()
+        n, groups = len(earlier_k), k.shape[1]
+        q = q.float().unflatten(1, (groups, -1)).unflatten(0, (-1, n))
+        k, v = (x.float().unflatten(0, (-1, n)) for x in (k, v))
+        # The clean keys are shared by all variants: one product for all of them.
+        before = torch.einsum("xnhgqd,nkhd->xnhgqk", q, earlier_k)
+        own = torch.einsum("xnhgqd,xnhkd->xnhgqk", q, k)
+        products = torch.cat([before, own], -1).flatten(2, 3)
+        weights = softmax.weights(products, self.columns, slice(None)).unflatten(2, (groups, -1))
+        z = torch.einsum("xnhgqk,nkhd->xnqhgd", weights[..., :first], earlier_v)
+        z = z + torch.einsum("xnhgqk,xnhkd->xnqhgd", weights[..., first:], v)
+        return z.flatten(0, 1).flatten(2, 3).to(earlier_v.dtype)
+
+
+def replace_rows(measure: Measure, rows: slice) -> Measure:
+    """The measure of some of the pairs."""
+    few = copy.copy(measure)
+    for name, value in (
+        ("pairs", measure.pairs.rows(rows)),
+        ("clean_logits", measure.clean_logits[rows]),
+        ("clean", measure.clean[rows]),
+        ("corrupted", measure.corrupted[rows]),
+    ):
+        object.__setattr__(few, name, value)
+    return few
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling `module` calls `forward`."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+
+
+def _recorded_calls(model: Model, ids: Int[Tensor, "1 pos"], columns: Columns) -> list[Call]:
+    """The call of every block in a pass over one prompt's tokens at `columns`, at their positions."""
+    places = torch.tensor([columns], device=ids.device)
+    batch = Batch({"input_ids": ids[:, list(columns)], "position_ids": places})
+    seen: list[tuple[tuple, dict]] = []
+    outputs: dict[nn.Module, Any] = {}
+    modules = [
+        None if block.attention is None else model.module.get_submodule(block.attention)
+        for block in model.spec.blocks
+    ]
+    with ExitStack() as stack:
+        for block, attention in zip(model.blocks, modules, strict=True):
+            hook = block.register_forward_pre_hook(
+                lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+            if attention is not None:
+                after = attention.register_forward_hook(
+                    lambda m, args, output: outputs.__setitem__(m, output)
+                )
+                stack.callback(after.remove)
+        stack.enter_context(window(model.module, lambda m: Watch()))
+        call_model(model.module, batch, model.spec.first_position)
+    return [
+        # A key/value cache that the model made for itself would grow with every call.
+        Call(
+            args,
+            {name: None if isinstance(x, Cache) else x for name, x in kwargs.items()},
+            None if attention is None else outputs[attention],
+        )
+        for (args, kwargs), attention in zip(seen, modules, strict=True)
+    ]
+
+
+def _fit(
+    q: Tensor, k: Tensor, scores: Tensor, pattern: Tensor, cap: float | None
+) -> Softmax | None:
+    """The Softmax that makes `pattern` of q and k [pos heads d_head]; None where none does."""
+    groups = k.shape[1]
+    grouped = q.unflatten(1, (groups, -1))
+    products = torch.einsum("qhgd,khd->hgqk", grouped, k).flatten(0, 1)
+    shown = scores > HIDDEN
+    if not bool((shown == shown[:1]).all()):  # heads see different keys
+        return None
+    x, y = products[shown], scores[shown]
+    for soft in (None, cap) if cap is not None else (None,):
+        raw = y if soft is None else soft * torch.atanh((y / soft).clamp(-1 + 1e-7, 1 - 1e-7))
+        scale = float((x * raw).sum() / (x * x).sum().clamp_min(1e-30))
+        made = Softmax(scale, soft, ~shown[0], _sinks(scores, pattern))
+        rows = tuple(range(len(q)))
+        error = (made.weights(products.clone(), rows, slice(None)) - pattern).abs().max()
+        if float(error) < 1e-5:  # weights are at most 1: a hundred float32 steps
+            return made
+    return None
+
+
+def _sinks(scores: Float[Tensor, "h q k"], pattern: Float[Tensor, "h q k"]) -> Tensor | None:
+    """The logit that takes what is missing from a row's weights; None where nothing is missing."""
+    missing = 1 - pattern.sum(-1)
+    if float(missing.abs().max()) < 1e-4:
+        return None
+    share, row = missing.max(-1)
+    whole = scores.logsumexp(-1).gather(-1, row[:, None])[:, 0]
+    return whole + torch.log(share / (1 - share))
+
+
+def columns_of(mask: Bool[Tensor, "n pos"]) -> Columns:
+    """The positions that any prompt names."""
+    return tuple(int(i) for i in mask.any(0).nonzero()[:, 0])
+
+
+def as_mask(positions: Sequence[Tensor], n: int, length: int) -> Bool[Tensor, "n pos"]:
+    """Positions, one a prompt each, as a mask; all of them where none is named."""
+    if not positions:
+        return torch.ones(n, length, dtype=torch.bool)
+    mask = torch.zeros(n, length, dtype=torch.bool)
+    for where in positions:
+        mask[torch.arange(n), where] = True
+    return mask
