@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from interp.data.prompts import lead_token, prose
+from interp.data.english import Document, documents, recipe
+from interp.data.prompts import lead_token
 from interp.errors import BadInput
 from interp.metrics import kl
 from interp.models.load import weights_sha256
@@ -34,16 +36,23 @@ from interp.run.files import write_atomically
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
 
-FORMAT = 1
-PENALTIES = (1e-3, 1e-2, 5e-2, 2e-1)
+FORMAT = 2
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge penalties tried for every layer, in units of each coordinate's own variance."""
+STRETCHES = (1.0, 1.3, 1.6)
+"""Factors tried for every layer on a prediction's distance from the mean final residual."""
 
 TOKENS_PER_FORWARD = 1024
 STATISTICS_BYTES = 4 << 30
 """Memory for Xᵀ X and Xᵀ Y; a model that needs more is fitted in several passes, some layers in each."""
 
 MIN_WINDOWS = 10
-CHOOSING_ROWS, TESTING_ROWS = 256, 512
+CHOOSING_ROWS, TESTING_ROWS, ROWS_PER_WINDOW = 256, 1024, 16
+FIT_TOKENS = 40_000
+"""How much of the text at hand a lens is fitted on; a caller's own text is used whole."""
+SHARED_WORDS = 8
+MOST_SHARED = 0.1
+"""A text to test on is left out if more than this share of its 8-word sequences was fitted on."""
 _log = logging.getLogger("interp")
 
 
@@ -71,7 +80,7 @@ class RidgeLens:
 
     @property
     def held_out(self) -> pd.DataFrame:
-        """One row a layer: KL(final ‖ lens) in nats on text it was not fitted on, both lenses."""
+        """One row a (kind of text, layer): KL(final ‖ lens), nats, on documents it was not fitted on."""
         return pd.DataFrame(self.about["held_out"])
 
     def save(self, path: Path) -> None:
@@ -102,22 +111,33 @@ class RidgeLens:
         return RidgeLens(A, b, about)
 
 
-def lens_path(sha256: str) -> Path:
-    """Where the lens of the weights with this hash is kept."""
-    return cache_folder() / "lenses" / sha256[:16] / "ridge.safetensors"
+def lens_path(sha256: str, text: str) -> Path:
+    """Where the lens of the weights with this hash is kept that was fitted on the text with that one.
+
+    The text at hand goes by its recipe (`interp.data.english.recipe`): a new one makes a new lens, a
+    new version of an installed package does not.
+    """
+    return cache_folder() / "lenses" / sha256[:16] / f"ridge-{text[:16]}.safetensors"
 
 
 def cached_ridge_lens(model: Model, sha256: str | None = None) -> RidgeLens | None:
-    """The lens that was fitted on these weights before; None if there is none that is sound."""
+    """The latest lens fitted on these weights, on a caller's text or on today's text at hand.
+
+    None if there is none that is sound.
+    """
     sha256 = sha256 or weights_sha256(model.module)
-    path = lens_path(sha256)
-    if not path.exists():
-        return None
-    try:
-        return RidgeLens.load(path, model, sha256)
-    except BadInput as error:
-        _log.warning("%s", error)
-        return None
+    folder = lens_path(sha256, "").parent
+    paths = sorted(folder.glob("ridge-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(paths):
+        try:
+            lens = RidgeLens.load(path, model, sha256)
+        except BadInput as error:
+            _log.warning("%s", error)
+            continue
+        if lens.about["text"]["recipe"] in (None, recipe()):
+            return lens
+        _log.info("%s was fitted on an earlier choice of text", path)
+    return None
 
 
 @torch.no_grad()
@@ -137,16 +157,20 @@ def fit_ridge_lens(
 
         Δ = (XᵀX + λ diag(XᵀX))⁻¹ Xᵀ(Y − X),   b_l = mean Y − mean X · A_l,      (X, Y centred)
 
-    so that a large λ leads back to the logit lens with a bias. λ is chosen for each layer by the KL
-    on a second part of the text, and the KL reported is measured on a third; parts are consecutive,
-    a window apart. It fits squared error, not KL: a gradient-tuned lens can be better.
+    so that a large λ leads back to the logit lens with a bias. Regression draws what it predicts
+    towards the mean while the final norm gives every vector one size, so predictions are stretched
+    again: mean Y + s (x A_l + b_l − mean Y). λ and then s are chosen for each layer by the KL on other
+    documents, and the KL reported is measured on a third set, once for each kind of text. It fits
+    squared error, not KL: a gradient-tuned lens can be better.
 
     The first position of a window is used nowhere: its activations are hundreds of times larger in
     many models and always the same after a BOS token. What the lens says there is an extrapolation.
 
     Args:
-        text: any text, or token ids; the shipped prose (English, 1813) by default. Other kinds of
-            text read differently: give one like what you will read, and as long as you can.
+        text: one text, or token ids, in parts of which it is fitted, chosen and tested. By default the
+            English at hand (`interp.data.english`): the shipped prose, docstrings, Python's language
+            reference, readmes, licences; whole documents are then held out. Other kinds of text read
+            differently: give one like what you will read, and as long as you can.
         text_name: what to call it in reports.
         window: tokens in one context, after the lead token.
         penalties: values of λ to choose from.
@@ -160,50 +184,56 @@ def fit_ridge_lens(
 
     >>> ids = torch.randint(97, (1200,), generator=torch.Generator().manual_seed(0))
     >>> lens = fit_ridge_lens(tiny_model(), text=ids, window=32, keep=False, progress=False)
-    >>> lens.A.shape, list(lens.held_out)[:3]
-    (torch.Size([2, 32, 32]), ['layer', 'kl_ridge', 'kl_logit'])
+    >>> lens.A.shape, list(lens.held_out)[:4]
+    (torch.Size([2, 32, 32]), ['text', 'layer', 'kl_ridge', 'kl_logit'])
     """
     started = time.perf_counter()
     unembed = Unembedding(model)
     if not penalties or min(penalties) < 0:
         raise BadInput(f"penalties={list(penalties)}: give at least one, none below 0")
-    ids, shown = _token_stream(model, text, text_name)
-    fit, choose, test = _parts(_windows(model, ids, window))
+    parts, shown = _parts_of(model, text, text_name, window)
     d, n = model.spec.d_model, model.n_layers
     at_once = max(1, STATISTICS_BYTES // (2 * 8 * d * d))
     groups = [range(i, min(n, i + at_once)) for i in range(0, n, at_once)]
     A, b, held_out = torch.empty(n, d, d), torch.empty(n, d), []
     with Progress(progress) as bars:
-        advance = bars.stage("Reading text", len(groups) * (len(fit) + len(choose) + len(test)))
+        reading = len(parts.fit) + sum(map(len, [*parts.choose.values(), *parts.test.values()]))
+        advance = bars.stage("Reading text", len(groups) * reading)
         solve = bars.stage("Solving", n)
         for group in groups:
             moments = Moments(d, group)
-            _stream(model, fit, group, moments.add, advance)
-            choosing = _some_rows(model, choose, group, CHOOSING_ROWS, advance)
-            testing = _some_rows(model, test, group, TESTING_ROWS, advance)
-            to_choose, to_test = unembed(choosing[n]), unembed(testing[n])
+            _stream(model, parts.fit, group, moments.add, advance)
+            choosing, testing = (
+                {kind: _some_rows(model, rows, group, advance) for kind, rows in part.items()}
+                for part in (parts.choose, parts.test)
+            )
+            to_choose, to_test = (
+                {kind: unembed(seen[n]) for kind, seen in part.items()}
+                for part in (choosing, testing)
+            )
+
             for layer in group:
-                best = (float("inf"), penalties[0])
-                for penalty in penalties:
-                    found = moments.solve(layer, penalty)
-                    loss = _mean_kl(unembed, to_choose, affine(choosing[layer], *found))
-                    if loss < best[0]:
-                        best, A[layer], b[layer] = (loss, penalty), *found
-                ridge = _mean_kl(unembed, to_test, affine(testing[layer], A[layer], b[layer]))
-                logit = _mean_kl(unembed, to_test, testing[layer])
-                held_out.append(
-                    {"layer": layer, "kl_ridge": ridge, "kl_logit": logit, "penalty": best[1]}
-                )
+                loss = partial(_summed_kl, unembed, to_choose, choosing, layer)
+                solved = partial(moments.solve, layer)
+                penalty, stretch, found = _best(solved, loss, penalties)
+                A[layer], b[layer] = found
+                for kind, seen in testing.items():
+                    ridge = _mean_kl(unembed, to_test[kind], affine(seen[layer], *found))
+                    logit = _mean_kl(unembed, to_test[kind], seen[layer])
+                    held_out.append(
+                        {"text": kind, "layer": layer, "kl_ridge": ridge, "kl_logit": logit}
+                        | {"penalty": penalty, "stretch": stretch}
+                    )
                 solve(1)
-    used = fit.shape[0] * (fit.shape[1] - 1)
+    used = parts.fit.shape[0] * (parts.fit.shape[1] - 1)
     about = {
         "format": FORMAT,
         "model": {"id": model.id, "sha256": weights_sha256(model.module)},
-        "text": shown | {"tokens": len(ids)},
+        "text": shown,
         "fit_positions": used,
-        "held_out_positions": len(testing[n]),
+        "held_out_positions": sum(len(wanted) for wanted in to_test.values()),
         "window": window,
-        "held_out": held_out,
+        "held_out": [row for kind in parts.test for row in held_out if row["text"] == kind],
         "versions": {"torch": torch.__version__},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_time_s": round(time.perf_counter() - started, 1),
@@ -212,8 +242,23 @@ def fit_ridge_lens(
         about["note"] = f"fitted on {used} positions for {d} coordinates: give more text"
     lens = RidgeLens(A, b, about)
     if keep:
-        lens.save(lens_path(about["model"]["sha256"]))
+        lens.save(lens_path(about["model"]["sha256"], shown["recipe"] or shown["sha256"]))
     return lens
+
+
+def _best(
+    solve: Callable[..., tuple[Tensor, Tensor]],
+    loss: Callable[[tuple[Tensor, Tensor]], float],
+    penalties: Sequence[float],
+) -> tuple[float, float, tuple[Tensor, Tensor]]:
+    """The penalty of the smallest loss, then the stretch with it, and the map they make."""
+    tried: dict[tuple[float, float], float] = {(p, 1.0): loss(solve(p)) for p in penalties}
+    penalty, _ = min(tried, key=lambda key: tried[key])
+    for stretch in STRETCHES:
+        if (penalty, stretch) not in tried:
+            tried[penalty, stretch] = loss(solve(penalty, stretch))
+    penalty, stretch = min(tried, key=lambda key: tried[key])
+    return penalty, stretch, solve(penalty, stretch)
 
 
 @torch.no_grad()
@@ -222,14 +267,12 @@ def held_out_kl(
 ) -> pd.DataFrame:
     """Mean KL(final ‖ lens), nats, of both lenses on another text: one row a layer.
 
-    At most 512 positions, spread evenly over the text; never the first of a window.
+    At most 1024 positions, spread evenly over the text; never the first of a window.
     """
     unembed = Unembedding(model)
-    windows = _windows(model, _token_stream(model, text, "")[0], window)
+    windows = _one_text(model, _ids_of(model, text), window)
     n, rows = model.n_layers, []
-    if len(windows) > TESTING_ROWS // 8:
-        windows = windows[:: len(windows) // (TESTING_ROWS // 8)]
-    seen = _some_rows(model, windows, range(n), TESTING_ROWS, lambda _: None)
+    seen = _some_rows(model, _evenly(windows, TESTING_ROWS), range(n), lambda _: None)
     wanted = unembed(seen[n])
     for layer in range(n):
         ridge = _mean_kl(unembed, wanted, lens(seen[layer], layer))
@@ -266,8 +309,11 @@ class Moments:
             self.xx[layer].addmm_(x.T, x)
             self.xy[layer].addmm_(x.T, y)
 
-    def solve(self, layer: int, penalty: float) -> tuple[Tensor, Tensor]:
-        """(A, b) in float32 of y ≈ x A + b with ridge `penalty`, shrunk towards A = I."""
+    def solve(self, layer: int, penalty: float, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(A, b) in float32 of y ≈ x A + b with ridge `penalty`, shrunk towards A = I.
+
+        Predictions lie `stretch` times as far from the mean of y as those of least squares.
+        """
         mean_x, mean_y = self.x[layer] / self.n, self.y / self.n
         xx = self.xx[layer] / self.n - torch.outer(mean_x, mean_x)
         xy = self.xy[layer] / self.n - torch.outer(mean_x, mean_y)
@@ -278,7 +324,7 @@ class Moments:
         gram = xx / unit[:, None] / unit + torch.diag(still + penalty + 1e-12)
         wanted = torch.where(still[:, None], 0.0, (xy - xx) / unit[:, None])
         delta = torch.linalg.solve(gram, wanted) / unit[:, None]
-        A = delta + torch.eye(self._d, dtype=torch.float64)
+        A = stretch * (delta + torch.eye(self._d, dtype=torch.float64))
         return A.float(), (mean_y - mean_x @ A).float()
 
 
@@ -290,6 +336,19 @@ def affine(x: Float[Tensor, "*rows d_model"], A: Tensor, b: Tensor) -> Tensor:
 def _mean_kl(unembed: Unembedding, wanted: Tensor, residual: Tensor) -> float:
     """Mean KL in nats of the distributions `wanted` (as logits) to those of `residual`."""
     return float(kl(wanted, unembed(residual)).mean())
+
+
+def _summed_kl(
+    unembed: Unembedding,
+    wanted: Mapping[str, Tensor],
+    seen: Mapping[str, Mapping[int, Tensor]],
+    layer: int,
+    found: tuple[Tensor, Tensor],
+) -> float:
+    """The KL of a map from this layer, summed over kinds of text, each counting the same."""
+    return sum(
+        _mean_kl(unembed, wanted[kind], affine(rows[layer], *found)) for kind, rows in seen.items()
+    )
 
 
 def _stream(
@@ -312,53 +371,151 @@ def _stream(
 
 
 def _some_rows(
-    model: Model, windows: Tensor, layers: Sequence[int], n: int, advance: Callable[[int], None]
-) -> dict[int, Tensor]:
-    """At most n positions of these windows, evenly spread: by layer [rows d_model]."""
-    step = max(1, len(windows) * (windows.shape[1] - 1) // n)
+    model: Model, windows: Tensor, layers: Sequence[int], advance: Callable[[int], None]
+) -> dict[int, Float[Tensor, "rows d_model"]]:
+    """ROWS_PER_WINDOW positions of every window, evenly spread, by layer."""
+    width = windows.shape[1] - 1
+    places = (torch.arange(min(ROWS_PER_WINDOW, width)) + 0.5) * width / min(ROWS_PER_WINDOW, width)
     kept: dict[int, list[Tensor]] = {}
-    done = 0
 
     def take(seen: dict[int, Tensor]) -> None:
-        nonlocal done
         for layer, x in seen.items():
-            kept.setdefault(layer, []).append(x[-done % step :: step].clone())
-        done += len(x)
+            kept.setdefault(layer, []).append(
+                x.unflatten(0, (-1, width))[:, places.long()].flatten(0, 1)
+            )
 
     _stream(model, windows, layers, take, advance)
-    return {layer: torch.cat(parts)[:n] for layer, parts in kept.items()}
+    return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
-def _token_stream(
-    model: Model, text: str | Tensor | None, name: str
-) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids of the text and how reports call it."""
-    if isinstance(text, Tensor):
-        digest = hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()
-        return text.flatten().long(), {"name": name or "token ids", "sha256": digest}
+# --- text: what is fitted on, chosen on and tested on -------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Token windows [n pos]: to fit on, and by kind of text to choose and to test on."""
+
+    fit: Tensor
+    choose: dict[str, Tensor]
+    test: dict[str, Tensor]
+
+
+def _parts_of(
+    model: Model, text: str | Tensor | None, name: str, window: int
+) -> tuple[_Parts, dict[str, Any]]:
+    """The parts of a caller's text or of the English at hand, and how reports call it."""
+    if text is not None:
+        ids = _ids_of(model, text)
+        fit, choose, test = _consecutive(_one_text(model, ids, window))
+        kind = name or ("token ids" if isinstance(text, Tensor) else "text of the caller")
+        content = text.encode() if isinstance(text, str) else text.cpu().numpy().tobytes()
+        shown = {"name": kind, "sha256": hashlib.sha256(content).hexdigest(), "recipe": None}
+        return (
+            _Parts(
+                fit, {kind: _evenly(choose, CHOOSING_ROWS)}, {kind: _evenly(test, TESTING_ROWS)}
+            ),
+            shown | {"tokens": len(ids)},
+        )
+    _require_tokenizer(model)
+    found = documents()
+    digest = hashlib.sha256("\n\n".join(document.text for document in found).encode())
+    parts = _held_out_by_document(model, found, window)
+    shown = {
+        "name": name or "English at hand: " + ", ".join(parts.test),
+        "sha256": digest.hexdigest(),
+        "recipe": recipe(),
+        "documents": len(found),
+    }
+    return parts, shown | {"tokens": parts.fit.numel()}
+
+
+def _held_out_by_document(model: Model, found: Sequence[Document], window: int) -> _Parts:
+    """Of every kind, one document in eight to choose on and one to test on; the others to fit on."""
+    roles: dict[str, dict[str, list[Document]]] = {"fit": {}, "choose": {}, "test": {}}
+    counted: dict[str, int] = {}
+    for document in found:
+        i = counted[document.kind] = counted.get(document.kind, -1) + 1
+        role = {3: "choose", 7: "test"}.get(i % 8, "fit")
+        roles[role].setdefault(document.kind, []).append(document)
+    fitted = {s for group in roles["fit"].values() for doc in group for s in _sequences(doc.text)}
+    kinds = len(roles["fit"])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for role, rows in (("choose", CHOOSING_ROWS), ("test", TESTING_ROWS)):
+        parts[role] = {}
+        for kind, group in roles[role].items():
+            fresh = [doc for doc in group if role == "choose" or not _known(doc.text, fitted)]
+            windows = _windows(model, [doc.text for doc in fresh], window)
+            if len(windows):
+                parts[role][kind] = _evenly(windows, rows // kinds)
+    texts = [doc.text for group in roles["fit"].values() for doc in group]
+    fit = _windows(model, texts, window)
+    if len(fit) < MIN_WINDOWS or not parts["choose"] or not parts["test"]:
+        raise BadInput(f"only {len(fit)} windows of text are at hand: pass text=")
+    return _Parts(_evenly(fit, FIT_TOKENS, each=fit.shape[1] - 1), parts["choose"], parts["test"])
+
+
+def _sequences(text: str) -> set[int]:
+    """Every run of SHARED_WORDS words, as a number."""
+    words = text.split()
+    return {hash(tuple(words[i : i + SHARED_WORDS])) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
+def _known(text: str, fitted: set[int]) -> bool:
+    """Whether much of a text (boilerplate, a licence in another copy) was fitted on."""
+    own = _sequences(text)
+    return len(own & fitted) > MOST_SHARED * len(own)
+
+
+def _evenly(windows: Tensor, rows: int, each: int = ROWS_PER_WINDOW) -> Tensor:
+    """Evenly spread windows, as many as give `rows` rows with `each` from a window."""
+    wanted = max(1, rows // each)
+    if len(windows) <= wanted:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, wanted).long()]
+
+
+def _require_tokenizer(model: Model) -> None:
     if model.tokenizer is None:
         raise BadInput(
             f"{model.id} was loaded without a tokenizer: pass text= as token ids, or load with tokenizer="
         )
-    shown = name or ("the shipped prose" if text is None else "text of the caller")
-    text = prose() if text is None else text
-    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids.long(), {"name": shown, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _windows(model: Model, ids: Tensor, window: int) -> Int[Tensor, "n pos"]:
-    lead = lead_token(model)
-    width = min(window, (model.spec.n_ctx or window + 1) - len(lead))
-    if window < 2 or len(ids) < MIN_WINDOWS * width:
+def _ids_of(model: Model, text: str | Tensor) -> Int[Tensor, " tokens"]:
+    if isinstance(text, Tensor):
+        return text.flatten().long().cpu()
+    _require_tokenizer(model)
+    return torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"]).long()
+
+
+def _windows(model: Model, texts: Sequence[str], window: int) -> Int[Tensor, "n pos"]:
+    """All whole windows of these texts, none across two of them."""
+    rows = [_rows_of(model, _ids_of(model, text), window) for text in texts]
+    return torch.cat(rows) if rows else torch.empty(0, window, dtype=torch.long)
+
+
+def _one_text(model: Model, ids: Tensor, window: int) -> Int[Tensor, "n pos"]:
+    """The windows of one text, enough to be split."""
+    rows = _rows_of(model, ids, window)
+    if len(rows) < MIN_WINDOWS:
         raise BadInput(
             f"the text has {len(ids)} tokens in windows of {window}; wanted at least {MIN_WINDOWS} "
             "windows of 2 or more tokens: give more text"
         )
+    return rows
+
+
+def _rows_of(model: Model, ids: Tensor, window: int) -> Int[Tensor, "n pos"]:
+    """Consecutive windows of the ids, each behind the lead token."""
+    lead = lead_token(model)
+    width = min(window, (model.spec.n_ctx or window + 1) - len(lead))
+    if width < 2:
+        raise BadInput(f"window={window}: wanted 2 or more tokens")
     rows = ids[: len(ids) // width * width].reshape(-1, width)
     return torch.cat([lead.expand(len(rows), -1), rows], dim=1)
 
 
-def _parts(windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _consecutive(windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Consecutive parts to fit on (80 %), choose on and test on (10 % each), one window apart."""
     tenth = max(2, len(windows) // 10)
     return windows[: -2 * tenth], windows[-2 * tenth + 1 : -tenth], windows[-tenth + 1 :]

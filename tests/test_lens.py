@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp.data.english import Document, documents, recipe
 from interp.errors import BadInput, Refused
 from interp.figures.lens_map import QUANTITIES, lens_map
 from interp.lens import logit_lens, read
@@ -27,6 +28,8 @@ from interp.report import Report
 from interp.ridge_lens import (
     Moments,
     RidgeLens,
+    _held_out_by_document,
+    _windows,
     cached_ridge_lens,
     fit_ridge_lens,
     held_out_kl,
@@ -380,12 +383,72 @@ def test_a_damaged_cache_is_not_used(
     tiny: Model, stream: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     lens = fit_ridge_lens(tiny, text=stream, window=32, progress=False)
-    path = lens_path(lens.about["model"]["sha256"])
+    path = lens_path(lens.about["model"]["sha256"], lens.about["text"]["sha256"])
     path.write_bytes(path.read_bytes()[:500])
     assert cached_ridge_lens(tiny) is None
     assert "is damaged" in caplog.text
     with pytest.raises(BadInput, match="no lens at"):
         RidgeLens.load(path.with_name("other.safetensors"), tiny)
+
+
+def test_the_cache_goes_by_weights_and_text(
+    tiny: Model, stream: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another text is another lens, the latest is read, and a choice of text that is no more is not."""
+    first = fit_ridge_lens(tiny, text=stream, window=32, progress=False)
+    second = fit_ridge_lens(tiny, text=stream.flip(0), window=32, progress=False)
+    paths = {
+        lens_path(lens.about["model"]["sha256"], lens.about["text"]["sha256"])
+        for lens in (first, second)
+    }
+    assert len(paths) == 2 and all(path.exists() for path in paths)
+    found = cached_ridge_lens(tiny)
+    assert found is not None and torch.equal(found.A, second.A)
+    about = first.about | {"text": first.about["text"] | {"recipe": "at hand today"}}
+    monkeypatch.setattr("interp.ridge_lens.recipe", lambda: "at hand today")
+    RidgeLens(first.A, first.b, about).save(lens_path(about["model"]["sha256"], "at hand today"))
+    found = cached_ridge_lens(tiny)
+    assert found is not None and torch.equal(found.A, first.A)
+    monkeypatch.setattr("interp.ridge_lens.recipe", lambda: "at hand tomorrow")
+    found = cached_ridge_lens(tiny)
+    assert found is not None and torch.equal(found.A, second.A)
+
+
+def test_the_english_at_hand_is_of_several_kinds() -> None:
+    found = documents()
+    kinds = {document.kind for document in found}
+    assert {"prose", "documentation"} <= kinds
+    assert len({document.text for document in found}) == len(found)
+    assert found == documents()
+    assert len(recipe()) == 64
+
+
+class _Letters:
+    """A tokenizer of characters."""
+
+    bos_token_id = cls_token_id = eos_token_id = pad_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 97 for letter in text]}
+
+
+def test_what_is_tested_on_was_not_fitted_on(tiny: Model) -> None:
+    """Whole documents are held out, and a copy of a fitted one is not tested on."""
+    tiny.tokenizer = _Letters()
+    texts = [" ".join(f"{kind}{i}word{j}" for j in range(200)) for kind in "ab" for i in range(16)]
+    found = [Document(text[0], text[:3], text) for text in texts]
+    found[7] = Document("a", "copy", found[0].text)
+    parts = _held_out_by_document(tiny, found, window=16)
+    assert set(parts.test) == {"a", "b"} == set(parts.choose)
+    of_documents = [set(map(tuple, _windows(tiny, [d.text], 16).tolist())) for d in found]
+
+    def read(windows: Tensor) -> set[int]:
+        rows = set(map(tuple, windows.tolist()))
+        return {i for i, own in enumerate(of_documents) if own & rows and i != 7}
+
+    assert read(parts.test["a"]) == {15} and read(parts.test["b"]) == {23, 31}
+    assert read(parts.choose["a"]) == {3, 11}
+    assert not read(parts.fit) & {3, 11, 15, 19, 27, 23, 31}
 
 
 def test_too_little_text_is_said(tiny: Model) -> None:
