@@ -7,10 +7,12 @@ about the embeddings, and the last is complete: its scores sum to the change in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,8 +26,8 @@ SINK = 0
 """The position that `exclude_sink` leaves out: attention with nothing to read goes to the first token."""
 FLOW_UNIT = 10**8
 """Max-flow is computed on whole numbers: capacities in units of 1e-8."""
-NODES = 6
-"""Gauss-Legendre nodes in each panel of the path of integrated gradients."""
+FIRST_PANELS = 8
+"""Panels that the path of integrated gradients starts with: fewer could agree by accident."""
 TOKENS_WITH_GRAPH = 256
 """Tokens put through one forward that keeps its graph."""
 
@@ -210,6 +212,7 @@ def attention_flow(
 # --- patterns and gradients --------------------------------------------------------------------
 
 
+@torch.enable_grad()
 def pattern_gradients(
     model: Model, batch: Batch, target: Target
 ) -> dict[int, tuple[Float[Tensor, "n_heads q k"], Float[Tensor, "n_heads q k"]]]:
@@ -267,6 +270,11 @@ class EmbeddingScores:
     gap: float
     points: int
 
+    @property
+    def about(self) -> dict[str, float]:
+        """How complete the scores are, as reports say it."""
+        return {"change": self.change, "gap": self.gap, "points": self.points}
+
 
 def gradient_times_input(model: Model, batch: Batch, target: Target) -> Float[Tensor, " pos"]:
     """First-order effect of each token's embedding on the target, in logits.
@@ -277,7 +285,7 @@ def gradient_times_input(model: Model, batch: Batch, target: Target) -> Float[Te
     Source: Shrikumar et al. 2016; Denil et al. 2014.
     """
     x = _embeddings(model, batch)
-    return (_gradients(model, batch, target, x)[0] * x.float()).sum(-1)[0]
+    return (_values_and_gradients(model, batch, target, x)[1] * x.float()).sum(-1)[0]
 
 
 def integrated_gradients(
@@ -287,62 +295,70 @@ def integrated_gradients(
     *,
     baseline: Float[Tensor, "1 pos d_model"] | None = None,
     tolerance: float = 0.01,
-    max_panels: int = 128,
+    max_points: int = 769,
 ) -> EmbeddingScores:
     """Each token's part of the target's change from a baseline to the prompt, in logits; they sum to it.
 
-    (x − x₀) · ∫₀¹ ∇target(x₀ + α(x − x₀)) dα, by Gauss-Legendre in panels. A panel's error is known
+    (x − x₀) · ∫₀¹ ∇target(x₀ + α(x − x₀)) dα, by Simpson's rule in panels. A panel's error is known
     without knowing the integral (its scores must sum to the target's change over it), so the worst
-    panel is halved until all errors together are below `tolerance` of the change. The scores depend
-    on the baseline, and on a straight path that leaves the prompts the model was trained on.
+    panels are halved, reusing their gradients, until all errors together are below `tolerance` of the
+    change. The scores depend on the baseline, and on a straight path that leaves the prompts the model
+    was trained on.
 
     Args:
-        baseline: where the path starts; by default, at each position, the mean embedding over the
-            vocabulary. (Zero is a bad one: RMSNorm makes everything between 0 and x look like x.)
-        max_panels: where to stop; `gap` says what is then left.
+        baseline: where the path starts; by default `same_everywhere`, in which no token can be told
+            from another.
+        max_points: gradients after which to stop; `gap` says what is then left.
 
     Source: Sundararajan, Taly & Yan 2017.
     """
     x = _embeddings(model, batch).float()
-    start = mean_embedding(model, batch).float() if baseline is None else baseline.to(x)
+    start = same_everywhere(x) if baseline is None else baseline.to(x)
     way = x - start
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    seen: dict[float, tuple[float, Tensor]] = {}
 
-    def value(alphas: Tensor) -> Tensor:
-        return _values(model, batch, target, start + alphas.view(-1, 1, 1) * way)
+    def look(alphas: set[float]) -> None:
+        new = sorted(alphas - seen.keys())
+        points = start + torch.tensor(new, device=x.device).view(-1, 1, 1) * way
+        values, grads = _values_and_gradients(model, batch, target, points)
+        seen.update(zip(new, zip(values.tolist(), (grads * way).sum(-1), strict=True), strict=True))
 
-    def panel(low: float, high: float, at_low: float, at_high: float) -> tuple:
-        alphas = torch.tensor((low + high) / 2 + (high - low) / 2 * nodes, dtype=x.dtype)
-        points = start + alphas.to(x.device).view(-1, 1, 1) * way
-        grads = _gradients(model, batch, target, points)
-        inner = (grads * torch.tensor(weights).to(grads).view(-1, 1, 1)).sum(0)
-        scores = (inner * way[0]).sum(-1) * (high - low) / 2
-        error = abs(float(scores.sum()) - (at_high - at_low))
-        return error, low, high, at_low, at_high, scores
+    def scores_of(a: float, b: float) -> Tensor:
+        (_, low), (_, middle), (_, high) = seen[a], seen[(a + b) / 2], seen[b]
+        return (b - a) / 6 * (low + 4 * middle + high)
 
-    first, last = value(torch.tensor([0.0, 1.0], device=x.device)).tolist()
-    panels = [panel(0.0, 1.0, first, last)]
-    made, change = 1, last - first
-    # Float32 logits of size 10 to 100 are known to about 1e-5: a smaller change has no 1 %.
-    allowed = max(tolerance * abs(change), 1e-4)
-    while sum(p[0] for p in panels) > allowed and made < max_panels:
-        worst = max(range(len(panels)), key=lambda i: panels[i][0])
-        _, low, high, at_low, at_high, _ = panels.pop(worst)
-        middle = (low + high) / 2
-        at_middle = float(value(torch.tensor([middle], device=x.device))[0])
-        panels.append(panel(low, middle, at_low, at_middle))
-        panels.append(panel(middle, high, at_middle, at_high))
-        made += 2
-    scores = torch.stack([p[-1] for p in panels]).sum(0)
-    return EmbeddingScores(scores, change, abs(float(scores.sum()) - change), made * NODES)
+    ends = np.linspace(0, 1, FIRST_PANELS + 1).tolist()
+    panels = list(itertools.pairwise(ends))
+    while True:
+        look({alpha for a, b in panels for alpha in (a, (a + b) / 2, b)})
+        errors = [abs(float(scores_of(a, b).sum()) - (seen[b][0] - seen[a][0])) for a, b in panels]
+        change = seen[1.0][0] - seen[0.0][0]
+        # Float32 logits of size 10 to 100 are known to about 1e-5: a smaller change has no 1 %.
+        left = sum(errors) - max(tolerance * abs(change), 1e-4)
+        if left <= 0 or len(seen) >= max_points:
+            break
+        for place in sorted(range(len(panels)), key=lambda i: -errors[i]):
+            a, b = panels[place]
+            panels[place] = (a, (a + b) / 2)
+            panels.append(((a + b) / 2, b))
+            left -= errors[place]
+            if left <= 0:
+                break
+    scores = torch.stack([scores_of(a, b) for a, b in panels]).sum(0)
+    return EmbeddingScores(scores, change, abs(float(scores.sum()) - change), len(seen))
 
 
-def mean_embedding(model: Model, batch: Batch, n: int = 256) -> Float[Tensor, "1 pos d_model"]:
-    """At each position, the residual stream's start averaged over `n` tokens spread over the vocabulary."""
-    length, d_vocab = batch.ids.shape[1], model.spec.d_vocab or 1
-    ids = torch.linspace(0, d_vocab - 1, min(n, d_vocab)).long()
-    rows = ids[:, None].expand(-1, length)
-    return _embeddings(model, Batch.of_ids(rows.to(batch.ids.device))).mean(0, keepdim=True)
+def same_everywhere(x: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, "1 pos d_model"]:
+    """The prompt's embeddings with every token after the first replaced by their mean.
+
+    The first token stays, because models park attention on it and a path on which that comes into
+    being has slopes of thousands of logits. The mean stays, because from it the way is short.
+
+    >>> same_everywhere(torch.tensor([[[4.0], [1.0], [3.0]]]))[0, :, 0]
+    tensor([4., 2., 2.])
+    """
+    mean = x[:, SINK + 1 :].mean(1, keepdim=True).expand_as(x[:, SINK + 1 :])
+    return torch.cat([x[:, : SINK + 1], mean], dim=1)
 
 
 @torch.no_grad()
@@ -350,26 +366,52 @@ def _embeddings(model: Model, batch: Batch) -> Float[Tensor, "batch pos d_model"
     return model.run(batch, capture=["resid_pre.0"], stop_at=0, logits=False).cache["resid_pre.0"]
 
 
-def _run_from(model: Model, batch: Batch, target: Target, points: Tensor, *, grad: bool) -> Tensor:
-    """The target [n] where the residual stream starts from each of `points` [n pos d_model]."""
-    edit = Edit.apply("resid_pre.0", lambda x, seen: points)
-    repeated = batch.repeat(len(points))
-    return target.of(_logits_at(model, repeated, target.position, edits=[edit], grad=grad))
-
-
-def _chunks(points: Tensor) -> tuple[Tensor, ...]:
-    return points.split(max(1, TOKENS_WITH_GRAPH // points.shape[1]))
-
-
-def _values(model: Model, batch: Batch, target: Target, points: Tensor) -> Tensor:
-    return torch.cat([_run_from(model, batch, target, p, grad=False) for p in _chunks(points)])
-
-
-def _gradients(model: Model, batch: Batch, target: Target, points: Tensor) -> Tensor:
-    """d target / d points, in float32, [n pos d_model]."""
-    found = []
-    for chunk in _chunks(points.to(model.dtype)):
+@torch.enable_grad()
+def _values_and_gradients(
+    model: Model, batch: Batch, target: Target, points: Tensor
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n pos d_model"]]:
+    """The target where the residual stream starts from each of `points`, and its gradient there."""
+    values, grads = [], []
+    for chunk in points.to(model.dtype).split(max(1, TOKENS_WITH_GRAPH // points.shape[1])):
         leaf = chunk.detach().requires_grad_()
-        value = _run_from(model, batch, target, leaf, grad=True).sum()
-        found.append(torch.autograd.grad(value, leaf)[0].float())
-    return torch.cat(found)
+        edit = Edit.apply("resid_pre.0", lambda x, seen, leaf=leaf: leaf)
+        repeated = batch.repeat(len(leaf))
+        logits = _logits_at(model, repeated, target.position, edits=[edit], grad=True)
+        found = target.of(logits)
+        grads.append(torch.autograd.grad(found.sum(), leaf)[0].float())
+        values.append(found.detach())
+    return torch.cat(values), torch.cat(grads)
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+def relevance_scores(
+    model: Model,
+    batch: Batch,
+    target: Target,
+    patterns: Float[Tensor, "n_layers n_heads query_pos key_pos"] | None,
+    *,
+    exclude_sink: bool = False,
+    max_flow: bool = True,
+) -> pd.DataFrame:
+    """One row a token: position, token, rollout, attention_flow, relevance, gradient_x_input.
+
+    Each with respect to the target's position; `relevance` is Chefer's, less the identity that it
+    starts from. `attention_flow` is left out without `max_flow`; all but the last where a model shows
+    no patterns.
+    """
+    place = target.position
+    table = {
+        "position": np.arange(batch.ids.shape[1]),
+        "token": model.tokens(batch.ids[0].tolist()),
+    }
+    if patterns is not None:
+        table["rollout"] = rollout(patterns, exclude_sink=exclude_sink)[place].cpu().numpy()
+        if max_flow:
+            table["attention_flow"] = attention_flow(patterns, place, exclude_sink=exclude_sink)
+        relevance = chefer_relevance(model, batch, target, exclude_sink=exclude_sink)[place]
+        relevance[place] -= 1
+        table["relevance"] = relevance.cpu().numpy()
+    table["gradient_x_input"] = gradient_times_input(model, batch, target).cpu().numpy()
+    return pd.DataFrame(table)

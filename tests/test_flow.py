@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import interp
-from circuits.flow import SITES, Rule, Sum, flow_graph, information_flow, kept_parts, sums
+from circuits.attribution import logit_direction
+from circuits.flow import flow_graph, information_flow
+from circuits.flow_parts import SITES, Rule, Sum, kept_parts, sums
+from circuits.flow_words import route_neurons
 from circuits.relevance import (
     Target,
     attention_flow,
@@ -129,6 +132,46 @@ def test_bounds_keep_what_brute_force_keeps_on_the_default_model(smollm: Model) 
             assert bounded_kept(whole, rule).keys() == brute_force_kept(whole, rule).keys()
 
 
+def brute_force_edges(
+    model: Model, run, position: int, rule: Rule
+) -> dict[tuple[int, str, str, int, int], float]:
+    """{(layer, stage, kind, position, source): weight}: every part of every sum, then the search."""
+    edges: dict[tuple[int, str, str, int, int], float] = {}
+    reached = {position}
+    for layer in reversed(range(model.n_layers)):
+        for whole in reversed(sums(model, run, layer)):
+            names, sources = [*whole.others, "attention"], set()
+            for (i, other, _, j), weight in brute_force_kept(whole, rule).items():
+                if i in reached:
+                    key = (layer, whole.stage, names[other], i, j)
+                    edges[key] = edges.get(key, 0.0) + weight
+                    sources |= {j} if names[other] != "bias" else set()
+            reached = sources
+    return edges
+
+
+def lazy_edges(model: Model, run, position: int, rule: Rule):
+    table = flow_graph(model, run, position=position, mass=rule.mass, threshold=rule.threshold)
+    place = ["layer", "stage", "kind", "position", "source_position"]
+    return table.edges.set_index(place)["weight"].to_dict()
+
+
+@pytest.mark.parametrize("rule", [Rule(0.7), Rule(0.9), Rule(threshold=0.02)])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_search_finds_the_edges_of_the_whole_graph(name: str, rule: Rule) -> None:
+    model = model_of(name)
+    run = captured(model, IDS)
+    for position in (3, 8):
+        wanted = brute_force_edges(model, run, position, rule)
+        assert lazy_edges(model, run, position, rule) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_search_finds_the_edges_of_the_whole_graph_on_the_default_model(smollm: Model) -> None:
+    run = captured(smollm, torch.arange(1000, 1024).tolist())
+    wanted = brute_force_edges(smollm, run, 23, Rule(0.9))
+    assert lazy_edges(smollm, run, 23, Rule(0.9)) == pytest.approx(wanted, abs=1e-5)
+
+
 def test_few_parts_are_computed(smollm: Model) -> None:
     run = captured(smollm, torch.arange(1000, 1064).tolist())
     kept = kept_parts(sums(smollm, run, 12)[0], range(64), Rule(threshold=0.04))
@@ -192,6 +235,89 @@ def test_excluding_the_sink_leaves_no_edge_from_it(tiny: Model) -> None:
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
+# --- neurons and words -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_neurons_are_those_of_the_definition(name: str) -> None:
+    """π of every neuron's write, the bias and the rest, in float64 and as it is published."""
+    model = model_of(name)
+    run = model.run(torch.tensor([IDS]), capture=[*SITES, "mlp_post", "mlp_out"], logits=False)
+    edges = flow_graph(model, run, mass=0.95 if name != "granite" else 0.9999).edges
+    found = route_neurons(model, run, edges, top=3)
+    places = edges.loc[edges["kind"] == "ffn", ["layer", "position", "through", "weight"]]
+    assert len(found) == 3 * len(places) > 0
+    for (layer, i), group in found.groupby(["layer", "position"]):
+        block = model.spec.blocks[layer]
+        whole, acts, out, written = (
+            run.cache[f"{site}.{layer}"][0, i].double()
+            for site in ("resid_post", "mlp_post", "mlp_out", "mlp_write")
+        )
+        W = model.W_out(layer).double()
+        if block.mlp_write.module != block.mlp_out:  # gemma2: RMSNorm, gain 1 + weight, no bias
+            gain = 1 + model.module.get_submodule(block.mlp_write.module).weight.double()
+            W = W * gain / (out.pow(2).mean() + model.module.config.rms_norm_eps).sqrt()
+        W = W * block.mlp_write.scale
+        bias = written - acts @ W
+        parts = [*(acts[:, None] * W), whole - written]
+        parts += [bias] if float(bias.abs().max()) > 1e-5 else []
+        pi = torch.stack([whole.abs().sum() - (whole - p).abs().sum() for p in parts])
+        pi = pi.clamp_min(1e-5)
+        best = (pi[: len(acts)] / pi.sum()).topk(3)
+        assert group["neuron"].tolist() == best.indices.tolist()
+        np.testing.assert_allclose(group["weight"], best.values, rtol=1e-3)
+        place = places.query("layer == @layer and position == @i").iloc[0]
+        np.testing.assert_allclose(
+            group["through"], group["weight"] * place["through"] / place["weight"]
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite"])
+def test_words_are_what_a_part_adds_to_the_logits(name: str) -> None:
+    """Each word's number against the answer's direction pulled back through the frozen norm."""
+    model = model_of(name)
+    report = information_flow(model, IDS, mass=0.99, words=20)
+    run = model.run(
+        torch.tensor([IDS]), capture=["v", "z", "pattern", "mlp_post", "mlp_out", "resid_post"]
+    )
+    final = run.cache[f"resid_post.{model.n_layers - 1}"][0, -1:].detach()
+    words = report.tables["flow_words"]
+    assert set(words["kind"]) == {"head", "neuron"}
+    assert len(words) == 5 * min(20, len(report.tables["flow_heads"])) + 5 * min(
+        20, len(report.tables["flow_neurons"])
+    )
+    for row in words.groupby("kind").head(10).to_dict("records"):
+        token = int(row["token"].removeprefix("#"))
+        direction = logit_direction(model, final, torch.tensor([token]), None).vector[0]
+        layer, i, j, index = (row[n] for n in ("layer", "position", "source_position", "index"))
+        if row["kind"] == "head":
+            A = run.cache[f"pattern.{layer}"][0, index, i, j]
+            v = run.cache[f"v.{layer}"][0, j, model.spec.kv_group(layer, index)]
+            part = A * v @ model.W_O(layer)[index]
+            write, out = model.spec.blocks[layer].attn_write, None
+        else:
+            part = run.cache[f"mlp_post.{layer}"][0, i, index] * model.W_out(layer)[index]
+            write, out = model.spec.blocks[layer].mlp_write, run.cache[f"mlp_out.{layer}"][0, i]
+        if name == "gemma2":
+            norm = model.module.get_submodule(write.module)
+            if out is None:
+                out = torch.einsum("hd,hdm->m", run.cache[f"z.{layer}"][0, i], model.W_O(layer))
+            part = part * (1 + norm.weight) / (out.pow(2).mean() + 1e-6).sqrt()
+        assert row["logit"] == pytest.approx(
+            float(part * write.scale @ direction), rel=1e-3, abs=1e-5
+        )
+    first = words.groupby(["kind", "layer", "position", "source_position", "index"])["logit"]
+    assert (first.diff().dropna() <= 0).all()
+
+
+def test_a_model_without_neurons_says_so() -> None:
+    report = information_flow(model_of("mixtral"), IDS)
+    assert not len(report.tables["flow_neurons"])
+    assert any("not split into neurons in layers 0–2" in note for note in report.meta["notes"])
+
+
 # --- a known circuit ---------------------------------------------------------------------------
 
 
@@ -239,6 +365,18 @@ def test_an_edge_effect_is_what_cutting_it_does(tiny: Model) -> None:
     answer = report.meta["target"]["answer"]["id"]
     clean = report.meta["target"]["value"]
     assert edge["effect"] == pytest.approx(clean - float(without[0, -1, answer]), abs=1e-5)
+
+
+def test_the_strongest_edges_are_cut_and_all_are_kept(tiny: Model) -> None:
+    every = information_flow(tiny, IDS, mass=0.9, min_effect=-1e6, words=0).table
+    some = information_flow(tiny, IDS, mass=0.9, effects=3, words=0).table
+    assert len(some) == len(every)
+    attention = some[some["kind"] == "attention"]
+    cut = attention.dropna(subset="effect")
+    assert set(cut.index) == set(attention["through"].nlargest(3).index)
+    both = cut.merge(every, on=["kind", "layer", "position", "source_position"])
+    np.testing.assert_allclose(both["effect_x"], both["effect_y"], atol=1e-5)
+    assert some.loc[some["kind"] != "attention", "effect"].isna().all()
 
 
 # --- patterns alone ----------------------------------------------------------------------------
@@ -376,14 +514,21 @@ def test_integrated_gradients_are_complete(name: str) -> None:
 
 def test_the_flow_comes_from_the_first_mary(smollm: Model) -> None:
     report = information_flow(
-        smollm, SENTENCE, answer=" Mary", instead=" John", mass=0.9, min_effect=0.1, integrate=False
+        smollm, SENTENCE, answer=" Mary", instead=" John", mass=0.8, min_effect=0.1, integrate=True
     )
     tokens = report.meta["tokens"]
     into = report.table[(report.table["kind"] == "attention") & (report.table["effect"] > 0)]
     best = into.loc[into["effect"].idxmax()]
     assert tokens[int(best["source_position"])] == " Mary"
-    scores = report.tables["relevance"].set_index("position")["relevance"]
-    assert tokens[int(scores.iloc[1:].idxmax())] == " Mary"
+    scores = report.tables["relevance"].set_index("position")
+    for name in ("relevance", "integrated_gradients"):
+        assert tokens[int(scores[name].iloc[1:].idxmax())] == " Mary"
+    integrated = report.meta["integrated_gradients"]
+    assert integrated["gap"] <= 0.01 * abs(integrated["change"])
+    assert scores["integrated_gradients"].sum() == pytest.approx(
+        integrated["change"], abs=integrated["gap"] + 1e-4
+    )
+    assert integrated["points"] < 200  # a path through the first token takes six hundred
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -430,9 +575,11 @@ def test_figures_draw_what_the_report_holds(tiny: Model) -> None:
     report = information_flow(tiny, IDS, mass=0.9)
     report.meta["tokens"][2] = "<b>&"
     report.tables["relevance"].loc[2, "token"] = "<b>&"
+    report.tables["flow_words"]["token"] = "<i>&"
     for figure in (draw(report), draw(report, by="weight"), relevance_text(report)):
         page = figure.to_json()
         assert "<b>&" not in page and "&lt;b&gt;&amp;" in page
+    assert "&lt;i&gt;&amp;" in draw(report).to_json() and "<i>" not in draw(report).to_json()
     figure = draw(report)
     assert len(figure.data) < 40 and len(figure.layout.sliders[0].steps) > 3
     with pytest.raises(BadInput, match="rolout"):

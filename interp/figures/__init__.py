@@ -5,15 +5,47 @@ FIGURES: dict[str, dict[str, str]] = {
         "map": "interp.figures.head_map:head_map",
         "pattern": "interp.figures.pattern:pattern",
     },
-    "attribution": {"contributions": "interp.figures.contributions:contributions"},
+    "attribution": {
+        "contributions": "interp.figures.contributions:contributions",
+        "waterfall": "interp.figures.waterfall:waterfall",
+    },
+    "repair": {"bars": "interp.figures.repair_bars:repair_bars"},
+    "readout": {"words": "interp.figures.readout_words:readout_words"},
+    "edges": {"graph": "interp.figures.circuit_graph:circuit_graph"},
+    "circuit_evaluate": {"faithfulness": "interp.figures.faithfulness:faithfulness"},
+    "circuit_overlap": {"overlap": "interp.figures.faithfulness:overlap"},
+    "circuit_find": {
+        "graph": "interp.figures.circuit_graph:circuit_graph",
+    },
+    "decompose": {"map": "interp.figures.decomposition_map:decomposition_map"},
+    "patch": {"map": "interp.figures.patching_map:patching_map"},
+    "path_patch": {"map": "interp.figures.path_map:path_map"},
+    "ioi_roles": {"map": "interp.figures.path_map:role_map"},
+    "words": {
+        "heads": "interp.figures.words:head_words",
+        "neurons": "interp.figures.words:neuron_words",
+    },
     "lens": {"map": "interp.figures.lens_map:lens_map"},
+    "recall": {"overview": "interp.figures.recall:overview"},
     "flow": {
         "graph": "interp.figures.flow_graph:flow_graph",
         "relevance": "interp.figures.relevance_text:relevance_text",
+    },
+    "explain": {
+        "waterfall": "interp.figures.waterfall:waterfall",
+        "contributions": "interp.figures.contributions:contributions",
+        "lens": "interp.figures.lens_map:lens_map",
+        "graph": "interp.figures.flow_graph:flow_graph",
+        "relevance": "interp.figures.relevance_text:relevance_text",
+        "pattern": "interp.figures.pattern:pattern",
     },
 }
 """For every analysis its figures by name, the main one first: `(report, **options) -> plotly Figure`,
 imported when first drawn."""
 
-PAGES: dict[str, str] = {"heads": "interp.figures.page:head_page"}
+PAGES: dict[str, str] = {
+    "heads": "interp.figures.page:head_page",
+    "explain": "interp.figures.explain_page:explain_page",
+    "flow": "interp.figures.explain_page:explain_page",
+}
 """Analyses with a page of their own, `(report) -> html`; the others show their figures in turn."""

@@ -6,13 +6,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from interp.errors import BadInput
+from interp.figures.parts import table_of
 from interp.figures.tokens import visible
 from interp.report import Report
 
 
 def contributions(report: Report, prompt: int = 0) -> go.Figure:
     """Heat map of direct contributions (logits) for one prompt; blue lowers the logit, red raises it."""
-    table = report.tables["attribution"]
+    table = table_of(report, "attribution")
     if prompt not in set(table["prompt"]):
         raise BadInput(f"no prompt {prompt}: the report has {table['prompt'].nunique()} prompts")
     rows = [row for row in table.to_dict("records") if row["prompt"] == prompt]

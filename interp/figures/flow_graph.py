@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from interp.errors import unknown
+from interp.figures.parts import table_of
 from interp.figures.tokens import visible
 from interp.report import Report
 
@@ -22,9 +23,10 @@ SHOWN_TOKENS = 80
 
 
 def flow_graph(report: Report, by: str = "through") -> go.Figure:
-    """The graph of a "flow" report, with a slider that prunes weak edges; hover names an edge's heads.
+    """The graph of a "flow" report, with a slider that prunes weak edges.
 
-    Each bin of weights and kind of edge is one trace, so thousands of edges open at once.
+    Hover names an edge's heads or neurons and the tokens that what they write would raise. Each bin of
+    weights and kind of edge is one trace, so thousands of edges open at once.
 
     Args:
         by: "through" (share of the chosen token that passes the edge) or "weight" (share of the sum
@@ -32,7 +34,8 @@ def flow_graph(report: Report, by: str = "through") -> go.Figure:
     """
     if by not in ("through", "weight"):
         raise unknown("edge measure", by, ("through", "weight"))
-    edges = report.table.loc[report.table["kind"] != "bias"].reset_index(drop=True)
+    edges = table_of(report, "flow")
+    edges = edges.loc[edges["kind"] != "bias"].reset_index(drop=True)
     edges = edges.assign(colour=[kind.removesuffix("-ffn") for kind in edges["kind"]])
     limits = _limits(edges[by].to_numpy())
     place = np.clip(np.searchsorted(limits, edges[by], side="right") - 1, 0, len(limits) - 1)
@@ -112,25 +115,38 @@ def _hover_points(edges: pd.DataFrame, texts: list[str]) -> go.Scatter:
 
 def _hovers(report: Report, edges: pd.DataFrame) -> list[str]:
     tokens = [visible(token) for token in report.meta["tokens"]]
-    places = ["layer", "position", "source_position"]
-    heads = {
-        place: "".join(
-            f"<br>H{head}: {weight:.3f}"
-            for head, weight in zip(group["head"], group["weight"], strict=True)
-        )
-        for place, group in report.tables["flow_heads"].groupby(places)
-    }
+    inside = _inside(report)
     texts = []
     for edge in edges.to_dict("records"):
         i, j, layer = edge["position"], edge["source_position"], edge["layer"]
         text = f"L{layer} {edge['kind']}: {j} {tokens[j]} → {i} {tokens[i]}"
         text += f"<br>weight {edge['weight']:.3f}, through {edge['through']:.3g}"
-        if edge["kind"] == "attention":
-            effect = edge.get("effect")
-            text += "" if effect is None else f"<br>worth {effect:+.3f} logits"
-            text += heads.get((layer, i, j), "")
+        effect = edge.get("effect")
+        if effect is not None and not np.isnan(effect):
+            text += f"<br>worth {effect:+.3f} logits"
+        key = ("head", layer, i, j) if edge["kind"] == "attention" else ("neuron", layer, i, -1)
+        text += inside.get(key, "") if edge["kind"] in ("attention", "ffn") else ""
         texts.append(text)
     return texts
+
+
+def _inside(report: Report) -> dict[tuple[str, int, int, int], str]:
+    """Lines on the heads and neurons of an edge (kind, layer, position, source), with their words."""
+    words: dict[tuple, list[str]] = {}
+    said = report.tables.get("flow_words", pd.DataFrame())
+    place = ["kind", "layer", "position", "source_position", "index"]
+    for row in said.to_dict("records"):
+        words.setdefault(tuple(row[name] for name in place), []).append(
+            f"‘{visible(row['token'])}’"
+        )
+    lines: dict[tuple[str, int, int, int], str] = {}
+    for kind, name, letter in (("head", "flow_heads", "H"), ("neuron", "flow_neurons", "N")):
+        for row in report.tables.get(name, pd.DataFrame()).to_dict("records"):
+            key = (kind, row["layer"], row["position"], row.get("source_position", -1))
+            line = f"<br>{letter}{row[kind]}: {row['weight']:.3f} "
+            line += " ".join(words.get((*key, row[kind]), []))
+            lines[key] = lines.get(key, "") + line
+    return lines
 
 
 def _end(report: Report, edges: pd.DataFrame) -> go.Scatter:

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from interp.errors import BadInput, unknown
+from interp.figures.parts import table_of
 from interp.figures.tokens import visible
 from interp.report import Report
 
@@ -44,7 +45,7 @@ def lens_map(
     """
     if quantity not in QUANTITIES:
         raise unknown("quantity", quantity, QUANTITIES)
-    table, top = report.tables["lens"], report.tables["top"]
+    table, top = table_of(report, "lens"), report.tables["top"]
     sites = list(dict.fromkeys(table["site"]))
     name: str = sites[0] if site is None else site
     if name not in sites:

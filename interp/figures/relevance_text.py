@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from interp.errors import unknown
+from interp.figures.parts import table_of
 from interp.figures.tokens import visible
 from interp.report import Report
 
@@ -21,7 +22,7 @@ def relevance_text(report: Report, score: str = "relevance", hide_first: bool = 
         score: rollout, attention_flow, relevance, gradient_x_input or integrated_gradients.
         hide_first: leave the first token out of the colour scale: as a sink it can drown the rest.
     """
-    table = report.tables["relevance"]
+    table = table_of(report, "relevance")
     known = [name for name in table.columns if name not in ("position", "token")]
     if score not in known:
         raise unknown("score", score, known)
