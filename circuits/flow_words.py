@@ -46,8 +46,18 @@ def route_neurons(
         edges: of a FlowGraph. top: neurons kept of each FFN edge. places: how many FFN edges are
             split, those with the most `through` first; each costs d_mlp × d_model.
 
-    Returns: one row a neuron: layer, position, neuron, activation, weight, through (weight times the
-        share of the chosen token that passes the position).
+    Returns: one row a neuron: layer, position, neuron, activation (with a norm's 1/σ after the MLP),
+        weight, through (weight times the share of the chosen token that passes the position).
+
+    >>> from circuits.flow import flow_graph
+    >>> from circuits.flow_parts import SITES
+    >>> model, sites = tiny_model(), [*SITES, "mlp_post", "mlp_out"]
+    >>> run = model.run(torch.tensor([[5, 6, 7]]), capture=sites, logits=False)
+    >>> found = route_neurons(model, run, flow_graph(model, run, mass=1.0).edges, top=48)
+    >>> bool(found.groupby(["layer", "position"])["weight"].sum().lt(1).all())
+    True
+
+    Source: Tufanov et al. 2024 (LM Transparency Tool).
     """
     into = edges.loc[(edges["kind"] == "ffn") & edges["layer"].isin(neuron_layers(model))]
     into = into.sort_values(by="through", ascending=False, kind="stable").iloc[:places]
@@ -139,6 +149,15 @@ def route_words(
 
     Returns: one row a word: kind ("head", "neuron"), layer, position, source_position (−1: a neuron),
         index (head or neuron), rank, token, logit.
+
+    Raises: Refused where the model cannot be unembedded.
+
+    >>> from circuits.flow import information_flow
+    >>> words = information_flow(tiny_model(), [5, 6, 7]).tables["flow_words"]
+    >>> bool(words.query("rank == 0")["logit"].gt(0).all())
+    True
+
+    Source: Geva et al. 2021 for neurons, Elhage et al. 2021 for heads.
     """
     tables = {"head": heads.rename(columns={"head": "index"})}
     tables["neuron"] = neurons.rename(columns={"neuron": "index"}).assign(source_position=-1)

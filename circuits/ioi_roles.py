@@ -50,6 +50,7 @@ class Role:
 ROLES = (
     Role("name mover", "", "", "end", ("end", "IO")),
     Role("negative name mover", "", "", "end", ("end", "IO"), sign=-1),
+    Role("subject suppressor", "", "", "end", ("end", "S2")),
     Role("S-inhibition", "name mover", "q", "end", ("end", "S2")),
     Role("induction", "S-inhibition", "kv", "S2", ("S2", "S1+1")),
     Role("duplicate token", "S-inhibition", "kv", "S2", ("S2", "S1")),
@@ -58,7 +59,7 @@ ROLES = (
 """Backwards from the logits: each role is looked for among the senders into the one before it."""
 
 
-def check_options(*, min_effect: float = 0.01, min_attention: float = 0.2, n: int = 32) -> None:
+def check_options(*, min_effect: float = 0.02, min_attention: float = 0.2, n: int = 32) -> None:
     """What can be judged without a model."""
     for name, value in (("min_effect", min_effect), ("min_attention", min_attention)):
         if not 0 < value < 1:
@@ -78,7 +79,7 @@ def ioi_roles(
     model: Model,
     task: Pairs | str = "ioi",
     *,
-    min_effect: float = 0.01,
+    min_effect: float = 0.02,
     min_attention: float = 0.2,
     n: int = 32,
     seed: int = 0,
@@ -89,6 +90,7 @@ def ioi_roles(
     """Heads with a role in naming the indirect object, by the paths they act through and where they look.
 
     Backwards from the logits: name movers (into the logits, end → IO; negative ones lower the answer),
+    subject suppressors (into the logits, end → S2),
     S-inhibition (into name movers' q at the end, end → S2), induction and duplicate token (into
     S-inhibition's k and v at S2; S2 → S1+1, S2 → S1), previous token (into induction's k at S1+1,
     S1+1 → S1). effect = −Σ change / (clean − corrupted) over the paths into all heads of the next role,

@@ -136,7 +136,7 @@ class PathReplay:
         found: list[Softmax | None] = []
         for layer in range(self.model.n_layers):
             q, k, scores, pattern = (run.cache[f"{site}.{layer}"][0].float() for site in sites)
-            found.append(_fit(q, k, scores, pattern, cap))
+            found.append(_fit(q, k, scores, pattern, cap, self.model.dtype))
         return found
 
     # --- parts of a block ----------------------------------------------------------------------------
@@ -345,6 +345,7 @@ class PathReplay:
     def _first_fault(self, columns: Columns, blocks: bool, attention: bool) -> str | None:
         allowed = RELATIVE_TOLERANCE.get(self.model.dtype, 6e-2)
         eps = torch.finfo(self.model.dtype).eps
+        _ = self.softmaxes if attention else None  # shared by the copy
         few = copy.copy(self)
         few.rows = slice(0, 2)
         last = self.model.n_layers
@@ -456,7 +457,7 @@ class _SuffixAttention(Watch):
         assert softmax is not None
         earlier_k = replay.clean(f"k.{self.layer}")[:, :first].float()
         earlier_v = replay.clean(f"v.{self.layer}")[:, :first].float()
-        n, groups = len(earlier_k), k.shape[1]
+        n, groups, dtype = len(earlier_k), k.shape[1], v.dtype
         q = q.float().unflatten(1, (groups, -1)).unflatten(0, (-1, n))
         k, v = (x.float().unflatten(0, (-1, n)) for x in (k, v))
         # The clean keys are shared by all variants: one product for all of them.
@@ -466,7 +467,7 @@ class _SuffixAttention(Watch):
         weights = softmax.weights(products, self.columns, slice(None)).unflatten(2, (groups, -1))
         z = torch.einsum("xnhgqk,nkhd->xnqhgd", weights[..., :first], earlier_v)
         z = z + torch.einsum("xnhgqk,xnhkd->xnqhgd", weights[..., first:], v)
-        return z.flatten(0, 1).flatten(2, 3).to(earlier_v.dtype)
+        return z.flatten(0, 1).flatten(2, 3).to(dtype)
 
 
 def replace_rows(measure: Measure, rows: slice) -> Measure:
@@ -531,7 +532,7 @@ def _recorded_calls(model: Model, ids: Int[Tensor, "1 pos"], columns: Columns) -
 
 
 def _fit(
-    q: Tensor, k: Tensor, scores: Tensor, pattern: Tensor, cap: float | None
+    q: Tensor, k: Tensor, scores: Tensor, pattern: Tensor, cap: float | None, dtype: torch.dtype
 ) -> Softmax | None:
     """The Softmax that makes `pattern` of q and k [pos heads d_head]; None where none does."""
     groups = k.shape[1]
@@ -544,18 +545,21 @@ def _fit(
     for soft in (None, cap) if cap is not None else (None,):
         raw = y if soft is None else soft * torch.atanh((y / soft).clamp(-1 + 1e-7, 1 - 1e-7))
         scale = float((x * raw).sum() / (x * x).sum().clamp_min(1e-30))
-        made = Softmax(scale, soft, ~shown[0], _sinks(scores, pattern))
+        made = Softmax(scale, soft, ~shown[0], _sinks(scores, pattern, dtype))
         rows = tuple(range(len(q)))
         error = (made.weights(products.clone(), rows, slice(None)) - pattern).abs().max()
-        if float(error) < 1e-5:  # weights are at most 1: a hundred float32 steps
+        # Weights are at most 1: a hundred float32 steps, four of the coarse 16-bit ones.
+        if float(error) < max(1e-5, 4 * torch.finfo(dtype).eps):
             return made
     return None
 
 
-def _sinks(scores: Float[Tensor, "h q k"], pattern: Float[Tensor, "h q k"]) -> Tensor | None:
+def _sinks(
+    scores: Float[Tensor, "h q k"], pattern: Float[Tensor, "h q k"], dtype: torch.dtype
+) -> Tensor | None:
     """The logit that takes what is missing from a row's weights; None where nothing is missing."""
     missing = 1 - pattern.sum(-1)
-    if float(missing.abs().max()) < 1e-4:
+    if float(missing.abs().max()) < max(1e-4, 4 * torch.finfo(dtype).eps):
         return None
     share, row = missing.max(-1)
     whole = scores.logsumexp(-1).gather(-1, row[:, None])[:, 0]

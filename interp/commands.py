@@ -66,6 +66,17 @@ class Job:
     loading: dict[str, Any]
 
 
+def command_of(name: str) -> tuple[str, str]:
+    """(group, command) of the analysis called `name`; "" for a command without a group.
+
+    >>> command_of("path_patch"), command_of("circuit_find")
+    (('', 'path-patch'), ('circuit', 'find'))
+    """
+    first, _, rest = name.partition("_")
+    group, word = (first, rest) if first in GROUPS and rest else ("", name)
+    return group, word.replace("_", "-")
+
+
 def analysis_group(perform: Callable[[Job], None], prefix: str = "") -> type[TyperGroup]:
     """A kind of group that has, beside its own commands, one for every installed analysis."""
     return type("AnalysisGroup", (_Group,), {"prefix": prefix, "perform": staticmethod(perform)})
@@ -78,10 +89,9 @@ class _Group(TyperGroup):
     def _entries(self) -> dict[str, EntryPoint]:
         found = {}
         for entry in entry_points(group="interp.analyses"):
-            first, _, rest = entry.name.partition("_")
-            group, name = (first, rest) if first in GROUPS and rest else ("", entry.name)
+            group, name = command_of(entry.name)
             if group == self.prefix:
-                found[name.replace("_", "-")] = entry
+                found[name] = entry
         return dict(sorted(found.items()))
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -16,7 +16,7 @@ import typer
 
 import interp
 from interp import cli
-from interp.commands import GROUPS, Deferred, Job
+from interp.commands import Deferred, Job, command_of
 from interp.registry import ANALYSES, Analysis
 from interp.run.resume import Checkpoint
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
@@ -259,7 +259,7 @@ def test_models_lists_the_embedded_default(run):
 
 
 COMMANDS = [
-    entry.name.replace("_", " " if entry.name.split("_")[0] in GROUPS else "-", 1).replace("_", "-")
+    " ".join(filter(None, command_of(entry.name)))
     for entry in entry_points(group="interp.analyses")
 ]
 

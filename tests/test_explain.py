@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -295,3 +296,20 @@ def test_a_flow_report_has_the_same_page(tiny: Model) -> None:
 
     page = information_flow(tiny, IDS).to_html()
     assert 'id="flow"' in page and 'id="relevance"' in page and 'id="lens"' not in page
+
+
+def test_the_script_is_small_and_writes_text_only() -> None:
+    from interp.figures.explain_page import SCRIPTS
+
+    folder = Path(interp.__file__).parent / "figures"
+    script = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    assert len(script.encode()) <= 40_000
+    for unsafe in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "fetch(",
+    ):
+        assert unsafe not in script

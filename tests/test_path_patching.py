@@ -16,6 +16,7 @@ import interp
 from circuits import path_effects, path_patching
 from circuits.attribution import logit_direction
 from circuits.graph import Receiver, Sender
+from circuits.ioi_roles import ioi_roles
 from circuits.path_effects import Screen, Senders, screened_effects
 from circuits.path_patching import both_runs, path_patch, plain_effect, z_gradients
 from circuits.path_replay import PathReplay, as_mask
@@ -470,3 +471,53 @@ def test_plain_effects_freeze_what_they_say(tiny):
     delta = (corrupted.cache["z.0"] - clean.cache["z.0"])[:, -1, 1] @ tiny.W_O(0)[1]
     logits = tiny.unembed(clean.cache["resid_post.1"][:, -1] + delta)
     assert torch.allclose(found, measure(logits) - measure.clean, atol=1e-5)
+
+
+def test_16_bit_weights_take_the_fast_engine_too():
+    model = Model(FAMILIES["llama"]().to(torch.bfloat16), id="llama")
+    fast, plain, report = both(
+        model, pairs_of(), senders="0.1,1.1", receiver=["logits", "2.1.q", "2.2.v"]
+    )
+    assert report.meta["engine"] == "replay", report.meta["notes"]
+    # a bfloat16 logit of size 4 has steps of 0.03
+    np.testing.assert_allclose(fast, plain, atol=0.05)
+
+
+# --- roles --------------------------------------------------------------------------------------------
+
+
+def test_the_head_that_copies_is_the_only_one_with_a_role():
+    """In the hand-built model the induction head moves the answer to the end; no head tells it which."""
+    model = interp.load(induction_model(), tokenizer=character_tokenizer())
+    pairs = Pairs.of(
+        [[2, 3, 4, 5, 6, 3]],
+        [[2, 7, 4, 5, 6, 3]],
+        answers=[4],
+        wrong=[8],
+        positions={"S1": [1], "S1+1": [2], "IO": [2], "S2": [5]},
+    )
+    report = ioi_roles(model, pairs, progress=False)
+    found = report.table[["role", "layer", "head"]].to_numpy().tolist()
+    assert found == [["name mover", 1, 2]]
+    assert report.table["attention"].item() == pytest.approx(1.0)
+    assert report.table["effect"].item() == pytest.approx(1.0, abs=0.01)
+    assert report.figure().data[0].name == "name mover"
+    assert any("no S-inhibition head" in note for note in report.meta["notes"])
+    with pytest.raises(BadInput, match="min_effect"):
+        ioi_roles(model, pairs, min_effect=2.0)
+    with pytest.raises(BadInput, match="position"):
+        ioi_roles(model, pairs_of(), progress=False)
+
+
+@pytest.mark.slow
+def test_the_default_model_names_the_indirect_object_as_an_independent_analysis_found(smollm):
+    report = ioi_roles(smollm, n=8, progress=False)
+    members: dict[str, set[str]] = {}
+    for row in report.table.to_dict("records"):
+        members.setdefault(row["role"], set()).add(f"{row['layer']}.{row['head']}")
+    assert {"23.0", "23.7"} <= members["name mover"]
+    assert "24.4" in members["negative name mover"]
+    assert "23.3" in members["subject suppressor"]
+    assert {"20.0", "19.2"} <= members["S-inhibition"]
+    assert "17.4" in members["induction"]
+    assert "16.0" in members["previous token"]

@@ -142,19 +142,18 @@ def _reference() -> Iterator[Document]:
 def _readmes() -> Iterator[Document]:
     """How installed packages describe themselves, each description once."""
     found = {
-        str(distribution.metadata["Name"]): distribution.metadata.get_payload()
+        distribution.name: (distribution.read_text("METADATA") or "").partition("\n\n")[2]
         for distribution in importlib.metadata.distributions()
     }
     for name in sorted(found, key=_hash):
-        if isinstance(text := found[name], str):
-            yield from _document("readmes", name, text.strip())
+        yield from _document("readmes", name, found[name].strip())
 
 
 def _licences() -> Iterator[Document]:
     """Licence texts of installed packages, each wording once."""
     seen: set[str] = set()
     found = {
-        f"{distribution.metadata['Name']}/{file}": file
+        f"{distribution.name}/{file}": file
         for distribution in importlib.metadata.distributions()
         for file in distribution.files or ()
         if "LICENSE" in file.name.upper()

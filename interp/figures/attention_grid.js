@@ -8,7 +8,7 @@ function attentionGrid() {
   const left = 26, top = 16, wide = Math.max(240, Math.min(innerWidth * 0.44, 620));
   const cell = Math.round(clamp((wide - left) / heads, 13, 46));
   const side = clamp(Math.floor(600 / n), 4, 30), margin = n * side > 900 ? 0 : 84;
-  let chosen = data.startHead ?? 0, query = data.target.position, key = 0, lookup;
+  let chosen = data.startHead ?? 0, query = data.target.position, key = -1, lookup, unchosen;
 
   const root = (head, q, k) => {
     if (causal && k > q) return 0;
@@ -71,15 +71,24 @@ function attentionGrid() {
     brush.textAlign = "right";
     const edge = Math.round((cell - 2) * (devicePixelRatio || 1));
     for (let layer = 0; layer < layers; layer++) {
-      brush.fillStyle = paint("--muted");
       brush.fillText(layer, left - 6, top + (layer + 0.5) * cell);
       for (let head = 0; head < heads; head++) {
         const i = layer * heads + head;
-        if (!data.patterns.has[i]) continue;
-        put(brush, image(i, edge), left + head * cell + 1, top + layer * cell + 1, cell - 2);
+        if (data.patterns.has[i]) put(brush, image(i, edge), left + head * cell + 1, top + layer * cell + 1, cell - 2);
       }
     }
     for (const [i, value] of marked) frame(brush, i, paint(value >= 0 ? "--raise" : "--lower"), 1.5);
+    unchosen = new OffscreenCanvas(overview.width, overview.height);
+    unchosen.getContext("2d").drawImage(overview, 0, 0);
+  }
+
+  function frameChosen() {
+    const brush = overview.getContext("2d");
+    brush.save();
+    brush.setTransform(1, 0, 0, 1, 0, 0);
+    brush.clearRect(0, 0, overview.width, overview.height);
+    brush.drawImage(unchosen, 0, 0);
+    brush.restore();
     frame(brush, chosen, paint("--fg"), 2.5);
   }
 
@@ -133,7 +142,7 @@ function attentionGrid() {
 
   function choose(i, move) {
     chosen = i;
-    drawOverview();
+    frameChosen();
     drawLarge();
     tell();
     $("live").textContent = `${headName(Math.floor(i / heads), i % heads)}. ${$("attention-readout").textContent}`;
@@ -180,11 +189,11 @@ function attentionGrid() {
     drawLarge();
     tell();
   });
-  hide.addEventListener("change", () => choose(chosen, false));
+  const redraw = () => { drawOverview(); choose(chosen, false); };
+  hide.addEventListener("change", redraw);
   headListeners.push((layer, head) => { key = -1; choose(layer * heads + head, true); });
-  redraws.push(() => choose(chosen, false));
-  key = -1;
-  choose(chosen, false);
+  redraws.push(redraw);
+  redraw();
   reveal();
   behind($("attention"), "Table: the strongest links of this prompt, over all heads", ["head", "query", "key", "attention"], () => {
     const links = [];

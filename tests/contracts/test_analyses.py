@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 import interp
+from interp.commands import command_of
+from interp.data.pairs import Pairs
 from interp.figures import FIGURES
 from interp.models.load import weights_sha256
 from interp.registry import ANALYSES
@@ -16,9 +18,34 @@ for _entry in entry_points(group="interp.analyses"):
     _entry.load()
 
 PROMPT = "the cat sat on the mat. the cat"
+NAMES = Pairs.of(
+    [[2, 3, 4, 5, 6, 3]],
+    [[2, 7, 4, 5, 6, 3]],
+    answers=[4],
+    wrong=[8],
+    positions={"S1": [1], "S1+1": [2], "IO": [2], "S2": [5]},
+)
+FACTS = [f"{subject}={subject.upper()}" for subject in "abcdefghij"]
 ARGUMENTS = {
     "heads": ((), {"prompts": 4, "progress": False}),
     "flow": ((PROMPT,), {"max_flow": False}),
+    "decompose": (("induction",), {"n": 4, "progress": False}),
+    "circuit_find": (("induction",), {"n": 4, "edges": 30, "progress": False}),
+    "repair": (("induction",), {"heads": ["1.2"], "scale": 0.0, "controls": 3, "n": 4}),
+    "patch": (("induction",), {"n": 4, "progress": False}),
+    "readout": (("induction",), {"n": 4}),
+    "edges": (("induction",), {"n": 4, "steps": 2, "progress": False}),
+    "circuit_overlap": (
+        ("induction,induction:successor",),
+        {"n": 4, "edges": 20, "steps": 2, "progress": False},
+    ),
+    "circuit_evaluate": (
+        ("induction",),
+        {"n": 4, "steps": 2, "random": 1, "subsets": 2, "progress": False},
+    ),
+    "path_patch": (("induction",), {"n": 4, "receiver": "all", "progress": False}),
+    "recall": ((), {"facts": FACTS, "template": "the {subject} is ", "known_rank": 99}),
+    "ioi_roles": ((NAMES,), {"progress": False}),
 }
 
 
@@ -79,6 +106,7 @@ def test_every_figure_renders_and_the_page_is_whole(made):
 @pytest.mark.parametrize("name", sorted(ANALYSES))
 def test_what_is_registered_is_described(name):
     analysis = ANALYSES[name]
-    assert analysis.source and analysis.example.startswith(f"interp {name}")
+    command = " ".join(filter(None, ("interp", *command_of(name))))
+    assert analysis.source and analysis.example.startswith(command)
     assert analysis.figure in FIGURES[name]
     assert analysis.function.__doc__ and ">>>" in analysis.function.__doc__
