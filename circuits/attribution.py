@@ -170,9 +170,9 @@ def check_options(*, neurons: int = 20, **_: object) -> None:
 
 
 @analysis(
-    name="attribution",
+    name="attribute",
     source="Elhage et al. 2021, §path expansion; nostalgebraist 2020 for reading the residual stream",
-    example='interp attribution smollm2-135m "The capital of France is" --answer " Paris"',
+    example='interp attribute smollm2-135m "The capital of France is" --answer " Paris"',
     figure="contributions",
     validate=check_options,
 )
@@ -205,7 +205,7 @@ def direct_attribution(
         sources: also by the position each head read; costs the patterns' computation.
         neurons: how many neurons to name for each prompt, the largest contributions of either sign.
 
-    Returns: a Report. Table "attribution": one row for each (prompt, component): component ("embed",
+    Returns: a Report. Table "attribute": one row for each (prompt, component): component ("embed",
         "head", "attn_bias", "mlp", "constant"), layer, head, contribution (logits), which sum over a
         prompt to meta["logits"][prompt]. Table "sources": (prompt, layer, head, source, token, weight,
         contribution) of every head by the position it read. Table "neurons": (prompt, layer, neuron,
@@ -234,7 +234,7 @@ def direct_attribution(
         sources=sources,
     )
     tokens = [model.tokens(ids.tolist()) for ids in batch.ids]
-    tables = {"attribution": _component_table(model, found)}
+    tables = {"attribute": _component_table(model, found)}
     if sources:
         tables["sources"] = _source_table(found, tokens)
     if neurons > 0:
@@ -249,7 +249,7 @@ def direct_attribution(
         "notes": [*model.notes, *(_about_neurons(model) if neurons else ())],
         "wall_time_s": round(time.perf_counter() - started, 2),
     }
-    return Report("attribution", tables, {}, meta)
+    return Report("attribute", tables, {}, meta)
 
 
 # --- what is asked ------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def check_options(
     example="interp circuit evaluate smollm2-135m ioi --scores eap-ig",
     figure="faithfulness",
     validate=check_options,
-    summary=lambda report: report.table[~report.table["ranking"].str.startswith(RANDOM)],
+    summary=lambda report: report.table.loc[~report.table["ranking"].str.startswith(RANDOM)],
 )
 def circuit_evaluate(
     model: Model,

@@ -109,7 +109,7 @@ def explain(
         integrate: whether to compute integrated gradients (50 to 200 gradients).
 
     Returns: a Report. Table "explain": the facts of the headline (fact, layer, head, position, token, to,
-        value, unit). Then the tables of the passes: "lens" and "top"; "attribution", "sources" and
+        value, unit). Then the tables of the passes: "lens" and "top"; "attribute", "sources" and
         "neurons"; "flow", "flow_heads", "flow_neurons", "flow_words" and "relevance"; "words" with
         "word_heads", "word_neurons" and "word_norms". Array "pattern": 255·√A as bytes
         [1 n_layers n_heads query_pos key_pos]. meta["headline"]: sentences.
@@ -120,7 +120,7 @@ def explain(
 
     >>> report = explain(tiny_model(), [5, 6, 7], answer=3, instead=4)
     >>> sorted(report.tables)[:4], report.meta["skipped"]
-    (['attribution', 'explain', 'flow', 'flow_heads'], {})
+    (['attribute', 'explain', 'flow', 'flow_heads'], {})
     >>> report.arrays["pattern"].shape
     (1, 2, 4, 3, 3)
 
@@ -151,7 +151,7 @@ def explain(
     named = {"answer": target.answer, "instead": target.instead}
     passes: dict[str, Callable[[], Report]] = {
         "lens": lambda: logit_lens(model, batch, lens=lens, target=target.answer, top_k=TOP),
-        "attribution": lambda: direct_attribution(
+        "attribute": lambda: direct_attribution(
             model, batch, **named, position=target.position, neurons=NEURONS
         ),
         "flow": lambda: information_flow(
@@ -248,7 +248,7 @@ def _facts(
     rows = _prediction(model, logits, target)
     if "lens" in tables:
         rows += _lens_facts(tables["lens"], target)
-    if "attribution" in tables:
+    if "attribute" in tables:
         rows += _writers(tables, tokens)
     if "flow" in tables:
         rows += _route(tables["flow"], target, tokens)
@@ -312,7 +312,7 @@ def _lens_facts(lens: pd.DataFrame, target: Target) -> list[dict[str, Any]]:
 
 def _writers(tables: dict[str, pd.DataFrame], tokens: list[str]) -> list[dict[str, Any]]:
     """Sums by kind of component, the heads that raise and lower most, and the positions they read."""
-    parts = tables["attribution"]
+    parts = tables["attribute"]
     kinds = _summed(parts["component"], parts["contribution"])
     rows = [_fact(f"sum {kind}", value, "logits") for kind, value in kinds.items()]
     heads = parts.loc[parts["component"] == "head"]

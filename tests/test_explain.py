@@ -81,7 +81,7 @@ def test_contributions_sum_to_the_explained_difference(made: tuple[Model, Report
 
 def test_the_named_heads_are_the_largest(made: tuple[Model, Report]) -> None:
     _, report = made
-    heads = report.tables["attribution"].query("component == 'head'")
+    heads = report.tables["attribute"].query("component == 'head'")
     for fact, best in (
         ("raises most", heads.loc[heads["contribution"].idxmax()]),
         ("lowers most", heads.loc[heads["contribution"].idxmin()]),
@@ -129,7 +129,7 @@ def test_the_same_passes_as_their_own_commands(made: tuple[Model, Report]) -> No
     model, report = made
     ids = torch.tensor([IDS])
     own = direct_attribution(model, ids, answer=3, instead=7, position=6)
-    pd.testing.assert_frame_equal(own.table, report.tables["attribution"])
+    pd.testing.assert_frame_equal(own.table, report.tables["attribute"])
     flow = information_flow(model, ids, answer=3, instead=7, position=6)
     shared = [name for name in flow.table if name != "effect"]
     pd.testing.assert_frame_equal(flow.table[shared], report.tables["flow"][shared])
@@ -195,9 +195,9 @@ def test_mary_on_the_default_model(smollm: Model) -> None:
 @pytest.mark.parametrize(
     ("name", "skipped", "there"),
     [
-        ("bert", {"lens", "attribution", "flow", "words"}, {"relevance"}),
-        ("bloom", {"attention", "attribution", "flow", "words"}, {"lens", "relevance"}),
-        ("lfm2", {"attribution", "flow", "words"}, {"lens", "relevance"}),
+        ("bert", {"lens", "attribute", "flow", "words"}, {"relevance"}),
+        ("bloom", {"attention", "attribute", "flow", "words"}, {"lens", "relevance"}),
+        ("lfm2", {"attribute", "flow", "words"}, {"lens", "relevance"}),
     ],
 )
 def test_what_a_model_cannot_give_is_named(name: str, skipped: set[str], there: set[str]) -> None:
@@ -209,7 +209,7 @@ def test_what_a_model_cannot_give_is_named(name: str, skipped: set[str], there: 
     assert "Not possible on this model" in page
     for reason in report.meta["skipped"].values():
         assert reason.split("'")[0] in page  # quotes are escaped
-    with pytest.raises(BadInput, match=r"has no table 'attribution': .*cannot give"):
+    with pytest.raises(BadInput, match=r"has no table 'attribute': .*cannot give"):
         report.figure("waterfall")
 
 
@@ -244,7 +244,7 @@ def test_the_waterfall_adds_up(made: tuple[Model, Report]) -> None:
     for before, after in itertools.pairwise(parts):
         assert after.start == pytest.approx(before.start + before.value)
     assert sum(step.kind in ("head", "mlp") for step in parts) == 3
-    own = report.tables["attribution"].query("component in ('head', 'mlp')")["contribution"]
+    own = report.tables["attribute"].query("component in ('head', 'mlp')")["contribution"]
     shown = {round(abs(step.value), 5) for step in parts if step.kind in ("head", "mlp")}
     assert shown == {round(x, 5) for x in own.abs().nlargest(3)}
     values = [step.value for step in parts if step.kind in ("head", "mlp")]

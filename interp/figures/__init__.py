@@ -5,7 +5,7 @@ FIGURES: dict[str, dict[str, str]] = {
         "map": "interp.figures.head_map:head_map",
         "pattern": "interp.figures.pattern:pattern",
     },
-    "attribution": {
+    "attribute": {
         "contributions": "interp.figures.contributions:contributions",
         "waterfall": "interp.figures.waterfall:waterfall",
     },

@@ -13,7 +13,7 @@ from interp.report import Report
 
 def contributions(report: Report, prompt: int = 0) -> go.Figure:
     """Heat map of direct contributions (logits) for one prompt; blue lowers the logit, red raises it."""
-    table = table_of(report, "attribution")
+    table = table_of(report, "attribute")
     if prompt not in set(table["prompt"]):
         raise BadInput(f"no prompt {prompt}: the report has {table['prompt'].nunique()} prompts")
     rows = [row for row in table.to_dict("records") if row["prompt"] == prompt]

@@ -53,7 +53,7 @@ def explain_page(report: Report) -> str:
     """A whole HTML document that shows an "explain" report, or a "flow" one; opens from disk.
 
     Args:
-        report: sections are drawn from the tables that are there: "lens" with "top"; "attribution"
+        report: sections are drawn from the tables that are there: "lens" with "top"; "attribute"
             with "sources" and "neurons"; "flow" with its heads, neurons and words; "relevance"; the
             array "pattern". meta["tokens"] and meta["target"] must be there.
 
@@ -158,9 +158,9 @@ def _lens(report: Report) -> dict[str, Any] | None:
 
 def _writers(report: Report) -> dict[str, Any] | None:
     """Waterfall, layer × head map, contributions by source position, and the table of neurons."""
-    if "attribution" not in report.tables:
+    if "attribute" not in report.tables:
         return None
-    model, table = report.meta["model"], report.tables["attribution"]
+    model, table = report.meta["model"], report.tables["attribute"]
     shape = model["n_layers"], model["n_heads"]
     heads, mlps = np.full(shape, np.nan), np.full(shape[0], np.nan)
     for row in table.loc[table["prompt"] == 0].to_dict("records"):
@@ -242,8 +242,8 @@ def _words(report: Report) -> list[dict[str, Any]] | None:
     if heads is None or neurons is None:
         return None
     chosen = heads
-    if "attribution" in report.tables:
-        written = report.tables["attribution"].query("component == 'head' and prompt == 0")
+    if "attribute" in report.tables:
+        written = report.tables["attribute"].query("component == 'head' and prompt == 0")
         written = written.assign(size=written["contribution"].abs())
         chosen = heads.merge(
             written[["layer", "head", "contribution", "size"]], on=["layer", "head"]
@@ -264,7 +264,7 @@ def _words(report: Report) -> list[dict[str, Any]] | None:
 
 def _start(report: Report) -> int:
     """The head that is open at first: the one that raises the answer most."""
-    table = report.tables.get("attribution")
+    table = report.tables.get("attribute")
     if table is None:
         return 0
     heads = table.loc[(table["component"] == "head") & (table["prompt"] == 0)]

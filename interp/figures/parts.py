@@ -9,7 +9,7 @@ from interp.report import Report
 
 MADE_BY = {
     "lens": "lens",
-    "attribution": "attribution",
+    "attribute": "attribute",
     "flow": "flow",
     "flow_heads": "flow",
     "relevance": "flow",

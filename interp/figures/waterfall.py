@@ -38,7 +38,7 @@ def waterfall_steps(report: Report, prompt: int = 0, shown: int = SHOWN) -> list
     Their values sum to the total, which is the last one. `source` is the position that a head's
     contribution comes from most.
     """
-    table = table_of(report, "attribution")
+    table = table_of(report, "attribute")
     if prompt not in set(table["prompt"]):
         raise BadInput(f"no prompt {prompt}: the report has {table['prompt'].nunique()} prompts")
     table = table.loc[table["prompt"] == prompt]

@@ -86,7 +86,7 @@ def test_every_section_draws(drive: Drive, file: Path, report: Report) -> None:
 
 
 def test_a_head_opens_from_anywhere(drive: Drive, file: Path, report: Report) -> None:
-    heads = report.tables["attribution"].query("component == 'head'")
+    heads = report.tables["attribute"].query("component == 'head'")
     best = heads.loc[heads["contribution"].idxmax()]
     first = f"L{int(best['layer'])}H{int(best['head'])}"
     title = "#attention-title"
