@@ -507,17 +507,3 @@ def test_the_head_that_copies_is_the_only_one_with_a_role():
         ioi_roles(model, pairs, min_effect=2.0)
     with pytest.raises(BadInput, match="position"):
         ioi_roles(model, pairs_of(), progress=False)
-
-
-@pytest.mark.slow
-def test_the_default_model_names_the_indirect_object_as_an_independent_analysis_found(smollm):
-    report = ioi_roles(smollm, n=8, progress=False)
-    members: dict[str, set[str]] = {}
-    for row in report.table.to_dict("records"):
-        members.setdefault(row["role"], set()).add(f"{row['layer']}.{row['head']}")
-    assert {"23.0", "23.7"} <= members["name mover"]
-    assert "24.4" in members["negative name mover"]
-    assert "23.3" in members["subject suppressor"]
-    assert {"20.0", "19.2"} <= members["S-inhibition"]
-    assert "17.4" in members["induction"]
-    assert "16.0" in members["previous token"]
