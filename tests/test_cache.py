@@ -21,6 +21,7 @@ SIZES = {
     "n_heads": 4,
     "n_kv_heads": 2,
     "d_head": 8,
+    "d_mlp": 48,
 }
 
 
