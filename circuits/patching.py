@@ -38,7 +38,7 @@ DIRECTIONS = ("denoise", "noise")
 KINDS = ("patch", "zero", "mean", "resample")
 EACH = "each"
 
-CONFIRMED = 24.0
+CONFIRMED = 30.0
 """What a screen spends on exact values, in passes over all blocks: one of layer l costs 1 - l / n_layers."""
 NEURON_ROWS = 1000
 """Rows of the table where there are too many places to list them all: the largest estimates."""
