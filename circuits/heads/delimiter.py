@@ -2,20 +2,7 @@
 
 from circuits.heads.detector import Detector, score_and_null
 from circuits.heads.prompt_sets import TEXT
-from circuits.heads.tokens import as_many, delimiters
-from interp.data.prompts import Prompts
-from interp.models.model import Model
-from interp.run.statistics import Expected
-
-
-def _statistics(model: Model, prompts: Prompts) -> dict[str, Expected]:
-    rows = prompts.positions >= prompts.length // 4
-    keys = delimiters(model, prompts)
-    return {
-        "score": Expected(keys.float(), rows),
-        "null": Expected(as_many(keys, prompts).float(), rows),
-    }
-
+from circuits.heads.tokens import attention_to, delimiters
 
 DELIMITER = Detector(
     name="delimiter",
@@ -29,6 +16,6 @@ DELIMITER = Detector(
     threshold=0.4,
     margin=0.25,
     rank=9,
-    statistics=_statistics,
+    statistics=attention_to(delimiters),
     combine=score_and_null,
 )

@@ -2,20 +2,7 @@
 
 from circuits.heads.detector import Detector, score_and_null
 from circuits.heads.prompt_sets import TEXT
-from circuits.heads.tokens import as_many, rare
-from interp.data.prompts import Prompts
-from interp.models.model import Model
-from interp.run.statistics import Expected
-
-
-def _statistics(model: Model, prompts: Prompts) -> dict[str, Expected]:
-    rows = prompts.positions >= prompts.length // 4
-    keys = rare(model, prompts)
-    return {
-        "score": Expected(keys.float(), rows),
-        "null": Expected(as_many(keys, prompts).float(), rows),
-    }
-
+from circuits.heads.tokens import attention_to, rare
 
 RARE_TOKEN = Detector(
     name="rare_token",
@@ -30,6 +17,6 @@ RARE_TOKEN = Detector(
     threshold=0.3,
     margin=0.2,
     rank=10,
-    statistics=_statistics,
+    statistics=attention_to(rare),
     combine=score_and_null,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,23 @@ from torch import Tensor
 
 from interp.data.prompts import Prompts, prose
 from interp.models.model import Model
+from interp.run.statistics import Expected, Statistic
 
 RARE_SHARE = 0.05
+
+
+def attention_to(
+    kind: Callable[[Model, Prompts], Bool[Tensor, "n pos"]],
+) -> Callable[[Model, Prompts], dict[str, Statistic]]:
+    """A detector's statistics: the mass on tokens of a kind, and on as many others, after a quarter."""
+
+    def statistics(model: Model, prompts: Prompts) -> dict[str, Statistic]:
+        rows = prompts.positions >= prompts.length // 4
+        keys = kind(model, prompts)
+        others = as_many(keys, prompts)
+        return {"score": Expected(keys.float(), rows), "null": Expected(others.float(), rows)}
+
+    return statistics
 
 
 def delimiters(model: Model, prompts: Prompts) -> Bool[Tensor, "n pos"]:
