@@ -21,6 +21,7 @@ from interp.models.recording import AttentionCall, ModuleCall, Recording
 from interp.models.spec import BlockMap, Source, Spec, Write
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
 from interp.run.batch import Batch
+from interp.sites import AXES
 
 
 def discover(seen: Recording, batch: Batch) -> Spec:
@@ -84,20 +85,7 @@ def _stack(seen: Recording, refused: dict[str, str]) -> tuple[str, dict[int, Att
             if not outside
             else f"attention module '{outside[0]}' stands in no ModuleList of blocks"
         )
-        for site in (
-            "q",
-            "k",
-            "v",
-            "scores",
-            "pattern",
-            "z",
-            "attn_out",
-            "attn_write",
-            "mlp_out",
-            "mlp_post",
-            "mlp_write",
-            "resid_mid",
-        ):
+        for site in set(AXES) - {"embed", "resid_pre", "resid_post"}:
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         return _largest_chain(seen), {}
     if len(placed) > 1:
