@@ -369,7 +369,7 @@ class _Parts:
         pulled, constant = _through_norm(model, layer, "mlp", kept, vector)
         self.mlps[:, layer] = (_dot(kept["mlp_out", layer], pulled) + constant).cpu()
         if ("mlp_post", layer) in kept:
-            W, b = linear_map(model.module.get_submodule(block.W_out or ""), block.d_mlp)
+            W, b = model.W_out(layer), model.b_out(layer)
             active = kept["mlp_post", layer].float()
             self.neurons[layer] = (active * (pulled.to(W.device) @ W.float().T)).cpu()
             self.activations[layer] = active.cpu()

@@ -17,7 +17,6 @@ from circuits.flow_parts import (
     through_norm,
 )
 from interp.models.model import Model
-from interp.models.weights import linear_map
 from interp.run.cache import Run
 
 FFN_PLACES, NEURONS = 64, 5
@@ -107,11 +106,10 @@ def _neuron_parts(
     block, cache = model.spec.blocks[layer], run.cache
     write = block.mlp_write
     assert write is not None and block.W_out is not None
-    _, b = linear_map(model.module.get_submodule(block.W_out), block.d_mlp, model.device)
     norm = None if write.module == block.mlp_out else write.module
     out = cache[f"mlp_out.{layer}"][0, rows].detach()
-    W = model.W_out(layer).detach().float()
-    shrink, W, bias = through_norm(model, norm, out, W, b.detach().float(), write.scale)
+    W, b = model.W_out(layer).detach().float(), model.b_out(layer).detach().float()
+    shrink, W, bias = through_norm(model, norm, out, W, b, write.scale)
     acts = cache[f"mlp_post.{layer}"][0, rows].detach().float() * shrink
     whole = cache[f"resid_post.{layer}"][0, rows].detach().float()
     written = cache[f"mlp_write.{layer}"][0, rows].detach().float()

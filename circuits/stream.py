@@ -283,14 +283,11 @@ def head_writers(model: Model, graph: Graph) -> dict[int, HeadWrites]:
 
 def _head_writer(model: Model, layer: int) -> HeadWrites:
     block = model.spec.blocks[layer]
-    assert block.attn_write is not None and block.W_O is not None
+    assert block.attn_write is not None
     W = model.W_O(layer).float()
     if block.attn_write.scale != 1:
         W = W * block.attn_write.scale
-    _, bias = linear_map(
-        model.module.get_submodule(block.W_O), block.n_heads * block.d_head, model.device
-    )
-    bias = bias.to(W) * block.attn_write.scale
+    bias = model.b_O(layer).to(W) * block.attn_write.scale
     if block.direct:
         return HeadWrites(W, torch.zeros_like(bias), bias, None)
     module = model.module.get_submodule(block.attn_write.module)

@@ -338,8 +338,7 @@ def _neurons(model: Model, run: Run, kept: Kept, places: Tensor, count: int) -> 
         block = model.spec.blocks[layer]
         if block.mlp_write is None:
             continue
-        W, _ = linear_map(model.module.get_submodule(block.W_out or ""), block.d_mlp)
-        W, shrink = _written(model, layer, "mlp", kept, W.float())
+        W, shrink = _written(model, layer, "mlp", kept, model.W_out(layer).float())
         written[layer] = W, shrink
         active = kept["mlp_post", layer].float()
         size = active.abs() * W.norm(dim=-1) * shrink.abs()

@@ -122,31 +122,35 @@ class Model:
 
     def W_O(self, layer: int) -> Tensor:
         """Output projection of a layer, one slice a head [n_heads d_head d_model]."""
-        self.layers_with("attn_out")
         block = self.spec.blocks[layer]
-        if block.W_O is None:
-            raise Refused(f"layer {layer} of {self.id} has no attention output projection")
-        W, _ = linear_map(
-            self.module.get_submodule(block.W_O), block.n_heads * block.d_head, self.device
-        )
-        return W.reshape(block.n_heads, block.d_head, -1)
+        return self._attention_output(layer)[0].reshape(block.n_heads, block.d_head, -1)
 
     def b_O(self, layer: int) -> Tensor:
         """Bias of a layer's output projection [d_model]; zeros where it has none."""
+        return self._attention_output(layer)[1]
+
+    def W_out(self, layer: int) -> Tensor:
+        """What each neuron of a layer writes, before scale and norm [d_mlp d_model]."""
+        return self._mlp_output(layer)[0]
+
+    def b_out(self, layer: int) -> Tensor:
+        """Bias of the linear layer that reads a layer's neurons [d_model]; zeros where it has none."""
+        return self._mlp_output(layer)[1]
+
+    def _attention_output(self, layer: int) -> tuple[Tensor, Tensor]:
         self.layers_with("attn_out")
         block = self.spec.blocks[layer]
         if block.W_O is None:
             raise Refused(f"layer {layer} of {self.id} has no attention output projection")
         width = block.n_heads * block.d_head
-        return linear_map(self.module.get_submodule(block.W_O), width, self.device)[1]
+        return linear_map(self.module.get_submodule(block.W_O), width, self.device)
 
-    def W_out(self, layer: int) -> Tensor:
-        """What each neuron of a layer writes, before scale and norm [d_mlp d_model]."""
+    def _mlp_output(self, layer: int) -> tuple[Tensor, Tensor]:
         self.layers_with("mlp_post")
         block = self.spec.blocks[layer]
         if block.W_out is None:
             raise Refused(f"layer {layer} of {self.id} has no one linear layer from neurons")
-        return linear_map(self.module.get_submodule(block.W_out), block.d_mlp, self.device)[0]
+        return linear_map(self.module.get_submodule(block.W_out), block.d_mlp, self.device)
 
     def W_V(self, layer: int) -> Tensor:
         """Value projection of a layer, one slice a kv head [n_kv_heads d_model d_head].
