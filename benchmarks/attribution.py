@@ -8,7 +8,7 @@ process for time:
 - theirs: TransformerLens' route, `run_with_cache` of what it needs (the heads' z, the final norm's
   scale), `stack_head_results` at the last position, `logit_attrs`.
 
-Run: python benchmarks/attribution.py
+Run: python -m benchmarks.attribution
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import gc
 import logging
-import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 import interp
+from benchmarks.memory import peak_mb
 from circuits.attribution import direct_attribution, direct_contributions
 from interp.data.prompts import text_windows
 from interp.models.model import Model
@@ -91,16 +91,9 @@ def extra_megabytes(do: Callable[[], object], warm: Callable[[], object]) -> flo
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = peak_mb("VmRSS")
     do()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"{field}:\s+(\d+) kB", text)
-    assert found
-    return int(found[1]) / 1024
+    return peak_mb() - before
 
 
 def in_its_own_process(options: argparse.Namespace, name: str) -> float:
@@ -108,7 +101,10 @@ def in_its_own_process(options: argparse.Namespace, name: str) -> float:
     arguments = ["--model", options.model, "--prompts", str(options.prompts)]
     arguments += ["--length", str(options.length), "--only", name]
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.attribution", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(done.stdout.strip().splitlines()[-1])
 

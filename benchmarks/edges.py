@@ -13,7 +13,6 @@ loads the model and runs one forward. Run: python -m benchmarks.edges
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 import interp
+from benchmarks.memory import peak_mb
 from circuits.edge_gradients import Gradients
 from circuits.edge_replay import EdgeReplay, Other, _Run
 from circuits.edges import input_scores
@@ -128,7 +128,7 @@ def forward(model: Model, ids: Tensor) -> None:
         model.module(input_ids=ids, use_cache=False)
 
 
-def peak_mb(arguments: argparse.Namespace, what: str) -> float:
+def peak_of(arguments: argparse.Namespace, what: str) -> float:
     """Peak resident size of a process that does one thing."""
     command = [sys.executable, "-m", "benchmarks.edges", "--only", what]
     command += ["--model", arguments.model, "--pairs", str(arguments.pairs)]
@@ -146,7 +146,7 @@ def only(arguments: argparse.Namespace) -> None:
             EdgeReplay(task).values([task.parts.graph.whole])
         else:
             (plain_scores if arguments.only == "plain" else fast_scores)(task, STEPS)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
 
 
 def main() -> None:
@@ -211,8 +211,8 @@ def main() -> None:
     print(f"largest difference from the plain way: {off:.1e} of the largest score")
     print(f"a circuit by one forward a receiver: {graph.shape[1]} F and more")
     if not arguments.no_memory:
-        start = peak_mb(arguments, "forward")
-        fast, plain, evaluated = (peak_mb(arguments, what) for what in ("fast", "plain", "replay"))
+        start = peak_of(arguments, "forward")
+        fast, plain, evaluated = (peak_of(arguments, what) for what in ("fast", "plain", "replay"))
         print(
             f"peak memory: a forward {start:.0f} MB, EAP-IG {fast:.0f}, plain {plain:.0f}, circuit {evaluated:.0f}"
         )

@@ -7,9 +7,10 @@ same length (18 GB at 4,096 tokens of the default model). Run: python benchmarks
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 CODE = """
 import sys, torch, interp
@@ -38,9 +39,14 @@ print(peak_mb() - before)
 """
 
 
-def peak_mb() -> float:
-    """Largest resident size of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mb(field: str = "VmHWM") -> float:
+    """Largest resident size of this program so far, in MB; with field="VmRSS" the present one.
+
+    `ru_maxrss` would not do: it begins at the size of the process that started this one.
+    """
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 def extra_mb(model: str, what: str, length: int) -> float:

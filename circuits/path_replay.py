@@ -34,7 +34,7 @@ from interp.models.weights import linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Run
 
-TOKENS = 2048
+TOKENS = 1024
 """Tokens of one call, variants × prompts × positions: what an MLP makes of more leaves the processor's cache."""
 HIDDEN = -1e30
 """Scores below this are masked out."""
