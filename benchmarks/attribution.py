@@ -70,22 +70,25 @@ def work(name: str, model: Model, bridge: Any, ids: torch.Tensor) -> Callable[[]
     return torch.no_grad()(jobs[name])
 
 
-def prepared(name: str, prompts: int, length: int) -> tuple[Model, Any, torch.Tensor]:
-    """Our model, their bridge of the same weights, and the prompts."""
-    from transformer_lens import TransformerBridge
-
+def prepared(
+    name: str, prompts: int, length: int, *, with_theirs: bool = True
+) -> tuple[Model, Any, torch.Tensor]:
+    """Our model, their bridge of the same weights where it is asked for, and the prompts."""
     logging.disable(logging.WARNING)
-    model = interp.load(name)
-    folder = str(model.module.config._name_or_path)  # type: ignore[union-attr]
-    bridge = TransformerBridge.boot_transformers(folder, dtype=torch.float32, device="cpu")
-    bridge.enable_compatibility_mode()
+    model, bridge = interp.load(name), None
+    if with_theirs:
+        from transformer_lens import TransformerBridge
+
+        folder = str(model.module.config._name_or_path)  # type: ignore[union-attr]
+        bridge = TransformerBridge.boot_transformers(folder, dtype=torch.float32, device="cpu")
+        bridge.enable_compatibility_mode()
     return model, bridge, text_windows(model, prompts, length=max(16, length)).ids[:, :length]
 
 
 def extra_megabytes(do: Callable[[], object], warm: Callable[[], object]) -> float:
     """Peak resident memory of a run above what was held before it.
 
-    `warm` does the same on little, for what is made once; what the allocator keeps of it is given back.
+    `warm` does the same on two prompts, for what is made once; what the allocator keeps of it is given back.
     """
     warm()
     gc.collect()
@@ -117,10 +120,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=WORK, help="print the extra MB of this piece of work")
     options = parser.parse_args()
-    model, bridge, ids = prepared(options.model, options.prompts, options.length)
+    model, bridge, ids = prepared(
+        options.model, options.prompts, options.length, with_theirs=options.only in (None, "theirs")
+    )
     jobs = {name: work(name, model, bridge, ids) for name in WORK}
     if options.only:
-        warm = work(options.only, model, bridge, ids[:1])
+        warm = work(options.only, model, bridge, ids[:2])
         print(extra_megabytes(jobs[options.only], warm))
         return
     ours, theirs = jobs["ours"](), jobs["theirs"]()
