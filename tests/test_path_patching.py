@@ -507,3 +507,29 @@ def test_the_head_that_copies_is_the_only_one_with_a_role():
         ioi_roles(model, pairs, min_effect=2.0)
     with pytest.raises(BadInput, match="position"):
         ioi_roles(model, pairs_of(), progress=False)
+
+
+def test_the_roles_of_the_default_model_are_those_found_independently(smollm):
+    """The circuit of 32 IOI pairs was found before by other means: what that list has, has its role here.
+
+    That list also names 17.5 (induction) and 9.2, 8.0, 5.6 (duplicate), whose shares lie under
+    `min_effect` here.
+    """
+    report = ioi_roles(smollm, n=32, progress=False)
+    found = {
+        role: {f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)}
+        for role, table in report.table.groupby("role")
+    }
+    assert found["name mover"] == {"23.0", "23.1", "23.2", "23.7"}
+    assert found["negative name mover"] == {"24.4"}
+    assert "23.3" in found["subject suppressor"]
+    assert found["S-inhibition"] == {"20.0", "19.2"}
+    assert found["induction"] == {"17.4"}
+    assert "8.1" in found["duplicate token"]
+    assert found["previous token"] == {"16.0"}
+    moved = report.table.set_index(["role", "layer", "head"])["attention"]
+    # Found there: END → IO .67 by 23.0, END → S2 .80 by 20.0; other names, same template.
+    assert moved["name mover", 23, 0] == pytest.approx(0.67, abs=0.05)
+    assert moved["S-inhibition", 20, 0] == pytest.approx(0.80, abs=0.05)
+    forwards = report.meta["forwards"]
+    assert forwards["ours"] < forwards["plain"] / 50
