@@ -20,7 +20,7 @@ from circuits import discovery
 from circuits.decomposition import Decomposition
 from circuits.discovery import acdc, top_circuit
 from circuits.edge_replay import EdgeReplay
-from circuits.edges import input_scores
+from circuits.edge_scores import input_scores
 from circuits.passes import Parts, task_of
 from circuits.tasks import as_pairs
 

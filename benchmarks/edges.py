@@ -26,7 +26,7 @@ import interp
 from benchmarks.memory import peak_mb
 from circuits.edge_gradients import Gradients
 from circuits.edge_replay import EdgeReplay, Other, _Run
-from circuits.edges import input_scores
+from circuits.edge_scores import input_scores
 from circuits.graph import Scores
 from circuits.passes import Parts, Task, run_pass, task_of
 from circuits.stream import float_input, frozen, with_float_input
@@ -109,7 +109,7 @@ def plain_scores(task: Task, steps: int) -> Scores:
 
 
 def fast_scores(task: Task, steps: int) -> Scores:
-    """The same by `circuits.edges`."""
+    """The same by `circuits.edge_scores`."""
     total = torch.zeros(task.parts.graph.shape)
     for side in task.sides:
         total += input_scores(task, side, steps=steps)

@@ -23,19 +23,20 @@ from circuits.discovery import (
     threshold_circuit,
     top_circuit,
 )
-from circuits.edge_replay import ABLATIONS, EdgeReplay
-from circuits.edges import METHODS as EDGE_METHODS
-from circuits.edges import n_units, score_edges
+from circuits.edge_engines import Job, Replay, engine
+from circuits.edge_replay import ABLATIONS
+from circuits.edge_scores import METHODS as EDGE_METHODS
+from circuits.edge_scores import check_method
 from circuits.evaluation import faithfulness
 from circuits.graph import Circuit, Graph, Scores
 from circuits.heads.claims import INTERVAL, resampling
 from circuits.measure import METRICS
-from circuits.passes import Parts, Task, task_of
 from circuits.readout import NodeWrites
 from circuits.readout import tables as word_tables
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, unknown
+from interp.figures.head_claims import head_claims, heads_report
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
@@ -78,11 +79,15 @@ def check_options(
     ablation: str = "resample",
     steps: int = 5,
     n: int = 32,
+    naive: bool = False,
+    heads: Report | Path | None = None,
     **_: Any,
 ) -> None:
     """Raise BadInput for options that no model could satisfy."""
     if isinstance(task, (str, Path)):
         check_task(task)
+    if heads is not None:
+        heads_report(heads)
     for what, value, known in (
         ("method", method, METHODS),
         ("selection", selection, SELECTIONS),
@@ -104,7 +109,9 @@ def check_options(
         raise BadInput(f"{method} takes apart the logit difference: leave out metric '{metric}'")
     if threshold is not None and not (math.isfinite(threshold) and threshold > 0):
         raise BadInput(f"threshold={threshold}: give more than 0, in the unit of the scores")
-    for what, value in (("edges", edges), ("steps", steps), ("n", n)):
+    if scored := _scores_of(method):
+        check_method(scored, steps, naive=naive)
+    for what, value in (("edges", edges), ("n", n)):
         if value is not None and value < 1:
             raise BadInput(f"{what}={value}: give at least 1")
 
@@ -130,6 +137,8 @@ def circuit_find(
     steps: int = 5,
     n: int = 32,
     seed: int = 0,
+    naive: bool = False,
+    heads: Report | Path | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -159,6 +168,9 @@ def circuit_find(
             side always.
         steps: gradients between corrupted and clean, for the methods with ig (acdc's start too).
         n: pairs of a named task. seed: of the task and the bootstrap.
+        heads: a report of `interp heads` on the same model (its folder, or itself): what it claims of
+            each head is then on the cards of the circuit's nodes.
+        naive: the plain engine: full forwards, one for each receiver of each circuit (scores: eap, eap-ig).
         checkpoint: folder for finished units. resume: go on from what is there.
         progress: show progress bars; by default in a terminal or a notebook.
 
@@ -166,13 +178,14 @@ def circuit_find(
         first; a score is metric(edge corrupted) − metric(clean), so that the answer needs an edge of
         negative score under logit_diff (cd-t: a magnitude). Table "nodes": edges_in, edges_out, score
         (sum over its edges; cd-t: its own), contribution (direct, logits). Table "words": tokens that
-        the nodes write at the end. Arrays: mask and scores [n_senders n_receivers], whose axes are
-        meta["senders"] and meta["receivers"]. meta["faithfulness"]: value, low, high (95 %, bootstrap
-        over pairs), and the three means it is made of.
+        the nodes write at the end. Table "head_claims", with `heads`: that report's, one row a head.
+        Arrays: mask and scores [n_senders n_receivers], whose axes are meta["senders"] and
+        meta["receivers"]. meta["faithfulness"]: value, low, high (95 %, bootstrap over pairs), and the
+        three means it is made of.
 
     Raises:
         BadInput: unknown options or task, a model the metric of which does not differ between sides,
-        a circuit without edges. Refused: the residual stream is not a sum of known writes.
+        a circuit without edges, `heads` of other weights. Refused: the residual stream is not a sum of known writes.
 
     >>> pairs = Pairs.of([[5, 6, 7], [8, 6, 7]], [[5, 9, 7], [8, 3, 7]], answers=[3, 4], wrong=[4, 3])
     >>> report = circuit_find(tiny_model(), pairs, method="eap", edges=30, progress=False)
@@ -188,18 +201,19 @@ def circuit_find(
         "metric": metric,
         "ablation": ablation,
         "steps": steps,
+        "naive": naive,
     }
     check_options(**options, n=n)
     pairs = as_pairs(model, task, n=n, seed=seed)
     options |= {"task": pairs.name, "n": len(pairs)}
     meta = provenance(model, options=options, seed=seed)
+    claims, about_claims = head_claims(heads, meta["model"])
     prompts = {"clean": pairs.clean.tolist(), "corrupted": pairs.corrupted.tolist()}
     key = {"model": meta["model"], "options": options, "seed": seed, "prompts": prompts}
     units = Checkpoint(checkpoint, key, resume=resume)
-    parts = Parts.of(model)
-    whole = task_of(parts, pairs, metric)
-    replay = EdgeReplay(whole, ablation)
-    graph = parts.graph
+    job_of, notes = engine(model, _scores_of(method), naive=naive)
+    whole = job_of(pairs, metric)
+    replay, graph = whole.replay(ablation), whole.graph
     with Progress(progress) as bars:
         if method == "cd-t":
             found = _by_nodes(model, graph, pairs, edges, threshold, units, bars)
@@ -218,7 +232,7 @@ def circuit_find(
     writes = NodeWrites(model, pairs)
     nodes = _nodes_table(graph, found, writes)
     _, words = word_tables(writes, _worded(nodes), top_k=5, shown=4)
-    faithful = _faithful(whole, replay, found.circuit, seed)
+    faithful = _faithful(replay, found.circuit, seed)
     told = (
         f"faithfulness {faithful['value']:.2f} (95 %: {faithful['low']:.2f} to {faithful['high']:.2f}), on the "
         f"pairs it was found on: {metric} is {faithful['circuit']:.2f} {faithful['unit']} with the circuit, "
@@ -232,7 +246,8 @@ def circuit_find(
         "signed": found.signed,
         "faithfulness": faithful,
         **found.about,
-        "notes": [told, *model.notes, *whole.measure.notes, *parts.notes],
+        **about_claims,
+        "notes": [told, *model.notes, *whole.measure.notes, *notes],
         "wall_time_s": round(time.perf_counter() - started, 2),
     }
     arrays = {"mask": found.circuit.cpu().numpy(), "scores": found.scores.float().cpu().numpy()}
@@ -240,14 +255,20 @@ def circuit_find(
         "circuit_find": graph.to_table(found.scores, found.circuit),
         "nodes": nodes,
         "words": words,
+        **claims,
     }
     return Report("circuit_find", tables, arrays, meta)
 
 
-def _scored(task: Task, method: str, steps: int, units: Checkpoint, bars: Progress) -> Scores:
+def _scores_of(method: str) -> str | None:
+    """The method that scores edges, if any does: ACDC starts from the strongest by EAP-IG."""
+    return "eap-ig" if method == "acdc" else method if method in EDGE_METHODS else None
+
+
+def _scored(task: Job, method: str, steps: int, units: Checkpoint, bars: Progress) -> Scores:
     """Scores of all edges, with a bar."""
-    advance = bars.stage("Scoring edges", n_units(task, method))
-    return score_edges(task, method, steps=steps, units=units.part("scores"), advance=advance)
+    advance = bars.stage("Scoring edges", task.n_units(method))
+    return task.scores(method, steps=steps, units=units.part("scores"), advance=advance)
 
 
 def _by_edges(
@@ -306,8 +327,8 @@ def _largest(graph: Graph, own: Float[Tensor, " n_senders"], edges: int) -> Circ
 
 
 def _by_pruning(
-    task: Task,
-    replay: EdgeReplay,
+    task: Job,
+    replay: Replay,
     edges: int | None,
     threshold: float,
     steps: int,
@@ -315,7 +336,7 @@ def _by_pruning(
     bars: Progress,
 ) -> Found:
     """ACDC, from the strongest edges of EAP-IG where there are more."""
-    graph = task.parts.graph
+    graph = task.graph
     sign = 1 if task.measure.metric in LOSSES else -1
     wanted = ACDC_EDGES if edges is None else edges
     start = graph.whole
@@ -340,12 +361,10 @@ def _by_pruning(
     return Found(found.circuit, sign * found.cost.nan_to_num(0.0).float(), about=about)
 
 
-def _faithful(task: Task, replay: EdgeReplay, circuit: Circuit, seed: int) -> dict[str, Any]:
+def _faithful(replay: Replay, circuit: Circuit, seed: int) -> dict[str, Any]:
     """The circuit's faithfulness with its interval, and the three means that it is made of."""
-    inside, empty = (
-        x.double().cpu().numpy() for x in replay.values([circuit, task.parts.graph.empty])
-    )
-    model = task.measure.clean.double().cpu().numpy()
+    inside, empty = (x.double().cpu().numpy() for x in replay.values([circuit, replay.graph.empty]))
+    model = replay.measure.clean.double().cpu().numpy()
     drawn = faithfulness(inside, model, empty, resampling(len(model), seed))
     low, high = np.quantile(drawn, INTERVAL)
     return {
@@ -355,7 +374,7 @@ def _faithful(task: Task, replay: EdgeReplay, circuit: Circuit, seed: int) -> di
         "circuit": float(inside.mean()),
         "empty": float(empty.mean()),
         "model": float(model.mean()),
-        "unit": task.measure.unit,
+        "unit": replay.measure.unit,
         "ablation": replay.ablation,
     }
 

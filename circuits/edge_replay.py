@@ -76,6 +76,7 @@ class EdgeReplay:
         if ablation not in ABLATIONS:
             raise unknown("ablation", ablation, ABLATIONS)
         self.task, self.parts, self.ablation = task, task.parts, ablation
+        self.graph, self.measure = task.parts.graph, task.measure
         model = self.parts.model
         self.sites = [f"resid_pre.{layer}" for layer in range(model.n_layers)]
         self.sites += [
@@ -90,10 +91,10 @@ class EdgeReplay:
     def logits(self, circuits: Sequence[Circuit]) -> Float[Tensor, "circuits n d_vocab"]:
         """Logits at the last position with only each circuit's edges clean."""
         for circuit in circuits:
-            self.parts.graph.check(circuit)
+            self.graph.check(circuit)
         found = []
         for other in self.others:
-            size = 4 * self.parts.graph.shape[0] * other.embed.numel()
+            size = 4 * self.graph.shape[0] * other.embed.numel()
             at_once = max(1, BUFFER_BYTES // size)
             chunks = [circuits[i : i + at_once] for i in range(0, len(circuits), at_once)]
             found.append(torch.cat([self._run(other, chunk) for chunk in chunks]))
@@ -101,7 +102,7 @@ class EdgeReplay:
 
     def values(self, circuits: Sequence[Circuit]) -> Float[Tensor, "circuits n"]:
         """The task's metric of every circuit and pair, raw."""
-        return torch.stack([self.task.measure(logits) for logits in self.logits(circuits)])
+        return torch.stack([self.measure(logits) for logits in self.logits(circuits)])
 
     def _run(self, other: Other, circuits: Sequence[Circuit]) -> Tensor:
         model, run = self.parts.model, _Run(self.parts, other, circuits)

@@ -1,6 +1,6 @@
 """The plain engines behind `naive=True`: one receiver at a time, full forwards, public edits only.
 
-Nothing here shares a shortcut with `circuits.edges` or `circuits.edge_replay`: a receiver's gradient is
+Nothing here shares a shortcut with `circuits.edge_scores` or `circuits.edge_replay`: a receiver's gradient is
 autograd's, from a forward in which that receiver alone reads a residual stream of its own, and an edge
 circuit is run by computing every q, k, v and MLP in a forward of its own. Slow; the fast engines must
 agree with it, and models whose parts they cannot tell apart are served by it.
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph import Circuit, Graph, Receiver, Scores
+from circuits.graph import Circuit, Graph, Receiver, Scores, Sender
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm
 from interp.run.batch import Batch
@@ -204,8 +204,10 @@ def plain_circuit_logits(
     return run.logits[:, -1].float()
 
 
-def plain_state(model: Model, graph: Graph, corrupted: Batch) -> PlainState:
-    """The corrupted side, for resample ablation."""
+def plain_state(
+    model: Model, graph: Graph, corrupted: Batch, ablation: str = "resample"
+) -> PlainState:
+    """What edges outside of a circuit carry: the corrupted side's writes, their mean over prompts, or 0."""
     sites = ["resid_pre", f"resid_post.{model.n_layers - 1}"]
     sites += sorted(
         {
@@ -220,4 +222,22 @@ def plain_state(model: Model, graph: Graph, corrupted: Batch) -> PlainState:
         for name in run.cache
         for layer, value in run.cache.by_layer(name).items()
     }
-    return PlainState(sender_writes(model, graph, corrupted), stream)
+    writes = sender_writes(model, graph, corrupted)
+    if ablation == "resample":
+        return PlainState(writes, stream)
+    new = writes.mean(1, keepdim=True).expand_as(writes)
+    new = torch.zeros_like(new) if ablation == "zero" else new
+    for site in stream:
+        # The stream is the sum of what was written before it, so it changes by what they change.
+        before = [i for i, sender in enumerate(graph.senders) if _wrote_before(model, sender, site)]
+        stream[site] = stream[site] + (new - writes)[before].sum(0)
+    return PlainState(new, stream)
+
+
+def _wrote_before(model: Model, sender: Sender, site: str) -> bool:
+    """Whether a sender's write is in the stream at a site."""
+    name, layer = site.split(".")
+    if sender.kind == "embed" or sender.layer < int(layer):
+        return True
+    attended = name == "resid_mid" and sender.kind == "head"
+    return sender.layer == int(layer) and (name == "resid_post" or attended)

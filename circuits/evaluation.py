@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from circuits.edge_replay import ABLATIONS, EdgeReplay
-from circuits.edges import METHODS, importance, n_units, score_edges
+from circuits.edge_engines import Replay, engine
+from circuits.edge_replay import ABLATIONS
+from circuits.edge_scores import METHODS, check_method, importance
 from circuits.graph import Circuit, Graph, Scores
 from circuits.heads.claims import INTERVAL, resampling
 from circuits.measure import METRICS, Measure
-from circuits.passes import Parts, task_of
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, unknown
@@ -148,6 +148,7 @@ def check_options(
     n: int = 32,
     random: int = 3,
     subsets: int = 10,
+    naive: bool = False,
     **_: Any,
 ) -> None:
     """Raise BadInput for options that no model could satisfy."""
@@ -169,6 +170,13 @@ def check_options(
             raise BadInput(f"{what}={value}: give at least {least}")
     if subsets < 0:
         raise BadInput(f"subsets={subsets}: give 0 or more")
+    if method := _method(scores):
+        check_method(method, steps, naive=naive)
+
+
+def _method(scores: Any) -> str | None:
+    """The method that edges are to be scored by, if any."""
+    return scores if scores in METHODS else None
 
 
 @analysis(
@@ -194,6 +202,7 @@ def circuit_evaluate(
     seed: int = 0,
     random: int = 3,
     subsets: int = 10,
+    naive: bool = False,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -217,6 +226,7 @@ def circuit_evaluate(
         ablation: what other edges carry: resample (the corrupted prompts'), mean or zero.
         n: pairs of a named task. seed: of the task, of random circuits and resamples.
         random: random circuits of each size to compare with. subsets: sets of nodes for completeness.
+        naive: the plain engine: full forwards, one for each receiver of each circuit (scores: eap, eap-ig).
         checkpoint: folder for finished circuits. resume: go on from what is there.
         progress: show progress bars; by default in a terminal or a notebook.
 
@@ -247,6 +257,7 @@ def circuit_evaluate(
         "ablation": ablation,
         "random": random,
         "subsets": subsets,
+        "naive": naive,
     }
     check_options(**{**options, "scores": scores, "n": n})
     graph = Graph.of(model)
@@ -258,10 +269,10 @@ def circuit_evaluate(
     given = _saved(Path(scores), graph, source) if Path(scores).is_dir() else None
     key = {"model": source["model"], "options": options, "seed": seed, "ids": pairs.clean.tolist()}
     units = Checkpoint(checkpoint, key, resume=resume)
-    parts = Parts.of(model)
+    job_of, notes = engine(model, _method(scores), naive=naive)
     with Progress(progress) as bars:
-        whole = task_of(parts, pairs, metric)
-        notes = [*parts.notes, *whole.measure.notes]
+        whole = job_of(pairs, metric)
+        notes += whole.measure.notes
         if given is not None:
             found, circuit, told = given
             notes += told
@@ -272,13 +283,11 @@ def circuit_evaluate(
                 other = as_pairs(model, task, n=n, seed=seed + 1) if held_out else pairs
                 if not held_out:
                     notes.append("edges were scored on the same pairs that circuits are judged on")
-                fit = task_of(parts, other, metric) if held_out else whole
-                advance = bars.stage("Scoring edges", n_units(fit, scores))
-                found = score_edges(
-                    fit, scores, steps=steps, units=units.part("scores"), advance=advance
-                )
+                fit = job_of(other, metric) if held_out else whole
+                advance = bars.stage("Scoring edges", fit.n_units(scores))
+                found = fit.scores(scores, steps=steps, units=units.part("scores"), advance=advance)
                 found = importance(found, fit.measure)
-        judge = _Judge(EdgeReplay(whole, ablation), units, seed)
+        judge = _Judge(whole.replay(ablation), units, seed)
         curves = _curves(judge, found, circuit, sizes, random, seed, bars)
         own = circuit
         if own is None:
@@ -314,9 +323,9 @@ def circuit_evaluate(
 class _Judge:
     """Values of circuits, kept as they come; the two ends of faithfulness and its resamples."""
 
-    def __init__(self, replay: EdgeReplay, units: Checkpoint, seed: int):
-        self.replay, self.units, self.graph = replay, units, replay.parts.graph
-        self.measure: Measure = replay.task.measure
+    def __init__(self, replay: Replay, units: Checkpoint, seed: int):
+        self.replay, self.units, self.graph = replay, units, replay.graph
+        self.measure: Measure = replay.measure
         self.whole = self.measure.clean.double().cpu().numpy()
         if replay.ablation == "resample":
             self.empty = self.measure.corrupted.double().cpu().numpy()
@@ -540,6 +549,7 @@ def check_overlap(
     steps: int = 5,
     metric: str = "logit_diff",
     n: int = 32,
+    naive: bool = False,
     **_: Any,
 ) -> None:
     """Raise BadInput for options that no model could satisfy."""
@@ -548,10 +558,10 @@ def check_overlap(
         check_task(name)
     if len(set(names)) < 2:
         raise BadInput(f"tasks {', '.join(names)}: give at least two different ones, a,b")
-    for what, value, known in (("method", method, METHODS), ("metric", metric, METRICS)):
-        if value not in known:
-            raise unknown(what, value, known)
-    for what, value in (("edges", edges), ("steps", steps), ("n", n)):
+    check_method(method, steps, naive=naive)
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    for what, value in (("edges", edges), ("n", n)):
         if value < 1:
             raise BadInput(f"{what}={value}: give at least 1")
 
@@ -578,6 +588,7 @@ def circuit_overlap(
     metric: str = "logit_diff",
     n: int = 32,
     seed: int = 0,
+    naive: bool = False,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -594,6 +605,7 @@ def circuit_overlap(
         method: eap-ig, eap, eap-ig-activations or atp. edges: of each circuit, before pruning.
         steps: of eap-ig. metric: logit_diff, prob_diff, kl or loss.
         n: pairs of each task. seed: of the tasks.
+        naive: the plain engine: full forwards, one for each receiver of each circuit (scores: eap, eap-ig).
         checkpoint: folder for finished tasks. resume: go on from what is there.
         progress: show progress bars; by default in a terminal or a notebook.
 
@@ -619,22 +631,22 @@ def circuit_overlap(
         "steps": steps,
         "metric": metric,
         "n": n,
+        "naive": naive,
     }
     check_overlap(**options)
     source = provenance(model, options=options, seed=seed)
     key = {"model": source["model"], "options": options, "seed": seed}
     units = Checkpoint(checkpoint, key, resume=resume)
-    parts = Parts.of(model)
-    graph, names = parts.graph, _names(tasks)
+    job_of, notes = engine(model, method, naive=naive)
+    graph, names = Graph.of(model), _names(tasks)
     circuits: list[Circuit] = []
     judges: list[_Judge] = []
-    notes = [*parts.notes]
     with Progress(progress) as bars:
         advance = bars.stage("Scoring edges", len(names))
         for name in names:
-            task = task_of(parts, as_pairs(model, name, n=n, seed=seed), metric)
+            task = job_of(as_pairs(model, name, n=n, seed=seed), metric)
             notes += task.measure.notes
-            scores = score_edges(task, method, steps=steps, units=units.part(name))
+            scores = task.scores(method, steps=steps, units=units.part(name))
             ranked = importance(scores, task.measure)
             circuits.append(graph.prune(graph.top_edges(ranked, min(edges, graph.n_edges))))
             if not circuits[-1].any():
@@ -642,7 +654,7 @@ def circuit_overlap(
                     f"none of the {edges} highest edges of '{name}' lie on a path from embedding to logits: "
                     "the circuit is empty; give more edges"
                 )
-            judges.append(_Judge(EdgeReplay(task), units.part(name), seed))
+            judges.append(_Judge(task.replay(), units.part(name), seed))
             advance(1)
         advance = bars.stage("Running circuits", len(names) ** 2)
         rows = []

@@ -84,7 +84,7 @@ def explain(
     lens: str = "best",
     mass: float = MASS,
     exclude_sink: bool = False,
-    integrate: bool = False,
+    integrate: bool = True,
 ) -> Report:
     """What a model predicts, which heads and neurons write it, from which tokens, along which route.
 
@@ -106,7 +106,8 @@ def explain(
         lens: "logit", "ridge" (fitted now if it is not in the cache: minutes), or "best".
         mass: share of each sum that the kept parts of the flow graph hold.
         exclude_sink: leave out attention to the first token in flow and relevance.
-        integrate: whether to compute integrated gradients (50 to 200 gradients).
+        integrate: whether to compute integrated gradients, 50 to 200 gradients and most of the time;
+            meta says how far from complete they are.
 
     Returns: a Report. Table "explain": the facts of the headline (fact, layer, head, position, token, to,
         value, unit). Then the tables of the passes: "lens" and "top"; "attribute", "sources" and

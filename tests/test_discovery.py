@@ -16,7 +16,7 @@ from circuits.discovery import (
     top_circuit,
 )
 from circuits.edge_replay import EdgeReplay
-from circuits.edges import input_scores
+from circuits.edge_scores import input_scores
 from circuits.graph import Circuit, Graph
 from circuits.passes import Parts, task_of
 from interp.data.pairs import Pairs

@@ -9,23 +9,20 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-import circuits.edges as edges_module
+import circuits.edge_scores as scores_module
+from circuits.circuit_find import circuit_find
+from circuits.edge_engines import PlainJob, engine
 from circuits.edge_gradients import LAYERS_AT_ONCE
 from circuits.edge_replay import EdgeReplay
-from circuits.edges import (
-    _groups,
-    atp,
-    edge_attribution,
-    importance,
-    score_edges,
-    weaker_end,
-)
+from circuits.edge_scores import _groups, atp, importance, score_edges, weaker_end
+from circuits.edges import edge_attribution
 from circuits.edges_plain import (
     plain_circuit_logits,
     plain_edge_scores,
     plain_state,
     sender_writes,
 )
+from circuits.evaluation import circuit_evaluate
 from circuits.graph import Graph, overlap
 from circuits.passes import Parts, Task, task_of
 from circuits.stream import find_reads
@@ -495,7 +492,7 @@ def test_a_long_method_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     pairs = pairs_of()
     options = {"method": "eap-ig-activations", "steps": 2, "progress": False}
     wanted = edge_attribution(tiny, pairs, **options).arrays["scores"]
-    real, done, limit = edges_module.Gradients, [], [2]
+    real, done, limit = scores_module.Gradients, [], [2]
 
     def counted(*args, **kwargs):
         if len(done) == limit[0]:
@@ -503,7 +500,7 @@ def test_a_long_method_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
         done.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(edges_module, "Gradients", counted)
+    monkeypatch.setattr(scores_module, "Gradients", counted)
     with pytest.raises(KeyboardInterrupt):
         edge_attribution(tiny, pairs, checkpoint=tmp_path / "units", **options)
     limit[0] = 100
@@ -582,3 +579,40 @@ def test_the_default_model_agrees_with_the_plain_engine_on_some_receivers(smollm
     assert writes.shape[0] == graph.shape[0]
     whole = EdgeReplay(task).values([graph.whole])[0]
     torch.testing.assert_close(whole, task.measure.clean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
+def test_the_plain_engine_runs_the_same_circuits(tiny, ablation):
+    pairs = task_on(tiny).pairs
+    jobs = [engine(tiny, "eap", naive=naive)[0](pairs, "logit_diff") for naive in (False, True)]
+    assert isinstance(jobs[1], PlainJob)
+    graph = jobs[0].graph
+    circuits = [graph.top_edges(graph.random_scores(1), graph.n_edges // 2), graph.whole]
+    circuits[0][0] = graph.allowed[0]
+    fast, plain = (job.replay(ablation).values(circuits) for job in jobs)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    scores = [job.scores("eap-ig", steps=2) for job in jobs]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-5 * float(scores[0].abs().max()))
+
+
+def test_a_model_whose_readers_cannot_be_told_apart_is_served_by_the_plain_engine(
+    tiny, monkeypatch
+):
+    def refused(model):
+        raise Refused("the input of the MLP could not be told")
+
+    pairs = task_on(tiny).pairs
+    options = {"method": "eap", "edges": 40, "progress": False}
+    judged = {"scores": "eap", "sizes": [10, 100], "random": 0, "subsets": 1, "progress": False}
+    found, rated = circuit_find(tiny, pairs, **options), circuit_evaluate(tiny, pairs, **judged)
+    monkeypatch.setattr(Parts, "of", staticmethod(refused))
+    for plain, fast in (
+        (circuit_find(tiny, pairs, **options), found),
+        (circuit_evaluate(tiny, pairs, **judged), rated),
+    ):
+        assert any("plain engine was used: the input" in note for note in plain.meta["notes"])
+        pd.testing.assert_frame_equal(plain.table, fast.table, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Refused, match="could not be told"):
+        edge_attribution(tiny, pairs, method="atp", progress=False)
+    with pytest.raises(BadInput, match="naive=True is there for eap and eap-ig"):
+        circuit_find(tiny, pairs, method="atp", naive=True)

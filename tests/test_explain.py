@@ -188,6 +188,11 @@ def test_mary_on_the_default_model(smollm: Model) -> None:
         assert (row["token"], row["position"]) == (" Mary", 1)
     assert edge["to"] == 13 and cut["value"] > 0.5
 
+    complete, scores = report.meta["integrated_gradients"], report.tables["relevance"]
+    shares = scores["integrated_gradients"]
+    assert shares.sum() == pytest.approx(complete["change"], rel=0.01)
+    assert shares.abs().idxmax() == 1
+
 
 # --- models that cannot -------------------------------------------------------------------------
 

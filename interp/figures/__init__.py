@@ -25,8 +25,25 @@ FIGURES: dict[str, dict[str, str]] = {
         "heads": "interp.figures.words:head_words",
         "neurons": "interp.figures.words:neuron_words",
     },
+    "head_groups": {
+        "map": "interp.figures.head_groups:group_map",
+        "redundancy": "interp.figures.head_groups:redundancy",
+    },
+    "prune": {"curve": "interp.figures.pruning_curve:pruning_curve"},
+    "shapley": {"map": "interp.figures.shapley_map:shapley_map"},
+    "massive": {"layers": "interp.figures.massive:massive_layers"},
     "lens": {"map": "interp.figures.lens_map:lens_map"},
     "recall": {"overview": "interp.figures.recall:overview"},
+    "sae_train": {
+        "curve": "interp.figures.sae_figures:training_curve",
+        "density": "interp.figures.sae_figures:density",
+    },
+    "sae_eval": {
+        "loss": "interp.figures.sae_figures:losses",
+        "density": "interp.figures.sae_figures:density",
+        "probing": "interp.figures.sae_figures:probing",
+    },
+    "sae_features": {"density": "interp.figures.sae_figures:density"},
     "flow": {
         "graph": "interp.figures.flow_graph:flow_graph",
         "relevance": "interp.figures.relevance_text:relevance_text",
@@ -45,7 +62,10 @@ imported when first drawn."""
 
 PAGES: dict[str, str] = {
     "heads": "interp.figures.page:head_page",
+    "edges": "interp.figures.circuit_page:circuit_page",
+    "circuit_find": "interp.figures.circuit_page:circuit_page",
     "explain": "interp.figures.explain_page:explain_page",
     "flow": "interp.figures.explain_page:explain_page",
+    "sae_features": "interp.figures.sae_page:sae_page",
 }
 """Analyses with a page of their own, `(report) -> html`; the others show their figures in turn."""

@@ -49,8 +49,8 @@ def circuit_graph(report: Report, edges: int = SHOWN) -> go.Figure:
     order = np.argsort(-report.table["score"].abs().to_numpy(), kind="stable")[:edges]
     table = report.table.iloc[order].reset_index(drop=True)
     n_layers = int(report.meta["model"]["n_layers"])
-    names = {*table["sender"], *(_node(receiver) for receiver in table["receiver"])}
-    places = {name: _place(name, n_layers) for name in sorted(names)}
+    names = {*table["sender"], *(node_of(receiver) for receiver in table["receiver"])}
+    places = {name: place_of(name, n_layers) for name in sorted(names)}
     ranks = np.arange(len(table))
     limits = _limits(len(table))
     step = np.searchsorted(limits, ranks, side="right")  # 0: among the strongest few
@@ -58,7 +58,7 @@ def circuit_graph(report: Report, edges: int = SHOWN) -> go.Figure:
     steps: list[int] = []
     for at in range(len(limits)):
         for kind, colour in COLOURS.items():
-            mine = (step == at) & np.array([_kind(r) == kind for r in table["receiver"]], bool)
+            mine = (step == at) & np.array([kind_of(r) == kind for r in table["receiver"]], bool)
             if mine.any():
                 first = not any(trace.name == kind for trace in traces)
                 traces.append(_lines(table.loc[mine], places, kind, colour, at, first))
@@ -95,16 +95,22 @@ def circuit_graph(report: Report, edges: int = SHOWN) -> go.Figure:
     )
 
 
-def _node(receiver: str) -> str:
-    """The node whose input a receiver is."""
+def node_of(receiver: str) -> str:
+    """The node whose input a receiver is: "5.2" for "5.2.q"."""
     return receiver.rsplit(".", 1)[0] if receiver[-1] in "qkv" else receiver
 
 
-def _kind(receiver: str) -> str:
+def kind_of(receiver: str) -> str:
+    """What an edge into a receiver ends in: "q", "k", "v", "mlp" or "logits"."""
     return receiver[-1] if receiver[-1] in "qkv" else receiver.split(".")[0]
 
 
-def _place(name: str, n_layers: int) -> Place:
+def place_of(name: str, n_layers: int) -> Place:
+    """Where a node stands in the graph.
+
+    >>> place_of("5.2", 30), place_of("logits", 30).x
+    (Place(x=5.0, y=2.0, kind='head'), 30.0)
+    """
     if name == "embed":
         return Place(-1.0, 0.0, "embed")
     if name == "logits":
@@ -128,7 +134,7 @@ def _limits(n: int) -> np.ndarray:
 
 def _ends(table: pd.DataFrame, places: dict[str, Place]) -> tuple[np.ndarray, ...]:
     start = [places[sender] for sender in table["sender"]]
-    end = [places[_node(receiver)] for receiver in table["receiver"]]
+    end = [places[node_of(receiver)] for receiver in table["receiver"]]
     return tuple(
         np.array([getattr(place, axis) for place in side])
         for side in (start, end)
@@ -181,7 +187,7 @@ def _first_seen(table: pd.DataFrame, step: np.ndarray, at: int) -> list[str]:
     """Nodes whose strongest edge is in this step."""
     strongest: dict[str, int] = {}
     for row, level in zip(table.to_dict("records"), step.tolist(), strict=True):
-        for name in (row["sender"], _node(row["receiver"])):
+        for name in (row["sender"], node_of(row["receiver"])):
             strongest.setdefault(name, level)
     return sorted(name for name, level in strongest.items() if level == at)
 

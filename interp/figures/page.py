@@ -2,9 +2,9 @@
 
 The page holds its data as one gzip member in base64: JSON for the tables, then the attention
 patterns as bytes of 255·√A, only the lower triangle when the model is causal. A small script
-(`page.js`) unpacks and draws it. Nothing is fetched: the page's own Content-Security-Policy forbids
-the network and every script but that one, and tokens only ever travel inside the base64, so no
-tokenizer can write HTML into it.
+(`head_claims.js` and `page.js`) unpacks and draws it. Nothing is fetched: the page's own
+Content-Security-Policy forbids the network and every script but that one, and tokens only ever travel
+inside the base64, so no tokenizer can write HTML into it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import html
 import json
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from interp.report import Report
 
 _HERE = Path(__file__).parent
+SCRIPTS = ("head_claims.js", "page.js")
 _DIGITS = 6  # significant digits of every number that travels with the page
 
 
@@ -43,7 +45,7 @@ def head_page(report: Report) -> str:
         The document. Numbers in it carry six significant digits, attention weights eight bits.
     """
     meta, heads = report.meta, report.tables["heads"]
-    style, script = _part("page.css"), _compact(_part("page.js"))
+    style, script = _part("page.css"), _compact("\n".join(_part(name) for name in SCRIPTS))
     page = _template().render(
         model=meta.get("model", {}),
         summary=_summary(meta, heads),
@@ -80,27 +82,38 @@ def notebook_frame(page: str, *, height: int = 900) -> str:
 def _payload(report: Report) -> bytes:
     """gzip of: length of the JSON (u32, little-endian), the JSON, the pattern bytes."""
     meta, heads = report.meta, report.tables["heads"]
-    detectors = [
-        d | {"title": d.get("title", d["name"]), "letter": d.get("letter", d["name"][:1].upper())}
-        for d in meta.get("detectors", [])
-    ]
     prompts, pattern = _patterns(report)
     n_layers, n_heads = _grid_shape(meta, heads)
     document = {
         "shape": [n_layers, n_heads],
         "slots": _pattern_shape(report),
         "causal": bool(meta.get("causal", True)),
-        "detectors": detectors,
-        "columns": {str(name): _column(heads[name]) for name in heads.columns if name != "labels"},
-        "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
         "prompts": prompts,
         "ov": _ov_words(report.tables.get("ov_tokens"), heads),
         "meta": {k: v for k, v in meta.items() if k != "prompts"},
-    }
+    } | claims_document(heads, meta.get("detectors", []))
     # json.dumps escapes what is not ASCII, lone surrogates and control characters too
     text = json.dumps(_jsonable(document), allow_nan=False, separators=(",", ":"))
     encoded = text.encode("ascii")
     return gzip.compress(struct.pack("<I", len(encoded)) + encoded + pattern, 6, mtime=0)
+
+
+def claims_document(heads: pd.DataFrame, detectors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What head_claims.js draws: detectors, and a heads table by column, with every head's labels.
+
+    >>> heads = pd.DataFrame({"layer": [0], "head": [2], "labels": ["broad"], "broad": [0.9]})
+    >>> claims_document(heads, [{"name": "broad"}])["detectors"]
+    [{'name': 'broad', 'title': 'broad', 'letter': 'B'}]
+    """
+    return {
+        "detectors": [
+            dict(d)
+            | {"title": d.get("title", d["name"]), "letter": d.get("letter", d["name"][:1].upper())}
+            for d in detectors
+        ],
+        "columns": {str(name): _column(heads[name]) for name in heads.columns if name != "labels"},
+        "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
+    }
 
 
 def _patterns(report: Report) -> tuple[list[dict[str, Any]], bytes]:
