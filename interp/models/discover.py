@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import text_config
+from interp.models.attention import Watch, window
+from interp.models.calls import call_model, text_config
 from interp.models.recording import AttentionCall, ModuleCall, Recording
 from interp.models.spec import BlockMap, Source, Spec, Write
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
 from interp.run.batch import Batch
 from interp.sites import AXES
+
+TAGS = 200
+"""Base of the numbers that output columns are told apart by."""
 
 
 def discover(seen: Recording, batch: Batch) -> Spec:
@@ -47,7 +51,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         attention = layer_of.get(layer)
         block = BlockMap(name)
         if attention is not None:
-            block = _attention_map(seen, block, attention, refused)
+            block = _attention_map(seen, block, attention, batch, refused)
             patterns.append(torch.cat(attention.rows, dim=2))
         blocks.append(_write_map(seen, block, call, shape, refused) if layer_of else block)
     if not any(block.W_out for block in blocks):
@@ -161,7 +165,11 @@ def _largest_chain(seen: Recording) -> str:
 
 
 def _attention_map(
-    seen: Recording, block: BlockMap, attention: AttentionCall, refused: dict[str, str]
+    seen: Recording,
+    block: BlockMap,
+    attention: AttentionCall,
+    batch: Batch,
+    refused: dict[str, str],
 ) -> BlockMap:
     """Heads, W_O and the source of v of one attention call."""
     z, k, v = (attention.tensors[name] for name in ("z", "k", "v"))
@@ -171,7 +179,7 @@ def _attention_map(
         n_heads=z.shape[2],
         n_kv_heads=k.shape[1],
         d_head=z.shape[3],
-        v=_source(seen, block, v),
+        v=_source(seen, block, attention.module, v, batch),
     )
     readers = [
         name
@@ -198,10 +206,12 @@ def _attention_map(
     return block
 
 
-def _source(seen: Recording, block: BlockMap, v: Tensor) -> Source | None:
+def _source(
+    seen: Recording, block: BlockMap, attention: nn.Module, v: Tensor, batch: Batch
+) -> Source | None:
     """The linear layer, and its output columns, that v [batch kv pos d_head] was taken from."""
-    batch, n_kv, pos, d_head = v.shape
-    wanted = v.permute(1, 3, 0, 2).reshape(n_kv * d_head, batch * pos).contiguous()
+    n, n_kv, pos, d_head = v.shape
+    wanted = v.permute(1, 3, 0, 2).reshape(n_kv * d_head, n * pos).contiguous()
     keys = [column.tobytes() for column in wanted.float().cpu().numpy()]
     for name, calls in seen.calls.items():
         inside = (
@@ -214,10 +224,10 @@ def _source(seen: Recording, block: BlockMap, v: Tensor) -> Source | None:
         ):
             continue
         out = calls[0].output
-        if out is None or out.numel() % (batch * pos) or out.shape[-1] < n_kv * d_head:
+        if out is None or out.numel() % (n * pos) or out.shape[-1] < n_kv * d_head:
             continue
         columns = out.reshape(-1, out.shape[-1]).T
-        if columns.shape[1] != batch * pos:
+        if columns.shape[1] != n * pos:
             continue
         where = {
             column.tobytes(): i
@@ -225,8 +235,49 @@ def _source(seen: Recording, block: BlockMap, v: Tensor) -> Source | None:
         }
         if all(key in where for key in keys):
             found = torch.tensor([where[key] for key in keys]).reshape(n_kv, d_head)
-            return Source(name, found, _input_name(seen, block, calls[0].inputs[0]))
+            if len(where) < len(columns):  # some look alike on these tokens, all zero perhaps
+                found = _tagged_columns(seen, name, attention, batch, found)
+            return (
+                None
+                if found is None
+                else Source(name, found, _input_name(seen, block, calls[0].inputs[0]))
+            )
     return None
+
+
+def _tagged_columns(
+    seen: Recording, name: str, attention: nn.Module, batch: Batch, like: Tensor
+) -> Tensor | None:
+    """Which output columns of a linear layer v is made of, read off v when every column says its number.
+
+    Two forwards, one a digit: bfloat16 counts to 256. None where v is not these columns as they are.
+    """
+    digits = []
+    for digit in (lambda c: c // TAGS, lambda c: c % TAGS):
+
+        def tag(module: nn.Module, args: tuple, out: Tensor, digit=digit) -> Tensor:
+            return digit(torch.arange(out.shape[-1], device=out.device)).to(out).expand_as(out)
+
+        calls: list[AttentionCall] = []
+
+        def listen(module: nn.Module, calls: list[AttentionCall] = calls) -> Watch:
+            if module is not attention:
+                return Watch()
+            calls.append(AttentionCall(module))
+            return calls[-1]
+
+        hook = seen.module.get_submodule(name).register_forward_hook(tag)
+        try:
+            with window(seen.module, listen):
+                call_model(seen.module, batch)
+        finally:
+            hook.remove()
+        v = calls[-1].tensors["v"]
+        if not torch.equal(v, v[:1, :, :1].expand_as(v)):
+            return None
+        digits.append(v[0, :, 0].long().cpu())
+    found = digits[0] * TAGS + digits[1]
+    return found if found.shape == like.shape else None
 
 
 def _input_name(seen: Recording, block: BlockMap, x: Tensor) -> str:

@@ -164,18 +164,18 @@ class Model:
             raise Refused(
                 f"layer {layer} of {self.id}: no linear layer whose outputs are v was found"
             )
-        gain = torch.ones(self.spec.d_model)
-        if block.v.input != "resid_pre":
-            if not block.v.input:
-                raise Refused(
-                    f"layer {layer} of {self.id}: v is not read from the normed residual stream"
-                )
-            gain = FrozenNorm(self.module.get_submodule(block.v.input), self.spec.d_model).gain
+        if not block.v.input:
+            raise Refused(
+                f"layer {layer} of {self.id}: v is not read from the normed residual stream"
+            )
         W, _ = linear_map(self.module.get_submodule(block.v.module), self.spec.d_model, self.device)
         if W.shape[0] != self.spec.d_model:
             raise Refused(
                 f"layer {layer} of {self.id}: v is read from a latent of width {W.shape[0]}"
             )
+        gain = torch.ones(self.spec.d_model)
+        if block.v.input != "resid_pre":
+            gain = FrozenNorm(self.module.get_submodule(block.v.input), self.spec.d_model).gain
         columns = block.v.columns.to(W.device)
         return (gain.to(W)[:, None, None] * W[:, columns]).permute(1, 0, 2)
 

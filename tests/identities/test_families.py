@@ -25,6 +25,7 @@ from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.sites import AXES
 from tests.families import FAMILIES, WINDOWED
+from tests.ground_truth.induction_model import induction_model
 
 ROUNDING = 1e-5
 LENGTH = 9
@@ -366,3 +367,36 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     with pytest.raises(_Boom):
         model.replay(clean, [[late]], lambda r: r)
     assert state_of(module) == before
+
+
+def test_value_columns_that_look_alike_on_the_probe_are_told_apart():
+    """In the hand-built model most value columns are 0 on any prompt: v has its own columns all the same."""
+    module = induction_model()
+    model = Model(module, id="induction")
+    for layer in range(2):
+        fused = module.transformer.h[layer].attn.c_attn.weight[:, 2 * model.spec.d_model :]
+        gain = module.transformer.h[layer].ln_1.weight
+        wanted = (gain[:, None] * fused).unflatten(1, (model.spec.n_heads, -1)).transpose(0, 1)
+        # The norm's gain is read off its output, which its eps of 1e-5 makes smaller by half of that.
+        torch.testing.assert_close(model.W_V(layer), wanted, rtol=1e-5, atol=0)
+
+
+def test_value_columns_are_told_apart_in_16_bits_and_for_grouped_heads(tiny_model):
+    model = tiny_model()
+    projection = model.module.model.layers[0].self_attn.v_proj
+    with torch.no_grad():
+        projection.weight[3] = projection.weight[5] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        module = model.module.to(dtype)
+        again = Model(module, id="tiny")
+        W = module.model.layers[0].self_attn.v_proj.weight
+        gain = module.model.layers[0].input_layernorm.weight
+        wanted = (W * gain).unflatten(0, (again.spec.blocks[0].n_kv_heads, -1)).transpose(1, 2)
+        torch.testing.assert_close(again.W_V(0), wanted, rtol=1e-2, atol=1e-6)
+        assert again.spec.blocks[0].v.columns.flatten().tolist() == list(range(len(W)))
+
+
+def test_values_from_a_latent_are_refused():
+    model = Model(FAMILIES["deepseek_v3"](), id="deepseek_v3")
+    with pytest.raises(Refused, match="layer 0 of deepseek_v3: v is"):
+        model.W_V(0)
