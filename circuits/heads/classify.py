@@ -157,6 +157,8 @@ def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], d
             detector.needs_text or (detector.reads is not None and detector.reads.needs_text)
         ):
             skipped[detector.name] = "needs text, and the model was loaded without a tokenizer"
+        elif detector.needs_logits and model.spec.unembedding is None:
+            skipped[detector.name] = "needs a language-model head, which this model lacks"
         elif detector.measure is not None:
             try:
                 for site in detector.captures(model):

@@ -52,7 +52,8 @@ class Detector:
             test) are asked for.
         tables, notes: from the arrays of `observe`, tables for the report and sentences for its reader.
         slow: costs far more than one pass over a shared prompt set; left out of "fast".
-        needs_text: whether `observe` needs a tokenizer.
+        needs_text: whether `observe` needs a tokenizer. needs_logits: whether it needs a language-model
+            head.
         causal_only: whether it makes sense only where a model reads left to right.
         serves: the metric that ablating such a head should hurt, "repeated" or "text".
         rank: order in tables, most telling first.
@@ -87,6 +88,7 @@ class Detector:
     notes: Callable[[Mapping[str, np.ndarray]], list[str]] | None = None
     slow: bool = False
     needs_text: bool = False
+    needs_logits: bool = False
     causal_only: bool = False
     min_layers: int = 1
     serves: str = "text"
@@ -123,7 +125,7 @@ def catalogue() -> tuple[Detector, ...]:
     for module in pkgutil.iter_modules(circuits.heads.__path__):
         loaded = importlib.import_module(f"circuits.heads.{module.name}")
         found += [value for value in vars(loaded).values() if isinstance(value, Detector)]
-    return tuple(sorted(set(found), key=lambda detector: detector.rank))
+    return tuple(sorted(set(found), key=lambda detector: (detector.rank, detector.name)))
 
 
 def declarations() -> pd.DataFrame:

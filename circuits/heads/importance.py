@@ -73,6 +73,7 @@ GRADIENT = Detector(
     unit="nats a token",
     from_gradient=_gradient,
     serves="repeated",
+    needs_logits=True,
     causal_only=True,
     slow=True,
 )
@@ -93,6 +94,7 @@ FIRST_ORDER = Detector(
     from_gradient=_first_order,
     combine=_replaced_by_the_mean,
     serves="repeated",
+    needs_logits=True,
     causal_only=True,
     slow=True,
 )
@@ -126,6 +128,7 @@ EXACT = Detector(
     rank=22,
     unit="nats a token",
     serves="repeated",
+    needs_logits=True,
     causal_only=True,
     slow=True,
 )

@@ -12,6 +12,7 @@ from interp.figures import FIGURES
 from interp.models.load import weights_sha256
 from interp.registry import ANALYSES
 from interp.report import Report
+from probes.saes.model import SAE, SAEConfig
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
 
 for _entry in entry_points(group="interp.analyses"):
@@ -26,8 +27,18 @@ NAMES = Pairs.of(
     positions={"S1": [1], "S1+1": [2], "IO": [2], "S2": [5]},
 )
 FACTS = [f"{subject}={subject.upper()}" for subject in "abcdefghij"]
+TEXTS = [f"{word} {n}" * 9 for n in "abc" for word in ("the cat", "a mat", "on it", "an owl")]
+READ = {"tokens": 120, "context": 16, "progress": False}
+WIDTH = induction_model().config.n_embd
+CODER = SAE(SAEConfig(d_in=WIDTH, d_sae=24, k=4, site="z.1", heads=4))
 ARGUMENTS = {
+    "sae_train": ((TEXTS,), {"site": "z.1", "d_sae": 24, "k": 4, "batch_size": 40, **READ}),
+    "sae_eval": ((CODER, TEXTS), {"windows": 2, "tasks": 2, **READ}),
+    "sae_features": ((CODER, TEXTS), {"contexts": 3, "around": 4, "ablate": 2, **READ}),
     "heads": ((), {"prompts": 4, "progress": False}),
+    "head_groups": ((), {"prompts": 2, "progress": False}),
+    "prune": ((), {"prompts": 2, "step": 0.25, "progress": False}),
+    "shapley": ((), {"prompts": 2, "budget": 3.0, "progress": False}),
     "flow": ((PROMPT,), {"max_flow": False}),
     "decompose": (("induction",), {"n": 4, "progress": False}),
     "circuit_find": (("induction",), {"n": 4, "edges": 30, "progress": False}),
