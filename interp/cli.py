@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import webbrowser
 from contextlib import nullcontext
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
@@ -37,6 +38,7 @@ from interp.commands import (
     options_known_to,
 )
 from interp.errors import BadInput, InterpError, SaveFailed
+from interp.registry import ANALYSES
 from interp.sites import ranges
 
 if TYPE_CHECKING:
@@ -64,30 +66,28 @@ def perform(job: Job) -> None:
     check_writable(out)
     opened = _open(job.model, **job.loading)
     known = signature(analysis.function).parameters
-    keeping = {"checkpoint": out / PARTIAL, "resume": job.resume} if "resume" in known else {}
+    ours = {"out": out, "checkpoint": out / PARTIAL, "resume": job.resume}
+    given = {name: value for name, value in ours.items() if name in known}
+    keeping = out if "out" in given else out / PARTIAL if "resume" in given else None
     busy = (
         nullcontext() if "progress" in known else Console(stderr=True).status("Reading the model")
     )
     try:
         with busy:
             report: Report = analysis.function(
-                opened, *job.arguments.values(), **job.options, **keeping
+                opened, *job.arguments.values(), **job.options, **given
             )
             report.save(out)
     except KeyboardInterrupt:
-        kept = f"; {KEPT.format(out / PARTIAL)}" if keeping else ""
+        kept = f"; {KEPT.format(keeping)}" if keeping else ""
         print(f"interp: stopped{kept}", file=sys.stderr)
         raise SystemExit(130) from None
     except SaveFailed as error:
-        raise SaveFailed(
-            f"{error}. {KEPT.format(out / PARTIAL)}" if keeping else str(error)
-        ) from error
-    if keeping:
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        raise SaveFailed(f"{error}. {KEPT.format(keeping)}" if keeping else str(error)) from error
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
     _print_summary(report, analysis.summary(report))
     Console().print(f"{time.perf_counter() - started:.0f} s")
-    page = str((out / "report.html").resolve())
-    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
+    _print_page(out)
 
 
 app = typer.Typer(
@@ -99,8 +99,40 @@ app = typer.Typer(
     help="What every attention head of a transformer does, how sure that is, and whether it matters.",
 )
 
+
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved report.")],
+    browser: Annotated[
+        bool, typer.Option("--open", help="Open its page in the web browser.")
+    ] = False,
+) -> None:
+    """Print a saved report's summary again, and where its page is; a page that is missing is drawn.
+
+    Example:
+
+        interp show reports/smollm2-135m-heads --open
+    """
+    from interp.report import Report
+    from interp.run.files import write_atomically
+
+    report = Report.load(folder)
+    entries = {entry.name: entry for entry in entry_points(group="interp.analyses")}
+    if report.analysis not in entries:
+        raise BadInput(f"{folder} holds a report of '{report.analysis}', which is not installed")
+    entries[report.analysis].load()
+    page = folder / "report.html"
+    if not page.exists():
+        write_atomically(page, report.to_html().encode("utf-8", "replace"))
+    _print_summary(report, ANALYSES[report.analysis].summary(report))
+    _print_page(folder)
+    if browser:
+        webbrowser.open(page.resolve().as_uri())
+
+
+app.command()(show)
 for _prefix, _about in GROUPS.items():
     _group = typer.Typer(cls=analysis_group(perform, _prefix), no_args_is_help=True, help=_about)
+    _group.command()(show)
     app.add_typer(_group, name=_prefix)
 
 
@@ -208,6 +240,12 @@ def _print_summary(report: Report, rows: pd.DataFrame) -> None:
         console.print(f"skipped {name}: {reason}", markup=False)
     for note in report.meta.get("notes", []):
         console.print(f"note: {note}", markup=False)
+
+
+def _print_page(folder: Path) -> None:
+    """Where the page of a saved report is."""
+    page = str((folder / "report.html").resolve())
+    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _short(value: Any) -> str:

@@ -46,11 +46,14 @@ TRUST = Annotated[
 LOADING = {"device": DEVICE, "dtype": DTYPE, "revision": REVISION, "trust_remote_code": TRUST}
 """Options of every command that loads a model."""
 
-GROUPS = {"circuit": "Find a circuit, and judge it."}
+GROUPS = {
+    "circuit": "Find a circuit, and judge it.",
+    "sae": "Train a sparse autoencoder, judge it, and read its features.",
+}
 """First words of two-word commands, and what is said of them."""
 
-OURS = ("checkpoint", "resume", "progress")
-"""Parameters that the command line fills by itself."""
+OURS = ("out", "checkpoint", "resume", "progress")
+"""Parameters that the command line fills by itself; `out` is the report's own folder."""
 
 
 @dataclass(frozen=True)

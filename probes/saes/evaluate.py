@@ -137,7 +137,7 @@ def loss_recovered(
         BadInput: the SAE, the model and the store do not belong together.
     """
     site = sae.site(model)
-    _check_store(sae, store)
+    check_store(sae, store)
     lead, shape = int(store.key["lead"]), store.key["heads"]
     mean = torch.zeros(store.width, dtype=torch.double)
     for x in _chunks(store):
@@ -301,7 +301,7 @@ def evaluate_sae(
     started = time.perf_counter()
     site = sae.site(model)
     for store in (data.train, data.held_out):
-        _check_store(sae, store)
+        check_store(sae, store)
     numbers, density = reconstruction(sae, data.held_out)
     control, _ = reconstruction(shuffled(sae, seed=seed), data.held_out)
     table = pd.DataFrame([{"of": "sae", **numbers}, {"of": "shuffled weights", **control}])
@@ -330,7 +330,7 @@ def _chunks(rows: Rows) -> Iterator[Tensor]:
         yield rows.rows(torch.arange(start, min(start + ROWS, rows.n_rows)))
 
 
-def _check_store(sae: SAE, store: ActivationStore) -> None:
+def check_store(sae: SAE, store: ActivationStore) -> None:
     c = sae.config
     for name, mine, theirs in (
         ("width", c.d_in, store.width),

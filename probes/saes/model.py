@@ -90,6 +90,7 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
+        self._compared: tuple = ()
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(config.d_sae, config.d_in, generator=generator)
         self.W_dec = nn.Parameter(nn.functional.normalize(directions))
@@ -201,11 +202,16 @@ class SAE(nn.Module):
                 f"{model.id} has {width}{f' of {heads} heads' if heads else ''} there: the SAE is of "
                 "another model or site"
             )
-        if c.sha256 and c.sha256 != weights_sha256(model.module):
-            raise BadInput(
-                f"this SAE was trained on {c.model or 'a model'} with weights {c.sha256[:16]}, {model.id} "
-                f"has {weights_sha256(model.module)[:16]}: load the model it was trained on"
-            )
+        # Every edit asks; all weights are read once, and again when one was replaced or written to.
+        stamp = tuple((w.data_ptr(), w._version) for w in model.module.parameters())
+        if c.sha256 and stamp != self._compared:
+            found = weights_sha256(model.module)
+            if c.sha256 != found:
+                raise BadInput(
+                    f"this SAE was trained on {c.model or 'a model'} with weights {c.sha256[:16]}, "
+                    f"{model.id} has {found[:16]}: load the model it was trained on"
+                )
+            self._compared = stamp
         return site
 
 
