@@ -511,3 +511,13 @@ def test_identities_hold_on_the_default_model(smollm):
     found = feature_contributions(smollm, late, batch, answer=" Mary", instead=" John")
     expected = direct_contributions(smollm, batch, answer=" Mary", instead=" John").heads[:, 12]
     assert close(found.heads, expected, 1e-3) and close(found.total, found.heads)
+
+
+def test_a_negative_target_is_counted_from_the_end_of_each_prompt(tiny):
+    sae = SAE(SAEConfig(d_in=32, d_sae=64, k=4, site="z.1", heads=4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    batch = Batch.of_ids(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), mask)
+    last = direct_feature_attribution(tiny, sae, batch, [3], targets=[-1])
+    same = direct_feature_attribution(tiny, sae, batch, [3], targets=torch.tensor([3, 2]))
+    assert last.targets.tolist() == [[3], [2]]
+    torch.testing.assert_close(last.total, same.total)

@@ -16,11 +16,13 @@ import pandas as pd
 import pytest
 import torch
 
+import interp
+import interp.data.activations as activations_module
 from interp.data.activations import Activations, collect_activations, origins, windows
 from interp.data.texts import WIKIPEDIA_FILE, documents, plain_text, wikipedia_articles
 from interp.errors import BadInput
 from interp.run.store import ActivationStore, MemoryRows, write_store
-from tests.ground_truth.induction_model import character_tokenizer
+from tests.ground_truth.induction_model import character_tokenizer, induction_model
 
 ROWS = [5, 7, 4]
 
@@ -335,3 +337,15 @@ def test_markup_that_never_closes_loses_no_text():
     assert plain_text("before {{open and after") == "before {{open and after"
     assert plain_text("a (; ) b") == "a b"
     assert os.linesep not in plain_text("one line")
+
+
+def test_activations_of_a_licensed_text_keep_its_notice(tmp_path, monkeypatch):
+    articles = [f"article {i} says a few words more." for i in range(12)]
+    monkeypatch.setattr(activations_module, "documents", lambda source, field: iter(articles))
+    model = interp.load(induction_model(), tokenizer=character_tokenizer())
+    options = {"site": "z.1", "tokens": 100, "context": 24, "progress": False}
+    collect_activations(model, "wikipedia", tmp_path / "named", **options)
+    notice = (tmp_path / "named" / "LICENCE.txt").read_text()
+    assert "CC BY-SA 3.0" in notice and "creativecommons.org" in notice
+    collect_activations(model, articles, tmp_path / "own", **options)
+    assert not (tmp_path / "own" / "LICENCE.txt").exists()

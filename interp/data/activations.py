@@ -25,6 +25,7 @@ from interp.errors import BadInput
 from interp.models.load import weights_sha256
 from interp.models.model import Model
 from interp.run.batch import Batch
+from interp.run.files import write_atomically
 from interp.run.progress import Progress
 from interp.run.store import DTYPES, ActivationStore, write_store
 from interp.sites import PATTERN_AXES, Site, has_heads
@@ -36,6 +37,15 @@ LOOK_AHEAD = 4
 SHORTEST_WINDOW = 2
 PADDING = -1
 LICENCES = {WIKIPEDIA: "CC BY-SA 3.0"}
+NOTICE = """Text: {text}, under {licence} ({url}).
+
+Activations, contexts and autoencoders made from it carry parts of that text, or are adapted from it: pass this
+notice on with them.
+"""
+URLS = {"CC BY-SA 3.0": "https://creativecommons.org/licenses/by-sa/3.0/"}
+TEXTS = {
+    WIKIPEDIA: "articles of English Wikipedia by its authors, as carried by the package gensim 4.4.0"
+}
 _log = logging.getLogger("interp")
 
 
@@ -160,6 +170,9 @@ def collect_activations(
                 dtype=dtype,
                 made=told,
             )
+    if licence := LICENCES.get(shown):
+        notice = NOTICE.format(text=TEXTS[shown], licence=licence, url=URLS[licence])
+        write_atomically(Path(folder) / "LICENCE.txt", notice.encode())
     return Activations(stores["train"], stores["held_out"])
 
 

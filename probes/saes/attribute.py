@@ -166,8 +166,9 @@ def direct_feature_attribution(
     Args:
         prompt: text or texts, token ids, or a Batch.
         features: their numbers.
-        targets: positions explained: the same in every prompt; or a LongTensor [batch] or
-            [batch target] of each prompt's own; none: all. Rows of padding mean nothing.
+        targets: positions explained: the same in every prompt, negative ones from the end of its
+            tokens; or a LongTensor [batch] or [batch target] of each prompt's own; none: all. Rows of
+            padding mean nothing.
 
     Returns: the parts, in units of the pre-activation (z's unit times W_enc's).
 
@@ -615,7 +616,10 @@ def _targets(batch: Batch, targets: Sequence[int] | Tensor | None) -> Int[Tensor
         places = targets.long().cpu()
         places = places[:, None] if places.ndim == 1 else places
     else:
-        places = torch.tensor([int(t) for t in targets], dtype=torch.long).expand(size, -1)
+        columns = [
+            real_position(batch, int(t)) if t < 0 else torch.full((size,), int(t)) for t in targets
+        ]
+        places = torch.stack(columns, 1) if columns else torch.empty(size, 0, dtype=torch.long)
     if places.shape[0] != size or not places.numel():
         raise BadInput(
             f"targets of shape {list(places.shape)}: wanted positions for each of {size} prompts"
