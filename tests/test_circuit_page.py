@@ -62,7 +62,7 @@ def test_the_induction_heads_card_has_its_edges_and_its_role(found: Report) -> N
     assert ("0.1", "1.2", "k") in into_it
     claims = data["claims"]
     places = list(zip(claims["columns"]["layer"], claims["columns"]["head"], strict=True))
-    assert claims["labels"][places.index((1, 2))] == ["induction"]
+    assert claims["labels"][places.index((1, 2))] == ["induction", "copying"]
     assert claims["labels"][places.index((0, 1))] == ["previous_token"]
 
 

@@ -68,7 +68,7 @@ def test_heads_writes_a_whole_report(run, folder, tmp_path):
     assert saved.meta["model"]["n_layers"] == 2
     pd.testing.assert_frame_equal(saved.table, pd.read_parquet(out / "heads.parquet"))
     found = saved.table.set_index(["layer", "head"])["labels"]
-    assert found[1, 2] == "induction"
+    assert found[1, 2] == "induction,copying"
 
 
 def test_report_is_the_same_under_the_same_seed(run, folder, tmp_path):
