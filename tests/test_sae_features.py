@@ -19,9 +19,10 @@ from interp.errors import BadInput
 from interp.figures import sae_page
 from interp.metrics import token_loss
 from interp.report import Report
-from probes.saes import features
+from probes.saes import evidence
 from probes.saes.attribute import feature_logits
-from probes.saes.features import BINS, sae_features
+from probes.saes.evidence import BINS
+from probes.saes.features import sae_features
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.splice import lead_spared, splice
 from probes.saes.train import train_sae
@@ -102,8 +103,8 @@ def test_a_feature_of_one_head_is_that_heads(tiny, data):
 @pytest.mark.parametrize("block", [50, 10_000])
 def test_evidence_is_what_a_plain_reference_finds(tiny, data, kind, block, monkeypatch):
     """All latents at once, one feature at a time; in one block, and in many that are merged."""
-    monkeypatch.setattr(features, "BLOCK_ROWS", block)
-    monkeypatch.setattr(features, "LATENTS_AT_ONCE", 48 * 64)
+    monkeypatch.setattr(evidence, "BLOCK_ROWS", block)
+    monkeypatch.setattr(evidence, "LATENTS_AT_ONCE", 48 * 64)
     sae, store, k, around = random_sae(kind), data.train, 4, 5
     assert len(store.shards) > 2
     report = sae_features(
@@ -200,11 +201,11 @@ def test_only_the_features_asked_for(tiny, data):
 
 
 def test_an_interrupted_pass_goes_on(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "BLOCK_ROWS", 60)
+    monkeypatch.setattr(evidence, "BLOCK_ROWS", 60)
     sae = random_sae()
     options = {"contexts": 3, "ablate": 2, "loss_windows": 0, "progress": False}
     whole = sae_features(tiny, sae, data, **options)
-    real, calls = features._of_block, []
+    real, calls = evidence._of_block, []
 
     def dying(*arguments):
         calls.append(arguments[3])
@@ -212,7 +213,7 @@ def test_an_interrupted_pass_goes_on(tiny, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(features, "_of_block", dying)
+    monkeypatch.setattr(evidence, "_of_block", dying)
     with pytest.raises(KeyboardInterrupt):
         sae_features(tiny, sae, data, checkpoint=tmp_path / "kept", **options)
     again = sae_features(tiny, sae, data, checkpoint=tmp_path / "kept", resume=True, **options)
@@ -331,7 +332,7 @@ def test_a_small_byte_is_not_nothing():
 
 def test_features_of_the_default_model(smollm, tmp_path):
     """A small SAE of z.12 on prose: what is shown is consistent, and heads and words are there."""
-    prose = Path(features.__file__).parents[2] / "interp/data/prose.txt"
+    prose = Path(evidence.__file__).parents[2] / "interp/data/prose.txt"
     paragraphs = prose.read_text(encoding="utf-8").split("\n\n")
     documents = ["\n\n".join(paragraphs[i : i + 12]) for i in range(0, 240, 12)]
     data = collect_activations(
