@@ -91,8 +91,8 @@ class Senders:
         `last_layer`.
         """
         if self.mlps == "frozen":
-            return lambda layer, senders: (
-                self.replay.clean_streams(layer, columns) + self.write_changes(senders, columns)
+            return lambda layer, senders: self.write_changes(senders, columns).add_(
+                self.replay.clean_streams(layer, columns)
             )
         steps = self._recomputed(last_layer, columns)
         reached: dict[str, tuple[int, list[Sender], Streams | None]] = {"now": (-1, [], None)}

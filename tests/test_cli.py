@@ -227,18 +227,14 @@ def test_resume_refuses_other_options(run, folder, tmp_path, monkeypatch):
 def test_ctrl_c_on_the_default_model(tmp_path):
     command = [
         sys.executable, "-m", "interp.cli", "heads", "smollm2-135m", "--out", str(tmp_path),
-        "--prompts", "16", "--detectors", "induction", "--no-ablate",
+        "--prompts", "32", "--detectors", "induction", "--no-ablate",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".partial/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
     err = ""
-    for wait in (
-        15,
-        15,
-        60,
-    ):  # as a person would, again where it came while Python could not take it
+    for wait in (15, 15, 60):  # again where the signal came while Python could not take it
         process.send_signal(signal.SIGINT)
         try:
             _, err = process.communicate(timeout=wait)

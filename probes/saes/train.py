@@ -92,7 +92,7 @@ def train_sae(
     init: str = "data",
     encoder_scale: float = 0.1,
     revive: str = "auxk",
-    aux: float = 1 / 32,
+    aux: float = 1 / 4,
     dead_after: int | None = None,
     precision: str = "auto",
     seed: int = 0,
@@ -131,7 +131,8 @@ def train_sae(
         init: "data": decoder rows are inputs, centred and of norm 1; "random": random directions.
             b_dec is the geometric median of the inputs either way.
         encoder_scale: W_enc starts as this times W_decᵀ.
-        revive: "auxk", "resample" or "none". aux: weight of the dead latents' loss.
+        revive: "auxk", "resample" or "none". aux: weight of the dead latents' loss (Gao et al. take
+            1/32: with as few steps as here, three times as many latents then never wake).
         dead_after: rows without being active after which a latent counts as dead; by default a
             sixteenth of all rows seen.
         precision: of the product that chooses active latents (topk, batchtopk): "float32",
