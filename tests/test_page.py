@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from interp.figures import page
+from interp.figures.document import compact, part
 from interp.report import Report
 
 from .browser.synthetic import HOSTILE, head_report
@@ -122,4 +123,4 @@ def test_notebook_frame_holds_the_page() -> None:
 
 
 def test_the_script_is_small() -> None:
-    assert len(page._compact(page._part("page.js")).encode()) <= 40_000
+    assert len(compact(part("page.js")).encode()) <= 40_000

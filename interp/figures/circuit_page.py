@@ -9,28 +9,15 @@ but that one. Names and tokens travel inside the base64, or escaped by the templ
 
 from __future__ import annotations
 
-import base64
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from interp.figures.circuit_graph import SHOWN, kind_of, node_of, place_of
-from interp.figures.explain_page import _packed
+from interp.figures.document import column, document, packed, provenance_lines
 from interp.figures.head_claims import NAME, head_claims
-from interp.figures.page import (
-    _column,
-    _compact,
-    _csp_hash,
-    _part,
-    _provenance,
-    _writable,
-    claims_document,
-)
+from interp.figures.page import claims_document
 from interp.report import Report
 
 STYLES = ("page.css", "circuit_page.css")
@@ -62,10 +49,12 @@ def circuit_page(report: Report, heads: Report | None = None) -> str:
         meta = report.meta | about
         report = Report(report.analysis, report.tables | tables, report.arrays, meta)
     meta = report.meta
-    style = "\n".join(_part(name) for name in STYLES)
-    script = _compact("\n".join(_part(name) for name in SCRIPTS))
     notes = [str(note) for note in meta.get("notes") or []]
-    page = _template().render(
+    return document(
+        "circuit_page.html.j2",
+        styles=STYLES,
+        scripts=SCRIPTS,
+        data=packed(_payload(report)),
         model=meta.get("model", {}),
         task=meta.get("options", {}).get("task"),
         lede=notes[:1],
@@ -75,14 +64,8 @@ def circuit_page(report: Report, heads: Report | None = None) -> str:
         most=MOST,
         has_claims=NAME in report.tables,
         tables=_tables(report),
-        provenance=_provenance(meta),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        data=Markup(base64.b64encode(_packed(_payload(report), b"")).decode("ascii")),
+        provenance=provenance_lines(meta),
     )
-    return _writable(page)
 
 
 def _reading(meta: dict[str, Any]) -> str:
@@ -116,10 +99,10 @@ def _payload(report: Report) -> dict[str, Any]:
         "from": [index[name] for name in table["sender"]],
         "to": [index[name] for name in receivers],
         "into": [kind_of(name) for name in table["receiver"]],
-        "score": _column(table["score"]),
+        "score": column(table["score"]),
     }
     if "importance" in table:
-        edges["importance"] = _column(table["importance"])
+        edges["importance"] = column(table["importance"])
     return {
         "n_layers": n_layers,
         "unit": _unit(meta),
@@ -155,7 +138,7 @@ def _nodes(report: Report, names: list[str]) -> dict[str, list[Any]]:
     whole = whole.assign(share=whole["score"].abs() / total if total else np.nan)
     found = whole.reindex(names)
     wanted = ("score", "share", "importance", "contribution")
-    return {name: _column(found[name]) for name in wanted if name in found}
+    return {name: column(found[name]) for name in wanted if name in found}
 
 
 def _words(report: Report, index: dict[str, int]) -> dict[int, list[list[str]]]:
@@ -213,15 +196,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.4g}".replace("-", "−")
     return str(value)
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("circuit_page.html.j2")

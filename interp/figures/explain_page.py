@@ -8,21 +8,13 @@ that one. Tokens travel inside the base64, or escaped by the template.
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
-import struct
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from interp.figures.attention_grid import attention_patterns
-from interp.figures.page import _column, _csp_hash, _jsonable, _part, _provenance, _writable
+from interp.figures.document import column, document, packed, provenance_lines
 from interp.figures.waterfall import waterfall_steps
 from interp.report import Report
 
@@ -60,39 +52,27 @@ def explain_page(report: Report) -> str:
     Returns:
         The document. Numbers in it carry six significant digits, attention weights eight bits.
     """
-    meta, payload = report.meta, _payload(report)
-    style = _part("explain_page.css")
-    script = "\n".join(_part(name) for name in SCRIPTS)
-    skipped = meta.get("skipped") or {}
-    document = payload[0]
-    page = _template().render(
+    meta, (header, patterns) = report.meta, _payload(report)
+    return document(
+        "explain_page.html.j2",
+        styles=["explain_page.css"],
+        scripts=SCRIPTS,
+        data=packed(header, patterns),
         analysis=report.analysis,
         model=meta.get("model", {}),
         headline=meta.get("headline") or [],
         tokens=meta["tokens"],
         target=meta["target"],
-        has={name for name in document if document[name] is not None},
+        has={name for name in header if header[name] is not None},
         lens_kind=meta.get("lens", {}).get("kind", "logit"),
-        skipped=skipped,
+        skipped=meta.get("skipped") or {},
         integrated=meta.get("integrated_gradients"),
         notes=meta.get("notes") or [],
-        provenance=_provenance(meta),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        data=Markup(base64.b64encode(_packed(*payload)).decode("ascii")),
+        provenance=provenance_lines(meta),
     )
-    return _writable(page)
 
 
 # --- what travels with the page -----------------------------------------------------------------
-
-
-def _packed(document: dict[str, Any], patterns: bytes) -> bytes:
-    """gzip of: length of the JSON (u32, little-endian), the JSON, the pattern bytes."""
-    text = json.dumps(_jsonable(document), allow_nan=False, separators=(",", ":")).encode("ascii")
-    return gzip.compress(struct.pack("<I", len(text)) + text + patterns, 6, mtime=0)
 
 
 def _payload(report: Report) -> tuple[dict[str, Any], bytes]:
@@ -125,7 +105,7 @@ def _prediction(report: Report) -> list[tuple[str, float]] | None:
     if facts is None:
         return None
     top = facts.loc[facts["fact"] == "predicted"]
-    return list(zip(top["token"], _column(top["value"]), strict=True))
+    return list(zip(top["token"], column(top["value"]), strict=True))
 
 
 def _lens(report: Report) -> dict[str, Any] | None:
@@ -152,8 +132,8 @@ def _lens(report: Report) -> dict[str, Any] | None:
         "k": k,
         "words": list(words),
         "top": codes.tolist(),
-        "topP": _column(top["probability"]),
-    } | {short: _column(table[name]) for short, name in numbers.items()}
+        "topP": column(top["probability"]),
+    } | {short: column(table[name]) for short, name in numbers.items()}
 
 
 def _writers(report: Report) -> dict[str, Any] | None:
@@ -171,8 +151,8 @@ def _writers(report: Report) -> dict[str, Any] | None:
     neurons = report.tables.get("neurons")
     return {
         "rows": [vars(step) for step in waterfall_steps(report)],
-        "heads": _column(pd.Series(heads.ravel())),
-        "mlps": _column(pd.Series(mlps)),
+        "heads": column(pd.Series(heads.ravel())),
+        "mlps": column(pd.Series(mlps)),
         "sources": _sources(report, shape),
         "neurons": None
         if neurons is None
@@ -180,7 +160,7 @@ def _writers(report: Report) -> dict[str, Any] | None:
             list(row)
             for row in zip(
                 *(neurons[name].tolist() for name in ("layer", "neuron")),
-                *(_column(neurons[name]) for name in ("contribution", "activation")),
+                *(column(neurons[name]) for name in ("contribution", "activation")),
                 strict=True,
             )
         ],
@@ -195,7 +175,7 @@ def _sources(report: Report, shape: tuple[int, int]) -> list[list[float] | None]
     found: list[list[float] | None] = [None] * (shape[0] * shape[1])
     for (layer, head), rows in table.loc[table["prompt"] == 0].groupby(["layer", "head"]):
         place = int(str(layer)) * shape[1] + int(str(head))
-        found[place] = _column(rows.sort_values("source")["contribution"])
+        found[place] = column(rows.sort_values("source")["contribution"])
     return found
 
 
@@ -210,7 +190,7 @@ def _flow(report: Report) -> dict[str, Any] | None:
     names = {"source_position": "source", "source_stage": "sourceStage"}
 
     def columns(table: pd.DataFrame) -> dict[str, list[Any]]:
-        return {names.get(str(name), str(name)): _column(table[name]) for name in table}
+        return {names.get(str(name), str(name)): column(table[name]) for name in table}
 
     words: dict[str, list[tuple[str, float]]] = {}
     said = report.tables.get("flow_words")
@@ -233,7 +213,7 @@ def _relevance(report: Report) -> dict[str, Any] | None:
     if table is None:
         return None
     names = [name for name in table.columns if name not in ("position", "token")]
-    return {"scores": {name: _column(table[name]) for name in names}}
+    return {"scores": {name: column(table[name]) for name in names}}
 
 
 def _words(report: Report) -> list[dict[str, Any]] | None:
@@ -257,7 +237,7 @@ def _words(report: Report) -> list[dict[str, Any]] | None:
         known = {name: shown for name, shown in names.items() if name in table}
         if len(table):
             some = table.head(SPOKEN)
-            rows = [list(row) for row in zip(*(_column(some[name]) for name in known), strict=True)]
+            rows = [list(row) for row in zip(*(column(some[name]) for name in known), strict=True)]
             tables.append({"title": title, "columns": list(known.values()), "rows": rows})
     return tables
 
@@ -270,15 +250,3 @@ def _start(report: Report) -> int:
     heads = table.loc[(table["component"] == "head") & (table["prompt"] == 0)]
     best = heads.loc[heads["contribution"].idxmax()]
     return int(best["layer"]) * report.meta["model"]["n_heads"] + int(best["head"])
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("explain_page.html.j2")

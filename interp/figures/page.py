@@ -9,29 +9,19 @@ inside the base64, so no tokenizer can write HTML into it.
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
 import html
-import json
-import re
-import struct
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
+
+from interp.figures.document import column, document, packed, provenance_lines
 
 if TYPE_CHECKING:
     from interp.report import Report
 
-_HERE = Path(__file__).parent
 SCRIPTS = ("head_claims.js", "page.js")
-_DIGITS = 6  # significant digits of every number that travels with the page
 
 
 def head_page(report: Report) -> str:
@@ -45,21 +35,18 @@ def head_page(report: Report) -> str:
         The document. Numbers in it carry six significant digits, attention weights eight bits.
     """
     meta, heads = report.meta, report.tables["heads"]
-    style, script = _part("page.css"), _compact("\n".join(_part(name) for name in SCRIPTS))
-    page = _template().render(
+    return document(
+        "page.html.j2",
+        styles=["page.css"],
+        scripts=SCRIPTS,
+        data=_payload(report),
         model=meta.get("model", {}),
         summary=_summary(meta, heads),
         methods=[_method(detector) for detector in meta.get("detectors", [])],
         skipped=meta.get("skipped") or {},
         notes=meta.get("notes") or [],
-        provenance=_provenance(meta),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        data=Markup(base64.b64encode(_payload(report)).decode("ascii")),
+        provenance=provenance_lines(meta),
     )
-    return _writable(page)
 
 
 def notebook_frame(page: str, *, height: int = 900) -> str:
@@ -80,11 +67,11 @@ def notebook_frame(page: str, *, height: int = 900) -> str:
 
 
 def _payload(report: Report) -> bytes:
-    """gzip of: length of the JSON (u32, little-endian), the JSON, the pattern bytes."""
+    """What the page's script unpacks: a header, and the pattern bytes."""
     meta, heads = report.meta, report.tables["heads"]
     prompts, pattern = _patterns(report)
     n_layers, n_heads = _grid_shape(meta, heads)
-    document = {
+    header = {
         "shape": [n_layers, n_heads],
         "slots": _pattern_shape(report),
         "causal": bool(meta.get("causal", True)),
@@ -92,10 +79,7 @@ def _payload(report: Report) -> bytes:
         "ov": _ov_words(report.tables.get("ov_tokens"), heads),
         "meta": {k: v for k, v in meta.items() if k != "prompts"},
     } | claims_document(heads, meta.get("detectors", []))
-    # json.dumps escapes what is not ASCII, lone surrogates and control characters too
-    text = json.dumps(_jsonable(document), allow_nan=False, separators=(",", ":"))
-    encoded = text.encode("ascii")
-    return gzip.compress(struct.pack("<I", len(encoded)) + encoded + pattern, 6, mtime=0)
+    return packed(header, pattern)
 
 
 def claims_document(heads: pd.DataFrame, detectors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -111,7 +95,7 @@ def claims_document(heads: pd.DataFrame, detectors: Sequence[Mapping[str, Any]])
             | {"title": d.get("title", d["name"]), "letter": d.get("letter", d["name"][:1].upper())}
             for d in detectors
         ],
-        "columns": {str(name): _column(heads[name]) for name in heads.columns if name != "labels"},
+        "columns": {str(name): column(heads[name]) for name in heads.columns if name != "labels"},
         "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
     }
 
@@ -146,7 +130,7 @@ def _ov_words(table: Any, heads: Any) -> dict[str, Any]:
     found: list[dict[int, dict[str, list[Any]]]] = [{} for _ in range(len(heads))]
     columns = [table[name] for name in ("layer", "head", "direction", "side")]
     for layer, head, direction, side, code, score in zip(
-        *columns, codes, _column(table["score"]), strict=True
+        *columns, codes, column(table["score"]), strict=True
     ):
         row = where.get((layer, head))
         if row is not None:
@@ -156,35 +140,6 @@ def _ov_words(table: Any, heads: Any) -> dict[str, Any]:
         "words": [str(word) for word in words],
         "heads": [[[d, s["reads"], s["writes"]] for d, s in entry.items()] for entry in found],
     }
-
-
-def _column(values: Any) -> list[Any]:
-    """The values as JSON takes them: whole numbers, numbers of six digits, text, None for NaN."""
-    if pd.api.types.is_integer_dtype(values) and not values.hasnans:
-        return values.tolist()
-    if not pd.api.types.is_numeric_dtype(values):
-        return [None if pd.isna(value) else str(value) for value in values]
-    x = values.to_numpy(dtype=np.float64, na_value=np.nan)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(x))))
-        rounded = np.round(x * scale) / scale
-    rounded = np.where((np.abs(x) > 1e-9) & np.isfinite(rounded), rounded, x)
-    return [value if np.isfinite(value) else None for value in rounded.tolist()]
-
-
-def _jsonable(value: Any) -> Any:
-    """Plain Python all the way down: numpy scalars unwrapped, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    return str(value)
 
 
 # ---------------------------------------------------------------- what is written in words
@@ -253,19 +208,6 @@ def _method(detector: dict[str, Any]) -> dict[str, str]:
     return {"name": name, "title": detector.get("title", name), "text": text}
 
 
-def _provenance(meta: dict[str, Any]) -> list[tuple[str, str]]:
-    model = {f"model {key}": value for key, value in meta.get("model", {}).items()}
-    rest = {
-        "created": meta.get("created"),
-        "wall time": _seconds(meta.get("wall_time_s")),
-        "seed": meta.get("seed"),
-        "schema version": meta.get("schema_version"),
-        "options": _pairs(meta.get("options")),
-        "versions": _pairs(meta.get("versions")),
-    }
-    return [(k, str(v)) for k, v in (model | rest).items() if v not in (None, "")]
-
-
 def _grid_shape(meta: dict[str, Any], heads: Any) -> tuple[int, int]:
     model = meta.get("model", {})
     size = {"layer": model.get("n_layers"), "head": model.get("n_heads")}
@@ -292,50 +234,3 @@ def _lower_first(text: str) -> str:
 
 def _signed(value: Any) -> str:
     return f"{float(value):+.2f}".replace("-", "−")
-
-
-def _seconds(value: Any) -> str:
-    return "" if value is None else f"{float(value):.1f} s"
-
-
-def _pairs(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else ""
-
-
-# ---------------------------------------------------------------- the document
-
-
-@cache
-def _part(name: str) -> str:
-    text = (_HERE / name).read_text(encoding="utf-8")
-    assert not re.search(r"</(script|style)", text, re.IGNORECASE), f"{name} would end its own tag"
-    return text
-
-
-def _compact(script: str) -> str:
-    """A script without indentation and comments: what travels with every page."""
-    lines = (re.sub(r"^//.*|\s// [^\"'`]*$", "", line.strip()) for line in script.splitlines())
-    return "\n".join(filter(None, lines))
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2")
-
-
-def _csp_hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
-
-
-def _writable(text: str) -> str:
-    """`text` without what UTF-8 or HTML cannot hold: lone surrogates, control characters."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)

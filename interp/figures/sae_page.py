@@ -10,20 +10,12 @@ its own, and tokens travel inside the base64 only.
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
-import struct
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
-from interp.figures.page import _column, _csp_hash, _jsonable, _part, _provenance, _writable
+from interp.figures.document import column, document, packed, provenance_lines
 from interp.report import Report
 
 CURVE_POINTS = 400
@@ -44,9 +36,11 @@ def sae_page(report: Report) -> str:
         the feature's largest, histograms 8 bits of the root of a count; other numbers 32-bit floats.
     """
     meta = report.meta
-    style, script = _part("sae_page.css"), _part("sae_page.js")
-    header, arrays = _header(report), _arrays(report)
-    page = _template().render(
+    return document(
+        "sae_page.html.j2",
+        styles=["sae_page.css"],
+        scripts=["sae_page.js"],
+        data=_payload(_header(report), _arrays(report)),
         model=meta.get("model", {}),
         sae=meta.get("sae", {}),
         text=meta.get("text") or {},
@@ -59,25 +53,18 @@ def sae_page(report: Report) -> str:
         distinct=meta.get("distinct", "document"),
         skipped=meta.get("skipped") or {},
         notes=meta.get("notes") or [],
-        provenance=_provenance(meta),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        data=Markup(base64.b64encode(_packed(header, arrays)).decode("ascii")),
+        provenance=provenance_lines(meta),
     )
-    return _writable(page)
 
 
 # --- what travels with the page -----------------------------------------------------------------
 
 
-def _packed(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
-    """gzip of: length of the header (u32, little-endian), the header, the arrays one after the other."""
+def _payload(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """What the page's script unpacks: the header, and the arrays one after the other."""
     header["arrays"] = [[name, x.dtype.str[1:], list(x.shape)] for name, x in arrays.items()]
-    text = json.dumps(_jsonable(header), allow_nan=False, separators=(",", ":")).encode("ascii")
     parts = [x.astype(x.dtype.newbyteorder("<")).tobytes() for x in arrays.values()]
-    return gzip.compress(struct.pack("<I", len(text)) + text + b"".join(parts), 6, mtime=0)
+    return packed(header, b"".join(parts))
 
 
 def _header(report: Report) -> dict[str, Any]:
@@ -89,13 +76,13 @@ def _header(report: Report) -> dict[str, Any]:
     return {
         "tokens": report.tables["tokens"]["text"].tolist(),
         "histogram": {
-            "from": _column(histogram["from"]),
-            "to": _column(histogram["to"]),
-            "features": _column(histogram["latents"]),
+            "from": column(histogram["from"]),
+            "to": column(histogram["to"]),
+            "features": column(histogram["latents"]),
         },
         "curve": None
         if curve is None
-        else {name: _column(curve[name]) for name in ("rows", "fvu", "l0", "dead")},
+        else {name: column(curve[name]) for name in ("rows", "fvu", "l0", "dead")},
         "dense": int(report.table["dense"].to_numpy().sum()),
         "site": report.meta.get("sae", {}).get("site", ""),
     }
@@ -186,15 +173,3 @@ def _losses(report: Report) -> list[dict[str, Any]]:
         }
         for row in table.to_dict("records")
     ]
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("sae_page.html.j2")
