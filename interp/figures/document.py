@@ -33,11 +33,12 @@ def document(
     """The page: a template of this folder, filled with `words`, which it escapes, and with its parts.
 
     Args:
-        template: file of the template. styles, scripts: files that are put together.
+        template: file of the template. styles, scripts: files that are put together, the scripts behind
+            `document.js`.
         data: from `packed`.
     """
     style = "\n".join(part(name) for name in styles)
-    script = compact("\n".join(part(name) for name in scripts))
+    script = compact("\n".join(part(name) for name in ("document.js", *scripts)))
     text = _template(template).render(
         **words,
         style=Markup(style),

@@ -2,7 +2,6 @@
 // enters the document as text nodes only, so no token can become markup. The sections with a canvas are
 // in files of their own (attention_grid.js, flow_graph.js); all are one script in the page.
 
-const $ = (id) => document.getElementById(id);
 const RAMPS = {
   light: ["#eef2f4", "#c5dfe4", "#7dbccb", "#3a8fb0", "#1f5c93", "#1c2a5c"],
   dark: ["#1d242d", "#1f3e5c", "#22668a", "#2f98a6", "#7ccfae", "#f0f8d8"],
@@ -18,16 +17,6 @@ const headListeners = []; // called with (layer, head) when a head is chosen any
 let data, bytes;
 
 // --- small tools
-
-function el(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in node) node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
 
 const known = (x) => x !== null && x !== undefined;
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
@@ -328,17 +317,6 @@ function drawWords() {
 
 // --- start
 
-async function unpack() {
-  const text = atob($("data").textContent.trim());
-  const packed = new Uint8Array(text.length);
-  for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
-  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-  const length = new DataView(buffer).getUint32(0, true);
-  data = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-  bytes = new Uint8Array(buffer, 4 + length);
-  $("data").remove();
-}
-
 function drawTheme() {
   const button = $("theme"), name = () => { button.textContent = isDark() ? "Light" : "Dark"; };
   const changed = () => { name(); for (const draw of redraws) draw(); };
@@ -351,7 +329,7 @@ function drawTheme() {
 }
 
 async function start() {
-  await unpack();
+  ({ document: data, bytes } = await unpacked());
   drawTheme();
   if (data.prediction) drawPrediction();
   if (data.lens) drawLens();

@@ -1,7 +1,6 @@
 // What a heads report says of one head: its roles, every score with interval and null, its ablation.
 // The page of heads and the cards of a circuit's nodes draw it with this, into the same elements.
 
-const $ = (id) => document.getElementById(id);
 const on = (id, type, listener) => $(id).addEventListener(type, listener);
 
 const PALETTE = { // Okabe and Ito; the commonest role gets the grey
@@ -18,16 +17,6 @@ const RAMPS = {
 let report, heads, columns, detectors, roles; // a heads report: scores by column, rows are heads
 
 // --- small tools
-
-function el(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in node) node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
 
 const known = (x) => x !== null && x !== undefined && x !== "";
 const get = (name, i) => columns[name]?.[i] ?? null;
@@ -49,20 +38,6 @@ function readable(token) {
 }
 
 // --- start
-
-// the JSON in #data, and the bytes behind it
-async function unpacked() {
-  const text = atob($("data").textContent.trim());
-  const packed = new Uint8Array(text.length);
-  for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
-  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-  const length = new DataView(buffer).getUint32(0, true);
-  $("data").remove();
-  return {
-    document: JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length))),
-    bytes: new Uint8Array(buffer, 4 + length),
-  };
-}
 
 // what the functions below look up, from `report`
 function indexHeads() {

@@ -2,7 +2,6 @@
 // only the rows in sight exist, and one feature's card at a time. Text of the report enters the
 // document as text nodes only, so no token can become markup.
 
-const $ = (id) => document.getElementById(id);
 const TYPES = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 const ROW = 26; // px, as in the style sheet
 const SVG = "http://www.w3.org/2000/svg";
@@ -11,16 +10,6 @@ const BINS = 32;
 let head, data = {}, columns = [], order = [], place = -1, sorted = "density", down = true, index = null;
 
 // --- small tools
-
-function el(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in node) node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
 
 function svg(tag, attributes = {}, ...children) {
   const node = document.createElementNS(SVG, tag);
@@ -263,21 +252,15 @@ function choose(i) {
 
 // --- start
 
-async function unpack() {
-  const text = atob($("data").textContent.trim());
-  const packed = new Uint8Array(text.length);
-  for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
-  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-  const length = new DataView(buffer).getUint32(0, true);
-  head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-  let at = 4 + length;
+// The arrays behind the header, one after the other.
+function arraysOf(bytes) {
+  let at = bytes.byteOffset;
   for (const [name, kind, shape] of head.arrays) {
-    const bytes = shape.reduce((a, b) => a * b, 1) * TYPES[kind].BYTES_PER_ELEMENT;
-    data[name] = new TYPES[kind](buffer.slice(at, at + bytes));
+    const size = shape.reduce((a, b) => a * b, 1) * TYPES[kind].BYTES_PER_ELEMENT;
+    data[name] = new TYPES[kind](bytes.buffer.slice(at, at + size));
     data[name].width = shape[1] ?? 1;
-    at += bytes;
+    at += size;
   }
-  $("data").remove();
 }
 
 function isDark() {
@@ -296,7 +279,9 @@ function drawTheme() {
 }
 
 async function start() {
-  await unpack();
+  const { document: header, bytes } = await unpacked();
+  head = header;
+  arraysOf(bytes);
   drawTheme();
   for (const node of document.querySelectorAll("[data-share]")) node.style.width = `${node.dataset.share}%`;
   drawDensity();

@@ -1,0 +1,27 @@
+// What the script of every page begins with: elements, and the data that travel in #data.
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+// the JSON in #data, and the bytes behind it
+async function unpacked() {
+  const text = atob($("data").textContent.trim());
+  const packed = new Uint8Array(text.length);
+  for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
+  const buffer = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  const length = new DataView(buffer).getUint32(0, true);
+  $("data").remove();
+  return {
+    document: JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length))),
+    bytes: new Uint8Array(buffer, 4 + length),
+  };
+}
