@@ -201,6 +201,8 @@ def score_edges(
         task: from `task_of`. method: one of METHODS. steps: of the integral.
         units: finished portions, for long methods. advance: called with portions just done.
 
+    >>> from circuits.passes import task_of
+    >>> from interp.data.pairs import Pairs
     >>> model = tiny_model()
     >>> pairs = Pairs.of([[5, 6, 7]], [[5, 9, 7]], answers=[3], wrong=[4])
     >>> task = task_of(Parts.of(model), pairs)
