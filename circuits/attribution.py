@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.errors import BadInput, Refused
+from interp.direction import logit_direction, norm_behind, places_of, token_ids
+from interp.errors import BadInput
 from interp.models.calls import uncapped_logits
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm, linear_map
+from interp.models.weights import FrozenNorm
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.batch import Batch
@@ -29,34 +30,6 @@ from interp.run.edits import Edit, Seen
 from interp.sites import ranges
 
 NEEDED = ("attn_out", "attn_write", "mlp_write", "mlp_out")
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The residual direction of a logit (or logit difference) at one position of each prompt.
-
-    vector: [batch d_model], final norm's gain and scale folded in: its dot product with a write is the
-    write's contribution in logits. constant: [batch], what biases after the last block add.
-    """
-
-    vector: Float[Tensor, "batch d_model"]
-    constant: Float[Tensor, " batch"]
-
-
-@torch.no_grad()
-def logit_direction(
-    model: Model, final: Float[Tensor, "batch d_model"], answer: Tensor, instead: Tensor | None
-) -> Direction:
-    """The direction that logit[answer] (− logit[instead]) reads at the final residual `final`."""
-    W_U, b_U = linear_map(
-        model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model
-    )
-    d, b = W_U.T[answer].float(), b_U[answer].float()
-    if instead is not None:
-        d, b = d - W_U.T[instead].float(), b - b_U[instead].float()
-    norm, scale = model.final_norm, model.spec.logit_scale
-    constant = (d @ norm.bias.to(d.device).float() + b) * scale
-    return Direction(norm.pull_back(d, at=final) * scale, constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +103,7 @@ def direct_contributions(
     _ = model.W_U
     batch = model.as_batch(prompt)
     places = places_of(batch, position)
-    wanted, other = _ids(model, answer, batch.size), _ids(model, instead, batch.size)
+    wanted, other = (token_ids(model, token, batch.size) for token in (answer, instead))
     if neurons:
         neurons = "mlp_post" not in model.spec.refused
     sites = ["embed", *write_sites(model), f"resid_post.{model.n_layers - 1}"]
@@ -252,30 +225,6 @@ def direct_attribution(
     return Report("attribute", tables, {}, meta)
 
 
-# --- what is asked ------------------------------------------------------------------------------
-
-
-def places_of(batch: Batch, position: int) -> Int[Tensor, " batch"]:
-    """Each prompt's position in the batch, `position` being counted over its real tokens."""
-    assert batch.mask is not None
-    real = batch.mask.sum(1).cpu()
-    if int(real.min()) < max(-position, position + 1):
-        raise BadInput(f"position {position} is not in a prompt of {int(real.min())} tokens")
-    first = batch.mask.int().argmax(1).cpu()
-    return first + (position if position >= 0 else real + position)
-
-
-def _ids(model: Model, token: str | int | Tensor | None, size: int) -> Tensor | None:
-    """One token id for every prompt."""
-    if token is None:
-        return None
-    if not isinstance(token, Tensor):
-        return torch.tensor([model.token_id(token)] * size)
-    if token.shape != (size,):
-        raise BadInput(f"token ids of shape {list(token.shape)}: wanted one a prompt, [{size}]")
-    return torch.tensor([model.token_id(int(i)) for i in token])
-
-
 # --- the pass -----------------------------------------------------------------------------------
 
 Kept = dict[tuple[str, int], Tensor]
@@ -376,23 +325,13 @@ class _Parts:
             self.mlp_biases[:, layer] = (_dot(b, pulled) + constant).cpu()
 
 
-def norm_behind(model: Model, layer: int, kind: str, kept: Kept) -> FrozenNorm | None:
+def held_norm(model: Model, layer: int, kind: str, kept: Kept) -> FrozenNorm | None:
     """The norm between an "attn" or "mlp" output and the stream; None where it is written as it is."""
-    block = model.spec.blocks[layer]
-    write = block.attn_write if kind == "attn" else block.mlp_write
-    assert write is not None
     if (f"{kind}_write", layer) not in kept:
         return None
-    norm = FrozenNorm(model.module.get_submodule(write.module), model.spec.d_model)
-    out, written = kept[f"{kind}_out", layer], kept[f"{kind}_write", layer].float() / write.scale
-    made = norm.gain.float() * norm.centre(out.float()) / norm.scale(out) + norm.bias.float()
-    if not torch.allclose(made, written, rtol=1e-2, atol=1e-3 * float(written.abs().max())):
-        what = "attention" if kind == "attn" else "MLP"
-        raise Refused(
-            f"layer {layer} of {model.id}: what stands between the {what}'s output and the residual "
-            "stream is not a norm that could be held fixed"
-        )
-    return norm
+    return norm_behind(
+        model, layer, kind, *(kept[f"{kind}_{end}", layer] for end in ("out", "write"))
+    )
 
 
 def _through_norm(
@@ -403,7 +342,7 @@ def _through_norm(
     write = block.attn_write if kind == "attn" else block.mlp_write
     assert write is not None
     pulled = vector * write.scale
-    if (norm := norm_behind(model, layer, kind, kept)) is None:
+    if (norm := held_norm(model, layer, kind, kept)) is None:
         return pulled, torch.zeros_like(pulled[:, 0])
     return norm.pull_back(pulled, at=kept[f"{kind}_out", layer]), _dot(norm.bias, pulled)
 

@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution import Direction, logit_direction
 from circuits.frozen import Frozen
 from circuits.heads.claims import INTERVAL, resampling
 from circuits.measure import measure
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
+from interp.direction import Direction, logit_direction
 from interp.errors import BadInput, unknown
 from interp.metrics import logit_diff
 from interp.models.calls import uncapped_logits

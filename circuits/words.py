@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuits.attribution import Kept, norm_behind, places_of, rows_at, write_sites
+from circuits.attribution import Kept, held_norm, rows_at, write_sites
+from interp.direction import places_of
 from interp.errors import BadInput
 from interp.lens import read
 from interp.models.model import Model
@@ -313,7 +314,7 @@ def _written(
     write = block.attn_write if kind == "attn" else block.mlp_write
     assert write is not None
     shrink = torch.full((len(kept[f"{kind}_out", layer]), 1), write.scale)
-    if (norm := norm_behind(model, layer, kind, kept)) is None:
+    if (norm := held_norm(model, layer, kind, kept)) is None:
         return W, shrink.to(W.device)
     W = norm.centre(W) * norm.gain.to(W.device).float()
     return W, shrink.to(W.device) / norm.scale(kept[f"{kind}_out", layer]).to(W.device)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.attribution import direct_attribution, direct_contributions, places_of, rows_at
+from circuits.attribution import direct_attribution, direct_contributions, rows_at
+from interp.direction import places_of
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import interp
-from circuits.attribution import logit_direction
 from circuits.flow import flow_graph, information_flow
 from circuits.flow_parts import SITES, Rule, Sum, kept_parts, sums
 from circuits.flow_words import route_neurons
@@ -31,6 +30,7 @@ from circuits.relevance import (
     rollout,
     target_of,
 )
+from interp.direction import logit_direction
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.edits import Edit

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import interp
 from circuits import path_effects, path_patching
-from circuits.attribution import logit_direction
 from circuits.graph import Receiver, Sender
 from circuits.ioi_roles import ioi_roles
 from circuits.path_effects import Screen, Senders, screened_effects
@@ -22,6 +21,7 @@ from circuits.path_patching import both_runs, path_patch, plain_effect, z_gradie
 from circuits.path_replay import PathReplay, as_mask
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
+from interp.direction import logit_direction
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.report import Report

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.direction import logit_direction, norm_behind, places_of, token_ids
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm
@@ -441,19 +442,17 @@ def feature_contributions(
     """
     layer, heads = attention_of(sae, model)
     batch = model.as_batch(prompt)
-    places = real_position(batch, position)
+    places = places_of(batch, position)
     last = f"resid_post.{model.n_layers - 1}"
     sites = [f"z.{layer}", last, *write_sites(model, layer)]
     cache = model.run(batch, capture=sites, logits=False).cache
     rows = torch.arange(batch.size)
     final = cache[last][rows, places]
-    wanted, other = (_token_ids(model, token, batch.size) for token in (answer, instead))
+    wanted, other = (token_ids(model, token, batch.size) for token in (answer, instead))
     if wanted is None:
         wanted = model.unembed(final).argmax(-1).cpu()
-    d = model.W_U.T[wanted].float()
-    if other is not None:
-        d = d - model.W_U.T[other].float()
-    d = model.final_norm.pull_back(d, at=final) * model.spec.logit_scale
+    _ = model.W_U  # Refused where the unembedding was not verified
+    d = logit_direction(model, final, wanted, other).vector
     d = before_norm(model, cache, layer, d, (rows, places))
     g = torch.einsum("bm,hdm->bhd", d, model.W_O(layer)[list(heads)].float()).to(sae.encoder)
     z = rows_of_heads(cache, layer, heads)[rows, places].to(sae.encoder)
@@ -574,37 +573,8 @@ def before_norm(
     pulled = direction * block.attn_write.scale
     if block.direct:
         return pulled
-    norm = FrozenNorm(model.module.get_submodule(block.attn_write.module), model.spec.d_model)
-    out, written = (cache[f"{name}.{layer}"][where].float() for name in ("attn_out", "attn_write"))
-    made = norm.gain.float() * norm.centre(out) / norm.scale(out.to(model.dtype)) + norm.bias
-    made = made.float() * block.attn_write.scale
-    if not torch.allclose(made, written, rtol=1e-2, atol=1e-3 * float(written.abs().max())):
-        raise Refused(
-            f"layer {layer} of {model.id}: what stands between the attention's output and the residual "
-            "stream is not a norm that could be held fixed"
-        )
-    return norm.pull_back(pulled, at=out.to(model.dtype))
-
-
-def real_position(batch: Batch, position: int) -> Int[Tensor, " batch"]:
-    """Each prompt's position in the batch, `position` being counted over its real tokens."""
-    mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
-    mask = mask.cpu()
-    real = mask.sum(1)
-    if int(real.min()) < max(-position, position + 1):
-        raise BadInput(f"position {position} is not in a prompt of {int(real.min())} tokens")
-    return mask.int().argmax(1) + (position if position >= 0 else real + position)
-
-
-def _token_ids(model: Model, token: str | int | Tensor | None, size: int) -> Tensor | None:
-    """One token id for every prompt."""
-    if token is None:
-        return None
-    if not isinstance(token, Tensor):
-        return torch.tensor([model.token_id(token)] * size)
-    if token.shape != (size,):
-        raise BadInput(f"token ids of shape {list(token.shape)}: wanted one a prompt, [{size}]")
-    return torch.tensor([model.token_id(int(i)) for i in token])
+    out, written = (cache[f"{name}.{layer}"][where] for name in ("attn_out", "attn_write"))
+    return norm_behind(model, layer, "attn", out, written).pull_back(pulled, at=out)
 
 
 def _targets(batch: Batch, targets: Sequence[int] | Tensor | None) -> Int[Tensor, "batch target"]:
@@ -617,7 +587,7 @@ def _targets(batch: Batch, targets: Sequence[int] | Tensor | None) -> Int[Tensor
         places = places[:, None] if places.ndim == 1 else places
     else:
         columns = [
-            real_position(batch, int(t)) if t < 0 else torch.full((size,), int(t)) for t in targets
+            places_of(batch, int(t)) if t < 0 else torch.full((size,), int(t)) for t in targets
         ]
         places = torch.stack(columns, 1) if columns else torch.empty(size, 0, dtype=torch.long)
     if places.shape[0] != size or not places.numel():

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.direction import places_of
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
@@ -29,7 +30,6 @@ from probes.saes.attribute import (
     before_norm,
     feature_ids,
     pre_activation_bias,
-    real_position,
     write_sites,
 )
 from probes.saes.model import SAE
@@ -103,7 +103,7 @@ def recursive_attribution(
         raise BadInput(
             f"{batch.size} prompts were given: a feature is followed through one at a time"
         )
-    target = int(real_position(batch, position)[0])
+    target = int(places_of(batch, position)[0])
     sites = ["embed", f"resid_pre.{layer}", f"pattern.{layer}", f"v.{layer}"]
     for earlier in range(layer):
         block = model.spec.blocks[earlier]
