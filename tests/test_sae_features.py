@@ -18,14 +18,17 @@ from interp.data.activations import Activations, collect_activations, origins, w
 from interp.errors import BadInput
 from interp.figures import sae_page
 from interp.metrics import token_loss
+from interp.models.model import Model
 from interp.report import Report
+from interp.run.progress import Progress
 from probes.saes import evidence
 from probes.saes.attribute import feature_logits
 from probes.saes.evidence import BINS
-from probes.saes.features import sae_features
+from probes.saes.features import feature_words, sae_features
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.splice import lead_spared, splice
 from probes.saes.train import train_sae
+from tests.families import FAMILIES
 
 SITE = {"site": "z.1", "heads": 4}
 
@@ -351,3 +354,18 @@ def test_features_of_the_default_model(smollm, tmp_path):
     assert set(report.tables["loss"]["condition"]) == {"clean", "sae", "zero", "mean"}
     saved = Report.load(report.save(tmp_path / "report"))
     assert unpacked(saved.to_html())[1]["near"].shape == report.arrays["context_activations"].shape
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite"])
+def test_words_pass_the_final_norm_as_the_model_has_it(name):
+    """A LayerNorm centres before its gain; Granite scales its logits: the same tokens and sizes as feature_logits."""
+    model = Model(FAMILIES[name](), id=name)
+    heads = model.spec.blocks[1].n_heads
+    width = heads * model.spec.blocks[1].d_head
+    sae = SAE(SAEConfig(d_in=width, d_sae=64, k=4, site="z.1", heads=heads))
+    chosen = torch.arange(64)
+    with Progress(False) as bars:
+        found = feature_words(model, sae, chosen, 3, bars)
+    best = feature_logits(model, sae, chosen).topk(3, dim=1)
+    np.testing.assert_array_equal(found["up_ids"], best.indices)
+    np.testing.assert_allclose(found["up_logits"], best.values, rtol=1e-5)

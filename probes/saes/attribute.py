@@ -303,16 +303,23 @@ def feature_logits(
     >>> feature_logits(tiny_model(), sae, [3, 9]).shape
     torch.Size([2, 97])
     """
-    return _logits(model, feature_writes(model, sae, features))
+    return write_logits(model, feature_writes(model, sae, features))
 
 
-def _logits(
+def normed(
+    model: Model, writes: Float[Tensor, "feature d_model"]
+) -> Float[Tensor, "feature d_model"]:
+    """Writes as the unembedding reads them: through the final norm, its scale and bias left out."""
+    norm = model.final_norm
+    return norm.centre(writes.float()) * norm.gain.float().to(writes.device)
+
+
+def write_logits(
     model: Model, writes: Float[Tensor, "feature d_model"]
 ) -> Float[Tensor, "feature d_vocab"]:
     """Logits · σ of what is written to the stream."""
-    norm, W_U = model.final_norm, model.W_U
-    after = norm.centre(writes) * norm.gain.float()
-    return after.to(W_U.device) @ W_U.float() * model.spec.logit_scale
+    W_U = model.W_U
+    return normed(model, writes).to(W_U.device) @ W_U.float() * model.spec.logit_scale
 
 
 @torch.no_grad()
@@ -331,7 +338,7 @@ def top_tokens(
     """
     chosen, tables, place = feature_ids(sae, features), [], attention_of(sae, model)
     for some in chosen.split(FEATURES_AT_ONCE):
-        logits = _logits(model, _writes(model, sae, some, place)).cpu()
+        logits = write_logits(model, _writes(model, sae, some, place)).cpu()
         for sign, side in ((1, "up"), (-1, "down")):
             best = (sign * logits).topk(min(k, logits.shape[1]), dim=1)
             n = best.values.shape[1]

@@ -21,6 +21,7 @@ from probes.saes.attribute import (
     feature_ids,
     feature_writes,
     head_weights,
+    normed,
 )
 from probes.saes.model import SAE
 
@@ -282,8 +283,7 @@ def _logit_units(model: Model, sae: SAE) -> Float[Tensor, "d_sae d_model"]:
     eigen = torch.linalg.eigh((W_U @ W_U.T).double())
     root = (eigen.eigenvectors * eigen.eigenvalues.clamp_min(0).sqrt()).float()
     writes = feature_writes(model, sae, torch.arange(sae.config.d_sae))
-    writes = model.final_norm.centre(writes) * model.final_norm.gain.float()
-    return torch.nn.functional.normalize(writes @ root).cpu()
+    return torch.nn.functional.normalize(normed(model, writes) @ root).cpu()
 
 
 def _agreement(unit: Float[Tensor, "k d_model"]) -> Tensor:

@@ -27,7 +27,7 @@ from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 from interp.run.store import ActivationStore
 from interp.sites import Site, has_heads
-from probes.saes.attribute import feature_writes, head_weights
+from probes.saes.attribute import feature_writes, head_weights, write_logits
 from probes.saes.commands import activations_of, check_evaluation, opened_sae
 from probes.saes.evaluate import (
     DENSE,
@@ -394,12 +394,11 @@ def feature_words(
         times the final norm's scale, as `probes.saes.attribute.feature_logits`.
     """
     writes = residual_writes(model, sae)[features]
-    norm, W_U = model.final_norm, model.W_U.float()
-    words = min(words, W_U.shape[1])
+    words = min(words, model.W_U.shape[1])
     advance = bars.stage("Logits", len(features))
     parts: dict[str, list[Tensor]] = {}
     for some in writes.split(256):
-        logits = norm.centre(some.to(W_U) * norm.gain.to(W_U)) @ W_U
+        logits = write_logits(model, some)
         for side, sign in (("up", 1), ("down", -1)):
             best = (sign * logits).topk(words, dim=-1)
             parts.setdefault(f"{side}_ids", []).append(best.indices.int())
