@@ -11,7 +11,6 @@ which was killed goes on from its last checkpoint as if nothing had happened.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,18 +20,16 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import linear_map
 from interp.ridge_lens import TOKENS_PER_FORWARD, Parts
-from interp.run.files import check_writable, write_atomically
+from interp.run.files import check_writable
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
-from probes.saes.train import Diverged
+from probes.training import Diverged, read_state, under, write_state
 
 STATE = "training.safetensors"
 OPTIMISERS = ("adam", "sgd")
@@ -378,8 +375,7 @@ class Start:
     def of(tensors: Mapping[str, Tensor]) -> Start:
         """What `tensors` gave."""
         rest = {name: tensors[name] for name in ("mean", "spread", "size", "frequency")}
-        maps = {n.removeprefix("maps."): x for n, x in tensors.items() if n.startswith("maps.")}
-        return Start(maps, **rest)
+        return Start(under("maps.", tensors), **rest)
 
 
 def spread_of(x: Float[Tensor, "*batch rows width"]) -> Float[Tensor, "*batch width"]:
@@ -630,12 +626,10 @@ class Training:
         for name in ("best_kl", "best_step", "waited"):
             tensors[name] = getattr(self, name)
         tensors["curve"] = torch.tensor(self._curve, dtype=torch.double).reshape(-1, len(CURVE))
-        about = {"key": json.dumps(self.key), "done": str(self.done)}
-        plain = {name: value.contiguous() for name, value in tensors.items()}
-        write_atomically(self.folder / STATE, save(plain, about))
+        write_state(self.folder / STATE, tensors, self.key, done=str(self.done))
 
     def _load(self, path: Path) -> None:
-        tensors, about = load_checkpoint(path, self.key)
+        tensors, about = read_state(path, self.key)
         self.done = int(about["done"])
         for name in self.inner:
             self.inner[name] = tensors[f"inner.{name}"]
@@ -650,36 +644,3 @@ class Training:
         if self.folder is None or not (self.folder / STATE).exists():
             return "no checkpoint was kept"
         return f"the last good checkpoint is {self.folder / STATE}"
-
-
-def load_checkpoint(path: Path, key: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint made with this key; BadInput says what differs."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            # Copies: what lies unaligned in the file may add in another order.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        found = json.loads(about["key"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise BadInput(
-            f"checkpoint {path} is damaged: {error}; train again without resume"
-        ) from error
-    wanted = json.loads(json.dumps(key))
-    if found != wanted:
-        raise BadInput(
-            f"cannot resume from {path}: {_difference(found, wanted)}; give the same text and "
-            "options, or leave out resume to start anew"
-        )
-    return tensors, about
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first entry in which two keys differ."""
-    for part in sorted({*found, *wanted}):
-        mine, theirs = wanted.get(part), found.get(part)
-        if mine == theirs:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            return _difference(theirs, mine)
-        return f"it was made with {part}={theirs!r}, now {mine!r}"
-    return "it was made by another version"

@@ -8,7 +8,6 @@ lens and the least-squares one.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
 from interp.data.texts import documents
@@ -41,7 +39,6 @@ from interp.ridge_lens import (
     parts_of,
     save_maps,
 )
-from interp.run.files import write_atomically
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
 from probes.lens_training import (
@@ -53,9 +50,9 @@ from probes.lens_training import (
     Start,
     Training,
     judged,
-    load_checkpoint,
     spread_of,
 )
+from probes.training import read_state, under, write_state
 
 KINDS = ("layers", "heads")
 BATCH = {"layers": 256, "heads": 64}
@@ -370,15 +367,14 @@ def _content(
 
 def _write_start(path: Path, key: Mapping[str, Any], start: Start, simple: Maps) -> None:
     tensors = start.tensors() | {f"ridge.{name}": value for name, value in simple.items()}
-    plain = {name: value.contiguous().clone() for name, value in tensors.items()}
-    write_atomically(path, save(plain, {"key": json.dumps(key)}))
+    # Without a low rank the start is the ridge maps, and one tensor cannot be written twice.
+    write_state(path, {name: value.clone() for name, value in tensors.items()}, key)
 
 
 def _read_start(path: Path, key: Mapping[str, Any]) -> tuple[Start, Maps]:
     """(where training begins, the ridge maps), as an earlier call has left them."""
-    tensors, _ = load_checkpoint(path, key)
-    ridge = {n.removeprefix("ridge."): x for n, x in tensors.items() if n.startswith("ridge.")}
-    return Start.of(tensors), ridge
+    tensors, _ = read_state(path, key)
+    return Start.of(tensors), under("ridge.", tensors)
 
 
 def _ridge_lens(

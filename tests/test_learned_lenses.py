@@ -32,7 +32,7 @@ from probes.lens_training import (
     part_for,
 )
 from probes.lenses import LENS, HeadLens, tune_lens
-from probes.saes.train import Diverged
+from probes.training import Diverged
 from tests.families import FAMILIES
 
 FAST = {"window": 32, "steps": 24, "checks": 4, "batch_size": 64, "progress": False}

@@ -33,7 +33,8 @@ from probes.saes.evaluate import (
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.sparse import Codes, batch_top_k, decode, encode_at, top_k
 from probes.saes.splice import splice
-from probes.saes.train import CHECKPOINT, Diverged, geometric_median, train_sae
+from probes.saes.train import CHECKPOINT, geometric_median, train_sae
+from probes.training import Diverged
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -7,11 +7,10 @@ which was killed goes on from its last checkpoint with the same losses, bit for 
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +18,18 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from interp.data.activations import Activations
-from interp.errors import BadInput, InterpError, unknown
+from interp.errors import BadInput, unknown
 from interp.report import SCHEMA_VERSION, Report
-from interp.run.files import check_writable, write_atomically
+from interp.run.files import check_writable
 from interp.run.progress import Progress
 from interp.run.store import MemoryRows, Rows
 from probes.saes.evaluate import reconstruction
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.sparse import Codes, batch_top_k, decode, encode_at, top_k
+from probes.training import Diverged, read_state, under, write_state
 
 CHECKPOINT = "training.safetensors"
 SAMPLE_ROWS = 8192
@@ -46,10 +44,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 INITS = ("data", "random")
 SPARSITY = {"relu": 2.0, "gated": 5.0, "jumprelu": 1.0}
 _log = logging.getLogger("interp")
-
-
-class Diverged(InterpError):
-    """Training gave a loss that is not a number; the last good checkpoint was kept."""
 
 
 @dataclass(frozen=True)
@@ -448,7 +442,6 @@ class Training:
         self.options, self.source = options, rows
         self.folder = None if folder is None else Path(folder)
         self.key = {"sae": asdict(config), "options": asdict(options), "data": dict(rows.key)}
-        self.key = json.loads(json.dumps(self.key, default=str))
         self.sae = SAE(config, seed=options.seed)
         self.done = 0
         self.last_active = torch.zeros(config.d_sae, dtype=torch.long)
@@ -606,30 +599,15 @@ class Training:
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
         tensors["last_active"] = self.last_active
         tensors["curve"] = torch.tensor(self._curve, dtype=torch.double).reshape(-1, len(CURVE))
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        about = {"key": json.dumps(self.key), "done": str(self.done)}
-        write_atomically(self.folder / CHECKPOINT, save(tensors, about))
+        write_state(self.folder / CHECKPOINT, tensors, self.key, done=str(self.done))
 
     def _load(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = json.loads(about["key"])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise BadInput(
-                f"checkpoint {path} is damaged: {error}; train again without resume"
-            ) from error
-        if found != self.key:
-            raise BadInput(
-                f"cannot resume from {path}: {_difference(found, self.key)}; give the same data and "
-                "options, or leave out resume to start anew"
-            )
+        tensors, about = read_state(path, self.key)
         self.done = int(about["done"])
-        self.sae.load_state_dict(_under("sae.", tensors))
+        self.sae.load_state_dict(under("sae.", tensors))
         state = self.optimiser.state_dict()
         adam: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under("adam.", tensors).items():
+        for name, value in under("adam.", tensors).items():
             index, moment = name.split(".")
             adam.setdefault(int(index), {})[moment] = value
         self.optimiser.load_state_dict({**state, "state": adam})
@@ -691,16 +669,3 @@ def geometric_median(
             return new
         found = new
     return found
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    for part in wanted:
-        mine, theirs = wanted[part], found.get(part, {})
-        for name in sorted({*mine, *theirs}):
-            if mine.get(name) != theirs.get(name):
-                return f"it was made with {name}={theirs.get(name)!r}, now {mine.get(name)!r}"
-    return "it was made by another version"
