@@ -34,7 +34,7 @@ from circuits.recall_facts import (
 )
 from interp.data import facts as shipped
 from interp.data.facts import RELATIONS, check_template, fact_prompts
-from interp.errors import BadInput, Refused, unknown
+from interp.errors import BadInput, Refused, at_least, unknown
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
@@ -68,14 +68,12 @@ def check_options(
         parsed(facts)
     if n < MIN_FACTS:
         raise BadInput(f"n={n}: intervals over facts need at least {MIN_FACTS} of them")
-    for name, value, least in (
-        ("exact", exact, 1),
-        ("controls", controls, 2),
-        ("known_rank", known_rank, 0),
-        ("final_layers", final_layers, 1),
-    ):
-        if value is not None and value < least:
-            raise BadInput(f"{name}={value}: wanted {least} or more")
+    at_least(
+        exact=(exact, 1),
+        controls=(controls, 2),
+        known_rank=(known_rank, 0),
+        final_layers=(final_layers, 1),
+    )
 
 
 def movers(report: Report) -> pd.DataFrame:

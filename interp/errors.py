@@ -30,6 +30,18 @@ class SaveFailed(InterpError):
     exit_code = 1
 
 
+def at_least(**bounded: tuple[float | None, float]) -> None:
+    """Raise BadInput for an option under its least value; an option that is None was not given.
+
+    >>> at_least(shots=(1, 2))
+    Traceback (most recent call last):
+    interp.errors.BadInput: shots=1: wanted 2 or more
+    """
+    for name, (value, least) in bounded.items():
+        if value is not None and value < least:
+            raise BadInput(f"{name}={value}: wanted {least} or more")
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> BadInput:
     """The error for a name that is not there, with the nearest one that is.
 

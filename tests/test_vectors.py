@@ -606,7 +606,7 @@ def test_the_answer_itself_as_memory_gains_most(planted):
     [
         ({"prompts": HOPS[:3]}, "3 two-hop prompts"),
         ({"prompts": [*HOPS, ("a", "", "A")]}, "prompt 5 has an empty"),
-        ({"prompts": [*HOPS, ("a", "b", "!")]}, "do not simply follow"),
+        ({"prompts": [*HOPS, ("a", "b", "!")]}, "does not know the answer"),
         ({"prompts": "two_hops"}, "no prompts 'two_hops'"),
         ({"layers": [4]}, "no layer 4"),
         ({"strengths": [float("inf")]}, "finite numbers"),

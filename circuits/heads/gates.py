@@ -20,6 +20,7 @@ from circuits.heads.passkeys import Passkeys
 from circuits.heads.streaming import check_padding, streaming_keys
 from circuits.stream import frozen
 from interp.models.model import Model
+from interp.run.adam import adam, moments
 from interp.run.edits import Edit, Seen
 from interp.run.resume import Checkpoint
 
@@ -130,8 +131,8 @@ def optimise_gates(
     """Gates that keep the hidden states of the answers, each open gate at a price.
 
     loss = mean (h_gated − h_full)² / mean h_full² + weight · Σ |α|, h the final residual behind the final
-    norm at the judged positions. Gates start at 1 and are clamped to [0, 1] after every step of AdamW
-    (no weight decay); the learning rate rises over the first fifth of the steps and falls over the last.
+    norm at the judged positions. Gates start at 1 and are clamped to [0, 1] after every step of Adam;
+    the learning rate rises over the first fifth of the steps and falls over the last.
     A gate says what these prompts need of a head, given what the others do.
 
     Args:
@@ -148,13 +149,7 @@ def optimise_gates(
 
     def walk(state: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
         gates = torch.tensor(state["gates"], device=model.device, requires_grad=True)
-        optimiser = torch.optim.AdamW([gates], lr=learning_rate, weight_decay=0.0)
-        if start:
-            optimiser.state[gates] = {
-                "step": torch.tensor(float(start)),
-                "exp_avg": torch.tensor(state["exp_avg"], device=model.device),
-                "exp_avg_sq": torch.tensor(state["exp_avg_sq"], device=model.device),
-            }
+        optimiser = adam(gates, learning_rate, state)
         curve = []
         edits = [gated(gates, units, sink, recent)]
         for step in range(start, stop):
@@ -170,13 +165,8 @@ def optimise_gates(
                 gates.clamp_(0, 1)
             curve.append((float(away.detach()), float(gates.detach().mean())))
             advance(1)
-        kept = optimiser.state[gates]
-        return {
-            "gates": gates.detach().cpu().numpy(),
-            "exp_avg": kept["exp_avg"].cpu().numpy(),
-            "exp_avg_sq": kept["exp_avg_sq"].cpu().numpy(),
-            "curve": np.array(curve),
-        }
+        found = {"gates": gates.detach().cpu().numpy(), "curve": np.array(curve)}
+        return found | moments(optimiser, gates)
 
     state: Mapping[str, np.ndarray] = {"gates": np.ones(len(units), dtype=np.float32)}
     curves = []

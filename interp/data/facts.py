@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from interp.data.answers import begun
 from interp.errors import BadInput, unknown
 from interp.models.model import Model
 
@@ -115,22 +116,12 @@ def fact_prompts(
             no two facts whose prompts align.
     """
     check_template(template)
-    if model.tokenizer is None:
-        raise BadInput(
-            f"{model.id} was loaded without a tokenizer: facts are words; load it with tokenizer="
-        )
     rows: dict[Fact, tuple[list[int], int]] = {}
     left_out: dict[Fact, str] = {}
     for fact in known:
-        text = template.format(subject=fact.subject)
-        ids = list(model.tokenizer(text)["input_ids"])
-        joint = "" if text[-1].isspace() else " "
-        whole = list(model.tokenizer(text + joint + fact.answer)["input_ids"])
-        answer = whole[len(ids)] if len(whole) > len(ids) else None
-        if answer is None or whole[: len(ids)] != ids:
-            left_out[fact] = "the answer's tokens do not simply follow the prompt's"
-        elif answer == getattr(model.tokenizer, "unk_token_id", None):
-            left_out[fact] = "the tokenizer does not know the answer"
+        ids, answer, why = begun(model, template.format(subject=fact.subject), fact.answer)
+        if answer is None:
+            left_out[fact] = why
         else:
             rows[fact] = ids, answer
     lengths = Counter(len(ids) for ids, _ in rows.values())

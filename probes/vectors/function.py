@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from interp.errors import BadInput
+from interp.errors import BadInput, at_least
 from interp.models.model import Model
 from interp.registry import analysis, intervals
 from interp.report import Report, provenance
@@ -62,16 +62,14 @@ def check_options(
     if isinstance(tasks, (str, list, tuple, Mapping)):
         task_names(tasks)
     check_template(template)
-    for name, value, least in (
-        ("shots", shots, 2),
-        ("prompts", prompts, 2),
-        ("mixed", mixed, 2),
-        ("random", random, 2),
-        ("heads", min(HEADS if heads is None else heads, default=0), 1),
-        ("most", 1000 if most is None else most, 14),
-    ):
-        if value < least:
-            raise BadInput(f"{name}={value}: wanted {least} or more")
+    at_least(
+        shots=(shots, 2),
+        prompts=(prompts, 2),
+        mixed=(mixed, 2),
+        random=(random, 2),
+        heads=(min(HEADS if heads is None else heads, default=0), 1),
+        most=(most, 14),
+    )
     if not strengths:
         raise BadInput("strengths is empty: give at least one")
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from interp.data.answers import begun
 from interp.data.word_pairs import WordPair, word_pairs
 from interp.errors import BadInput
 from interp.models.model import Model
@@ -124,25 +125,18 @@ def word_task(
         BadInput: no tokenizer; an unknown set; a template without {source}; too few pairs left.
     """
     check_template(template)
-    if model.tokenizer is None:
-        raise BadInput(f"{model.id} was loaded without a tokenizer: pairs are words")
     known = word_pairs(name) if pairs is None else [WordPair(*pair) for pair in pairs]
     first: dict[WordPair, int] = {}
     left_out: list[str] = []
-    joint = _joint(template)
     for pair in dict.fromkeys(known):
         text = template.format(source=pair.source)
-        ids = list(model.tokenizer(text)["input_ids"])
-        whole = list(model.tokenizer(text + joint + pair.target)["input_ids"])
-        source = list(model.tokenizer(text + joint + pair.source)["input_ids"])
-        if len(whole) <= len(ids) or whole[: len(ids)] != ids:
-            left_out.append("the target's tokens do not simply follow the prompt's")
-        elif whole[len(ids)] == getattr(model.tokenizer, "unk_token_id", None):
-            left_out.append("the tokenizer does not know the target")
-        elif len(source) > len(ids) and source[len(ids)] == whole[len(ids)]:
+        target = begun(model, text, pair.target, "target")
+        if target.token is None:
+            left_out.append(target.why)
+        elif begun(model, text, pair.source).token == target.token:
             left_out.append("target and source begin with the same token")
         else:
-            first[pair] = whole[len(ids)]
+            first[pair] = target.token
     targets: dict[int, set[str]] = {}
     for pair, token in first.items():
         targets.setdefault(token, set()).add(pair.target)

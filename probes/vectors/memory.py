@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.data.answers import begun
 from interp.data.two_hop import OTHER_WORDS, TWO_HOP, TwoHop
 from interp.errors import BadInput
 from interp.last_token import replay_last
@@ -236,19 +237,14 @@ def vector_inject(
 
 
 def first_token(model: Model, prompt: str, answer: str) -> int:
-    """The token that an answer begins with, as it follows the prompt (after a space, unless there is one)."""
-    if model.tokenizer is None:
-        raise BadInput(f"{model.id} was loaded without a tokenizer: prompts are words")
-    ids = list(model.tokenizer(prompt)["input_ids"])
-    joint = "" if prompt[-1].isspace() else " "
-    whole = list(model.tokenizer(prompt + joint + answer)["input_ids"])
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    if len(whole) <= len(ids) or whole[: len(ids)] != ids or whole[len(ids)] == unknown:
+    """The token that an answer begins with after the prompt; BadInput where there is none."""
+    found = begun(model, prompt, answer)
+    if found.token is None:
         raise BadInput(
-            f"the tokens of {answer!r} do not simply follow those of {prompt!r} in {model.id}: put the "
-            "prompt or the answer in other words"
+            f"{answer!r} after {prompt!r} in {model.id}: {found.why}; put the prompt or the answer in "
+            "other words"
         )
-    return whole[len(ids)]
+    return found.token
 
 
 def _vectors(

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from interp.errors import BadInput
+from interp.errors import BadInput, at_least
 from interp.last_token import Prefix, read_prefix
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
+from interp.run.adam import adam, moments
 from interp.run.edits import Edit
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
@@ -40,8 +41,6 @@ from probes.vectors.in_context import (
     word_task,
 )
 from probes.vectors.injection import checked_layers, random_vectors
-
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 Writes = Mapping[int, Float[Tensor, "n_heads d_model"]]
 Weights = Mapping[int, Float[Tensor, " n_heads"]]
@@ -95,10 +94,7 @@ def learn_weights(
 
     Returns: weights by layer; a table: epoch, train_loss and valid_loss (nats), valid_accuracy.
     """
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1),
-                               ("patience", patience, 1), ("lr", lr, 1e-12)):  # fmt: skip
-        if value < least:
-            raise BadInput(f"{name}={value}: wanted {least} or more")
+    at_least(epochs=(epochs, 1), batch_size=(batch_size, 1), patience=(patience, 1), lr=(lr, 1e-12))
     kept = Checkpoint() if kept is None else kept
     sizes = [len(writes[at]) for at in writes]
     order = np.random.default_rng(seed).permutation(train.batch.size)
@@ -114,37 +110,33 @@ def learn_weights(
         return cross_entropy(logits.float(), of.asked.answers), logits
 
     def epoch(number: int, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        w, m, v = (torch.from_numpy(state[name]).clone() for name in ("w", "m", "v"))
+        w = torch.tensor(state["w"], device=model.device, requires_grad=True)
+        optimiser = adam(w, lr, state)
         losses = []
         for i in np.random.default_rng([seed, number]).permutation(len(batches)):
-            step = number * len(batches) + len(losses) + 1
-            w.requires_grad_()
             with torch.enable_grad():
-                value, _ = loss(batches[i], w.to(model.device))
-                (slope,) = torch.autograd.grad(value, w)
-            with torch.no_grad():
-                m = BETAS[0] * m + (1 - BETAS[0]) * slope
-                v = BETAS[1] * v + (1 - BETAS[1]) * slope**2
-                change = m / (1 - BETAS[0] ** step) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS)
-                w = w.detach() - lr * change
+                value, _ = loss(batches[i], w)
+                (w.grad,) = torch.autograd.grad(value, w)
+            optimiser.step()
             losses.append(float(value.detach()))
         with torch.no_grad():
-            value, logits = loss(held_out, w.to(model.device))
+            value, logits = loss(held_out, w)
         right = (logits.argmax(-1) == valid.answers).float().mean()
         best = float(value) < state["best"].item()
-        return {
-            "w": w.numpy(), "m": m.numpy(), "v": v.numpy(),
-            "best_w": w.numpy() if best else state["best_w"],
+        now = w.detach().cpu().numpy()
+        return moments(optimiser, w) | {
+            "w": now,
+            "best_w": now if best else state["best_w"],
             "best": np.array(min(float(value), state["best"].item())),
             "since": np.array(0 if best else state["since"].item() + 1),
             "row": np.array([np.mean(losses), float(value), float(right)]),
-        }  # fmt: skip
+        }
 
     with torch.no_grad():
         start, logits = loss(held_out, torch.zeros(sum(sizes), device=model.device))
     right = float((logits.argmax(-1) == valid.answers).float().mean())
     zeros = np.zeros(sum(sizes), dtype=np.float32)
-    state = {"w": zeros, "m": zeros, "v": zeros, "best_w": zeros, "best": np.array(float(start))}
+    state = {"w": zeros, "best_w": zeros, "best": np.array(float(start))}
     state |= {"since": np.array(0)}
     rows = [(0, float("nan"), float(start), right)]
     for number in range(epochs):
@@ -209,13 +201,10 @@ def check_options(
             f"vectors are learned for one task at a time, not for {len(task_names(task))}"
         )
     check_template(template)
-    for name, value, least in (
-        ("shots", shots, 2), ("prompts", prompts, 2), ("epochs", epochs, 1), ("random", random, 2),
-        ("batch_size", batch_size, 1), ("lr", lr, 1e-12), ("patience", patience, 1),
-        ("most", 1000 if most is None else most, 14),
-    ):  # fmt: skip
-        if value < least:
-            raise BadInput(f"{name}={value}: wanted {least} or more")
+    at_least(
+        shots=(shots, 2), prompts=(prompts, 2), epochs=(epochs, 1), random=(random, 2),
+        batch_size=(batch_size, 1), lr=(lr, 1e-12), patience=(patience, 1), most=(most, 14),
+    )  # fmt: skip
 
 
 @analysis(
