@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from interp.data.prompts import prose
+from tests.ground_truth.blank import blank_gpt2, slot
 from tests.ground_truth.induction_model import SYMBOLS
 
 D_VOCAB, N_CTX = len(SYMBOLS), 64
@@ -101,25 +102,16 @@ ZOO: dict[str, Callable[[], tuple[Features, Features]]] = {
 def head_zoo() -> GPT2LMHeadModel:
     """The model, in eval mode."""
     d_model = D_HEAD * len(ZOO)
-    config = GPT2Config(
+    model = blank_gpt2(
         vocab_size=D_VOCAB,
         n_positions=N_CTX,
         n_embd=d_model,
         n_layer=2,
         n_head=len(ZOO),
         n_inner=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
     )
-    model = GPT2LMHeadModel(config).eval()
-    pairs = torch.zeros(D_VOCAB + N_CTX + 1, d_model)
-    i = torch.arange(len(pairs))
-    pairs[i, 2 * i], pairs[i, 2 * i + 1] = 1.0, -1.0
+    pairs = slot(0, D_VOCAB + N_CTX + 1, d_model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ln_" not in name:
-                parameter.zero_()
         body = model.transformer
         body.wte.weight.copy_(pairs[TOKEN : TOKEN + D_VOCAB])
         body.wpe.weight.copy_(pairs[POSITION : POSITION + N_CTX] + pairs[CONSTANT])

@@ -13,7 +13,9 @@ import string
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tests.ground_truth.blank import blank_gpt2, slot
 
 SYMBOLS = ["<bos>", "<unk>", *string.ascii_lowercase, *"ABCDEFGHIJKLMNOPQRST ,.;'\"-!?\n"]
 D_VOCAB, N_CTX, N_HEADS = len(SYMBOLS), 64, 4
@@ -24,28 +26,18 @@ PREVIOUS_TOKEN_HEAD, INDUCTION_HEAD = (0, 1), (1, 2)
 
 def induction_model() -> GPT2LMHeadModel:
     """The model, in eval mode."""
-    config = GPT2Config(
+    model = blank_gpt2(
         vocab_size=D_VOCAB,
         n_positions=N_CTX,
         n_embd=D_MODEL,
         n_layer=2,
         n_head=N_HEADS,
         n_inner=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
     )
-    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ln_" not in name:
-                parameter.zero_()
         body = model.transformer
-        body.wte.weight.copy_(_slot(TOKEN, D_VOCAB))
-        body.wpe.weight.copy_(_slot(POSITION, N_CTX))
+        body.wte.weight.copy_(slot(TOKEN, D_VOCAB, D_MODEL))
+        body.wpe.weight.copy_(slot(POSITION, N_CTX, D_MODEL))
         _head(
             model,
             PREVIOUS_TOKEN_HEAD,
@@ -58,7 +50,7 @@ def induction_model() -> GPT2LMHeadModel:
         _head(
             model, INDUCTION_HEAD, query=TOKEN, key=PREVIOUS, width=D_VOCAB, shift=0, out=PREDICTION
         )
-        model.lm_head.weight.copy_(_slot(PREDICTION, D_VOCAB))
+        model.lm_head.weight.copy_(slot(PREDICTION, D_VOCAB, D_MODEL))
     return model
 
 
@@ -71,14 +63,6 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
 
 
-def _slot(start: int, width: int) -> torch.Tensor:
-    """[width d_model]: feature i of a slot as a ± pair."""
-    out = torch.zeros(width, D_MODEL)
-    i = torch.arange(width)
-    out[i, 2 * (start + i)], out[i, 2 * (start + i) + 1] = 1.0, -1.0
-    return out
-
-
 def _head(
     model, place: tuple[int, int], *, query: int, key: int, width: int, shift: int, out: int
 ) -> None:
@@ -87,11 +71,11 @@ def _head(
     attention = model.transformer.h[layer].attn
     d_head = D_MODEL // N_HEADS
     first = head * d_head
-    W_Q, W_K = _slot(query, width), _slot(key, width)
+    W_Q, W_K = slot(query, width, D_MODEL), slot(key, width, D_MODEL)
     columns = torch.arange(width - shift)
     attention.c_attn.weight[:, first + columns] = W_Q[shift:].T
     attention.c_attn.weight[:, D_MODEL + first + columns] = W_K[: width - shift].T
     tokens = torch.arange(D_VOCAB)
-    attention.c_attn.weight[:, 2 * D_MODEL + first + tokens] = _slot(TOKEN, D_VOCAB).T
+    attention.c_attn.weight[:, 2 * D_MODEL + first + tokens] = slot(TOKEN, D_VOCAB, D_MODEL).T
     # LayerNorm has multiplied the ± pair by about 10 and reading it gives twice that: write about 1.
-    attention.c_proj.weight[first + tokens] = _slot(out, D_VOCAB) / 20
+    attention.c_proj.weight[first + tokens] = slot(out, D_VOCAB, D_MODEL) / 20

@@ -18,7 +18,9 @@ import string
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tests.ground_truth.blank import blank_gpt2, slot
 
 N_WORDS, N_CTX, N_HEADS = 20, 16, 4
 D_VOCAB = 2 * N_WORDS
@@ -39,7 +41,7 @@ SHARP = 12.0
 
 def task_model() -> GPT2LMHeadModel:
     """The model, in eval mode."""
-    config = GPT2Config(
+    model = blank_gpt2(
         vocab_size=D_VOCAB,
         n_positions=N_CTX,
         n_embd=D_MODEL,
@@ -47,22 +49,20 @@ def task_model() -> GPT2LMHeadModel:
         n_head=N_HEADS,
         n_inner=N_WORDS,
         activation_function="sigmoid",  # it rises everywhere: weights can be learned through it
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
     )
-    model = GPT2LMHeadModel(config).eval()
     source, target = torch.arange(N_WORDS), torch.arange(N_WORDS) + N_WORDS
-    token, position, previous = slot(TOKEN, D_VOCAB), slot(POSITION, N_CTX), slot(PREVIOUS, D_VOCAB)
-    match, task, prediction = slot(MATCH, 1), slot(TASK, 1), slot(PREDICTION, D_VOCAB)
-    unread = slot(UNREAD, D_VOCAB)
+    token, position, previous = (
+        slot(TOKEN, D_VOCAB, D_MODEL),
+        slot(POSITION, N_CTX, D_MODEL),
+        slot(PREVIOUS, D_VOCAB, D_MODEL),
+    )
+    match, task, prediction = (
+        slot(MATCH, 1, D_MODEL),
+        slot(TASK, 1, D_MODEL),
+        slot(PREDICTION, D_VOCAB, D_MODEL),
+    )
+    unread = slot(UNREAD, D_VOCAB, D_MODEL)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ln_" not in name:
-                parameter.zero_()
         body = model.transformer
         body.wte.weight.copy_(token)
         body.wpe.weight.copy_(position)
@@ -101,14 +101,6 @@ def prompts(n: int, *, right: bool, seed: int = 0) -> tuple[torch.Tensor, torch.
     return torch.tensor(rows), torch.tensor(answers)
 
 
-def slot(start: int, width: int) -> torch.Tensor:
-    """[width d_model]: feature i of a slot as a ± pair."""
-    out = torch.zeros(width, D_MODEL)
-    i = torch.arange(width)
-    out[i, 2 * (start + i)], out[i, 2 * (start + i) + 1] = 1.0, -1.0
-    return out
-
-
 def _head(
     model: GPT2LMHeadModel,
     place: tuple[int, int],
@@ -132,4 +124,4 @@ def _neurons(model: GPT2LMHeadModel, layer: int, both: torch.Tensor, out: torch.
     mlp.c_fc.weight.copy_(SHARP * both.T / READ)
     mlp.c_fc.bias.fill_(-1.5 * SHARP)
     mlp.c_proj.weight.copy_(out)
-    mlp.c_proj.bias.copy_(0.1 * slot(UNREAD, D_VOCAB)[layer])
+    mlp.c_proj.bias.copy_(0.1 * slot(UNREAD, D_VOCAB, D_MODEL)[layer])

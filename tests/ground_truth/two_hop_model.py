@@ -18,9 +18,10 @@ these: where a value is also the key of the next fact, the position after it is 
 import random
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from interp.data.pairs import Pairs
+from tests.ground_truth.blank import blank_gpt2, slot
 
 D_VOCAB, N_CTX, N_HEADS, N_FACTS = 24, 16, 4, 5
 TOKEN, POSITION, PREVIOUS, FIRST_HOP, PREDICTION, UNREAD = (
@@ -49,29 +50,19 @@ CIRCUIT = (
 
 def two_hop_model() -> GPT2LMHeadModel:
     """The model, in eval mode."""
-    config = GPT2Config(
+    model = blank_gpt2(
         vocab_size=D_VOCAB,
         n_positions=N_CTX,
         n_embd=D_MODEL,
         n_layer=3,
         n_head=N_HEADS,
         n_inner=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
     )
-    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ln_" not in name:
-                parameter.zero_()
         body = model.transformer
-        body.wte.weight.copy_(_slot(TOKEN, D_VOCAB))
-        body.wpe.weight.copy_(_slot(POSITION, N_CTX))
-        position = _slot(POSITION, N_CTX)
+        body.wte.weight.copy_(slot(TOKEN, D_VOCAB, D_MODEL))
+        body.wpe.weight.copy_(slot(POSITION, N_CTX, D_MODEL))
+        position = slot(POSITION, N_CTX, D_MODEL)
         _head(model, PREVIOUS_TOKEN_HEAD, q=position[1:], k=position[:-1], out=PREVIOUS)
         _head(model, DISTRACTOR, q=position, k=position, out=UNREAD)
         for place, asked, out in (
@@ -79,11 +70,11 @@ def two_hop_model() -> GPT2LMHeadModel:
             (SECOND_HOP_HEAD, FIRST_HOP, PREDICTION),
         ):
             # One more dimension: every position asks for odd ones, half as strongly as for its key.
-            q = torch.cat([_slot(asked, D_VOCAB), 0.5 * position.sum(0, keepdim=True)])
-            k = torch.cat([_slot(PREVIOUS, D_VOCAB), position[1::2].sum(0, keepdim=True)])
+            q = torch.cat([slot(asked, D_VOCAB, D_MODEL), 0.5 * position.sum(0, keepdim=True)])
+            k = torch.cat([slot(PREVIOUS, D_VOCAB, D_MODEL), position[1::2].sum(0, keepdim=True)])
             # Twice as strong: what a lookup finds is then certain to 1e-5.
             _head(model, place, q=2 * q, k=k, out=out)
-        model.lm_head.weight.copy_(_slot(PREDICTION, D_VOCAB))
+        model.lm_head.weight.copy_(slot(PREDICTION, D_VOCAB, D_MODEL))
     return model
 
 
@@ -122,14 +113,6 @@ def _prompt(draw: random.Random) -> tuple[list[int], int, tuple[int, int]]:
     return ids, end, (places[0], places[1])
 
 
-def _slot(start: int, width: int) -> torch.Tensor:
-    """[width d_model]: feature i of a slot as a ± pair."""
-    out = torch.zeros(width, D_MODEL)
-    i = torch.arange(width)
-    out[i, 2 * (start + i)], out[i, 2 * (start + i) + 1] = 1.0, -1.0
-    return out
-
-
 def _head(
     model: GPT2LMHeadModel, place: tuple[int, int], *, q: torch.Tensor, k: torch.Tensor, out: int
 ) -> None:
@@ -140,6 +123,6 @@ def _head(
     attention.c_attn.weight[:, first : first + len(q)] = q.T
     attention.c_attn.weight[:, D_MODEL + first : D_MODEL + first + len(k)] = k.T
     values = slice(2 * D_MODEL + first, 2 * D_MODEL + first + D_VOCAB)
-    attention.c_attn.weight[:, values] = _slot(TOKEN, D_VOCAB).T
+    attention.c_attn.weight[:, values] = slot(TOKEN, D_VOCAB, D_MODEL).T
     # LayerNorm has multiplied the ± pair by about 7 and reading it gives twice that: write about 1.
-    attention.c_proj.weight[first : first + D_VOCAB] = _slot(out, D_VOCAB) / 14
+    attention.c_proj.weight[first : first + D_VOCAB] = slot(out, D_VOCAB, D_MODEL) / 14
