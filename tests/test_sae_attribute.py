@@ -27,6 +27,7 @@ from probes.saes.model import SAE, SAEConfig
 from probes.saes.prefix import prefix_induction, prefix_kinds, prefix_prompts
 from probes.saes.upstream import recursive_attribution
 from tests.families import FAMILIES
+from tests.ground_truth.blank import slot
 from tests.ground_truth.induction_model import (
     D_MODEL,
     D_VOCAB,
@@ -39,7 +40,6 @@ from tests.ground_truth.induction_model import (
     PREVIOUS_TOKEN_HEAD,
     TOKEN,
     _head,
-    _slot,
     character_tokenizer,
     induction_model,
 )
@@ -311,7 +311,7 @@ def planted() -> Model:
     tokens = torch.arange(D_VOCAB)
     v = module.transformer.h[1].attn.c_attn.weight[:, 2 * D_MODEL :]
     with torch.no_grad():
-        v[:, 0 * D_HEAD + tokens] = _slot(TOKEN, D_VOCAB).T
+        v[:, 0 * D_HEAD + tokens] = slot(TOKEN, D_VOCAB, D_MODEL).T
     return Model(module, character_tokenizer(), id="planted")
 
 
@@ -431,11 +431,11 @@ def long_prefix_model() -> Model:
     with torch.no_grad():
         _head(module, (0, 2), query=POSITION, key=POSITION, width=N_CTX, shift=2, out=PREDICTION)
         _head(module, (1, 3), query=TOKEN, key=PREVIOUS, width=D_VOCAB, shift=0, out=PREDICTION)
-        attention.weight[:, first + D_VOCAB + i] = _slot(PREVIOUS, D_VOCAB).T
-        attention.weight[:, D_MODEL + first + D_VOCAB + i] = _slot(PREDICTION, D_VOCAB).T
+        attention.weight[:, first + D_VOCAB + i] = slot(PREVIOUS, D_VOCAB, D_MODEL).T
+        attention.weight[:, D_MODEL + first + D_VOCAB + i] = slot(PREDICTION, D_VOCAB, D_MODEL).T
         # One match: its two factors, as LayerNorm leaves them, about 20 each.
         attention.bias[first + D_HEAD - 1] = 30.0
-        attention.weight[:, D_MODEL + first + D_HEAD - 1] = _slot(TOKEN, D_VOCAB)[0]
+        attention.weight[:, D_MODEL + first + D_HEAD - 1] = slot(TOKEN, D_VOCAB, D_MODEL)[0]
     return Model(module, character_tokenizer(), id="long prefix")
 
 

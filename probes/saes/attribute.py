@@ -553,6 +553,7 @@ def pre_activation_bias(sae: SAE) -> Float[Tensor, " d_sae"]:
 
 def write_sites(model: Model, layer: int) -> list[str]:
     """What `before_norm` needs to have been captured: nothing where attention is written as it is."""
+    model.require_sum("attribution through attention")
     model.layers_with("attn_write")
     block = model.spec.blocks[layer]
     if block.attn_write is None:

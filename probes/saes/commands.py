@@ -8,6 +8,7 @@ What `sae_train` leaves in its folder is all that the others need:
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from interp.data.activations import Activations, collect_activations, site_shape
@@ -313,7 +315,7 @@ def sae_eval(
     ['clean', 'sae', 'zero', 'mean']
     """
     check_evaluation(text=text, site=site, tokens=tokens, field=field)
-    opened = opened_sae(sae, site)
+    opened = opened_sae(sae, model.device, site)
     with activations_of(
         model, opened, sae, text, tokens=tokens // 2 or 1, held_out=0.5, context=context,
         field=field, seed=seed, progress=progress,
@@ -334,13 +336,13 @@ def is_store(folder: Path) -> bool:
     return (folder / "train" / INDEX).exists()
 
 
-def opened_sae(sae: str | Path | SAE, site: str | None = None) -> SAE:
-    """The SAE itself, of a folder, or of the folder that `sae_train` has left."""
+def opened_sae(sae: str | Path | SAE, device: torch.device, site: str | None = None) -> SAE:
+    """The SAE itself, of a folder, or of the folder that `sae_train` has left; on the model's device."""
     if isinstance(sae, SAE):
-        return sae
+        return sae if sae.encoder.device == device else copy.deepcopy(sae).to(device)
     folder = Path(sae).expanduser()
     inner = folder / TRAINED
-    return load_sae(inner if inner.is_dir() else folder, site=site or "")
+    return load_sae(inner if inner.is_dir() else folder, site=site or "").to(device)
 
 
 @contextmanager

@@ -70,9 +70,9 @@ def reconstruction(sae: SAE, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
     total = torch.zeros(rows.width, dtype=torch.double)
     squares = error = cosine = norm_x = norm_made = 0.0
     for x in _chunks(rows):
-        codes = sae.codes(x)
-        made = sae.decode(codes)
-        fired += codes.fired()
+        codes = sae.codes(x.to(sae.encoder.device))
+        made = sae.decode(codes).cpu()
+        fired += codes.fired().cpu()
         total += x.double().sum(0)
         squares += float(x.double().square().sum())
         error += float((x - made).double().square().sum())

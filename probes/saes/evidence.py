@@ -98,9 +98,10 @@ def _of_block(
     at_once = max(64, LATENTS_AT_ONCE // sae.config.d_sae)
     parts = []
     for start in range(0, len(x), at_once):
-        codes = sae.codes(x[start : start + at_once].float())
-        keep = (codes.value > 0) & (place[codes.latent] >= 0)
-        parts.append((codes.row[keep] + start, place[codes.latent[keep]], codes.value[keep]))
+        codes = sae.codes(x[start : start + at_once].to(sae.encoder))
+        at, latent, strength = (y.cpu() for y in (codes.row, codes.latent, codes.value))
+        keep = (strength > 0) & (place[latent] >= 0)
+        parts.append((at[keep] + start, place[latent[keep]], strength[keep]))
     row, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
     n = len(chosen)
     starts = store.extras["row_start"].long()

@@ -179,7 +179,7 @@ def sae_features(
         text=text, site=site, features=features, contexts=contexts, around=around, words=words,
         ablate=ablate, split=split, tokens=tokens, field=field,
     )  # fmt: skip
-    opened = opened_sae(sae, site)
+    opened = opened_sae(sae, model.device, site)
     place = opened.site(model)
     chosen = _chosen(opened, features)
     options = {

@@ -202,6 +202,11 @@ class SAE(nn.Module):
                 f"{model.id} has {width}{f' of {heads} heads' if heads else ''} there: the SAE is of "
                 "another model or site"
             )
+        if self.encoder.device != model.device:
+            raise BadInput(
+                f"this SAE is on {self.encoder.device}, {model.id} on {model.device}: move it with "
+                "sae.to(model.device)"
+            )
         # Every edit asks; all weights are read once, and again when one was replaced or written to.
         stamp = tuple((w.data_ptr(), w._version) for w in model.module.parameters())
         if c.sha256 and stamp != self._compared:

@@ -114,6 +114,7 @@ def recursive_attribution(
             sites.append(f"mlp_write.{earlier}")
     for earlier in saes:
         sites += [f"resid_pre.{earlier}", f"pattern.{earlier}", f"v.{earlier}"]
+    model.require_sum("following a feature upstream")
     model.layers_with("attn_write")
     cache = model.run(batch, capture=dict.fromkeys(sites), logits=False).cache
     tokens = model.tokens(batch.ids[0].tolist())
