@@ -98,6 +98,7 @@ def direct_contributions(
     >>> found.heads.shape, torch.allclose(found.total, found.logits, atol=1e-4)
     (torch.Size([2, 2, 4]), True)
     """
+    model.require_sum("direct attribution")
     for site in NEEDED:
         model.layers_with(site)
     _ = model.W_U

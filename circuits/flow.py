@@ -153,6 +153,7 @@ def _sites(model: Model) -> list[str]:
 
 def _require_writes(model: Model) -> None:
     """Refused, with the reason, unless every block's attention is seen and its writes verified."""
+    model.require_sum("information flow")
     for site in ("pattern", "v", "attn_out", "attn_write", "resid_post"):
         missing = set(range(model.n_layers)) - set(model.layers_with(site))
         if missing:

@@ -103,6 +103,7 @@ class Graph:
             attention), so edges mean nothing.
         """
         try:
+            model.require_sum("a graph of edges")
             for site in NEEDED_SITES:
                 model.layers_with(site)
         except Refused as error:

@@ -283,6 +283,7 @@ def _paths(model: Model, senders: Names | None, receiver: Names, mlps: str) -> l
             _check_exists(model, name, one)
             wanted.append(Receiver(*one))
     if mlps == "frozen":
+        model.require_sum("paths past frozen MLPs")
         model.layers_with("mlp_write")
     paths = [
         (sender, one)
@@ -373,6 +374,8 @@ def _engine(
     """The replay engine, or what of this model it does not reproduce."""
     if "attn_out" in model.spec.refused:
         return None, model.spec.refused["attn_out"]
+    if model.spec.not_a_sum:
+        return None, model.spec.not_a_sum
     replay = PathReplay(model, clean, measure)
     kinds = {receiver.kind for _, receiver in paths}
     end = torch.zeros_like(mask)

@@ -222,6 +222,7 @@ def word_vectors(
     >>> torch.allclose(score, heads.scores[0], atol=1e-4)  # this model has no biases
     True
     """
+    model.require_sum("word vectors")
     for site in NEEDED:
         model.layers_with(site)
     Unembedding(model)

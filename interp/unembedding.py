@@ -24,6 +24,7 @@ class Unembedding:
 
     @torch.no_grad()
     def __init__(self, model: Model):
+        _ = model.W_U  # refused where logits are not linear in the normed residual
         self.model, spec = model, model.spec
         like = torch.zeros(1, spec.d_model, dtype=model.dtype, device=model.device)
         narrow = model.unembed(like).dtype in (torch.bfloat16, torch.float16)

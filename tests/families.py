@@ -52,8 +52,7 @@ GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions"
 
 PARALLEL = frozenset({"resid_mid"})
 EXPERTS = frozenset({"mlp_post"})
-NORM_AFTER_ADDING = frozenset({"attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"})
-HEAD_WITH_A_TRANSFORM = frozenset({"unembedding"})
+TRANSFORM = frozenset({"unembedding"})
 NO_WINDOW = frozenset(
     [
         "q",
@@ -70,6 +69,10 @@ NO_WINDOW = frozenset(
         "resid_mid",
     ]
 )
+
+NOT_A_SUM = {"norm after adding", "hybrid", "layer scale as a parameter", "a third write"}
+NOT_A_SUM |= {"gated attention", "norm between z and W_O", "convolution behind attention"}
+"""Traits of models whose final residual is something else than embedding, heads' and MLPs' writes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,12 @@ class Family:
         """ "full", "partly" or "no window"."""
         if "z" in self.refused:
             return "no window"
-        return "full" if self.refused <= PARALLEL | EXPERTS else "partly"
+        return "full" if self.refused <= PARALLEL | EXPERTS | TRANSFORM else "partly"
+
+    @property
+    def sums(self) -> bool:
+        """Whether the final residual is embedding plus what heads (linear in z) and MLPs write."""
+        return not NOT_A_SUM & set(self.traits)
 
     def __call__(self) -> nn.Module:
         """The model, the same at every call, in eval mode.
@@ -129,24 +137,34 @@ def _text(
     )
 
 
-def _masked(stem: str, options: dict[str, Any], *traits: str, refused: Iterable[str]) -> Family:
-    return Family(
-        f"{stem}ForMaskedLM",
-        f"{stem}Config",
-        options,
-        ("encoder", *traits),
-        frozenset(refused),
-    )
+def _masked(stem: str, options: dict[str, Any], *traits: str) -> Family:
+    refused = TRANSFORM if "head with a transform" in traits else frozenset()
+    return Family(f"{stem}ForMaskedLM", f"{stem}Config", options, ("encoder", *traits), refused)
 
 
 HEAD_8 = {"head_dim": 8}
 WINDOW_4 = {"sliding_window": 4}
-BERT_LIKE = NORM_AFTER_ADDING | HEAD_WITH_A_TRANSFORM
+BERT_LIKE = ("norm after adding", "head with a transform")
 
 FAMILIES: dict[str, Family] = {
     # --- decoders ------------------------------------------------------------------------------
     "arcee": _text("Arcee", GROUPED, "grouped heads"),
+    "bitnet": _text("BitNet", GROUPED, "grouped heads", "norm between z and W_O"),
     "biogpt": _text("BioGpt", TEXT, "learned positions"),
+    "blenderbot_small": _text(
+        "BlenderbotSmall",
+        {
+            "d_model": 32,
+            "decoder_ffn_dim": 48,
+            "decoder_layers": 3,
+            "decoder_attention_heads": 4,
+            "vocab_size": 97,
+            "max_position_embeddings": 64,
+        },
+        "norm after adding",
+        "learned positions",
+        "positions are not told",
+    ),
     "cohere": _text(
         "Cohere", {**GROUPED, "logit_scale": 0.25}, "grouped heads", "parallel", refused=PARALLEL
     ),
@@ -160,6 +178,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": _text("DeepseekV2", {**TEXT, **DEEPSEEK_EXPERTS, **LATENT}, "MLA", "MoE"),
     "deepseek_v3": _text("DeepseekV3", {**TEXT, **DEEPSEEK_EXPERTS, **LATENT}, "MLA", "MoE"),
+    "deepseek_v32": _text(
+        "DeepseekV32",
+        {
+            **TEXT,
+            **DEEPSEEK_EXPERTS,
+            **LATENT,
+            "index_topk": 3,
+            "index_n_heads": 8,
+            "index_head_dim": 8,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        "MLA",
+        "indexer",
+        "MoE",
+    ),
     "dots1": _text("Dots1", {**GROUPED, **DEEPSEEK_EXPERTS}, "grouped heads", "MoE"),
     "ernie4_5": _text("Ernie4_5", {**GROUPED, **HEAD_8}, "grouped heads"),
     "exaone4": _text(
@@ -168,6 +201,20 @@ FAMILIES: dict[str, Family] = {
         "grouped heads",
         "post-norm",
         "sliding window",
+    ),
+    "falcon_h1": _text(
+        "FalconH1",
+        {
+            **GROUPED,
+            **HEAD_8,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 4,
+        },
+        "grouped heads",
+        "hybrid",
     ),
     "gemma": _text("Gemma", {**GROUPED, **HEAD_8}, "grouped heads"),
     "gemma2": _text(
@@ -185,6 +232,24 @@ FAMILIES: dict[str, Family] = {
         "post-norm",
         "sliding window",
         config="Gemma3TextConfig",
+    ),
+    "gemma4": _text(
+        "Gemma4",
+        {
+            **GROUPED,
+            **HEAD_8,
+            **WINDOW_4,
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "grouped heads",
+        "post-norm",
+        "sliding window",
+        "a third write",
+        config="Gemma4TextConfig",
     ),
     "glm": _text("Glm", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads"),
     "glm4": _text("Glm4", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads", "post-norm"),
@@ -212,12 +277,33 @@ FAMILIES: dict[str, Family] = {
         refused=EXPERTS,
     ),
     "helium": _text("Helium", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "inkling": _text(
+        "Inkling",
+        {
+            **GROUPED,
+            **HEAD_8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 4,
+            "d_rel": 8,
+            "rel_extent": 16,
+            "unpadded_vocab_size": 97,
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid"],
+            "mlp_layer_types": ["dense", "dense", "dense"],
+        },
+        "grouped heads",
+        "sliding window",
+        "position bias",
+        "convolution behind attention",
+        refused=EXPERTS,
+        config="InklingTextConfig",
+    ),
     "lfm2": _text(
         "Lfm2",
         {**GROUPED, "full_attn_idxs": [1]},
         "grouped heads",
         "hybrid",
-        refused=("attn_write", "mlp_write", "resid_mid"),
     ),
     "llama": _text("Llama", GROUPED, "grouped heads"),
     "ministral": _text(
@@ -227,6 +313,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": _text(
         "Mixtral", {**GROUPED, "num_local_experts": 4}, "grouped heads", "MoE", refused=EXPERTS
     ),
+    "nanochat": _text("NanoChat", {**GROUPED, **HEAD_8}, "grouped heads", "softcap"),
     "nemotron": _text("Nemotron", {**GROUPED, **HEAD_8}, "grouped heads"),
     "olmo": _text("Olmo", GROUPED, "grouped heads", "norm without weights"),
     "olmo2": _text("Olmo2", GROUPED, "grouped heads", "post-norm"),
@@ -305,7 +392,7 @@ FAMILIES: dict[str, Family] = {
         "hybrid",
         "gated attention",
         "MoE",
-        refused=("mlp_post", "attn_out", "attn_write", "mlp_write", "resid_mid"),
+        refused=EXPERTS,
     ),
     "seed_oss": _text("SeedOss", {**GROUPED, **HEAD_8}, "grouped heads"),
     "smollm3": _text("SmolLM3", {**GROUPED, "pad_token_id": 0}, "grouped heads"),
@@ -313,7 +400,8 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": _text("Starcoder2", GROUPED, "grouped heads"),
     "clip_text": Family("CLIPTextModel", "CLIPTextConfig", TEXT, ("decoder", "no head")),
     # --- encoders ------------------------------------------------------------------------------
-    "bert": _masked("Bert", TEXT, "norm after adding", refused=BERT_LIKE),
+    "albert": _masked("Albert", {**TEXT, "embedding_size": 16}, "shared layers", *BERT_LIKE),
+    "bert": _masked("Bert", TEXT, *BERT_LIKE),
     "distilbert": _masked(
         "DistilBert",
         {
@@ -324,21 +412,22 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": 97,
             "max_position_embeddings": 64,
         },
-        "norm after adding",
-        refused=BERT_LIKE,
+        *BERT_LIKE,
     ),
-    "electra": _masked(
-        "Electra", {**TEXT, "embedding_size": 32}, "norm after adding", refused=BERT_LIKE
-    ),
+    "electra": _masked("Electra", {**TEXT, "embedding_size": 32}, *BERT_LIKE),
     "modernbert": _masked(
         "ModernBert",
         {**TEXT, "pad_token_id": 0, "local_attention": 4},
         "sliding window",
         "fused qkv",
-        refused=HEAD_WITH_A_TRANSFORM,
+        "head with a transform",
     ),
-    "roberta": _masked(
-        "Roberta", {**TEXT, "pad_token_id": 1}, "norm after adding", refused=BERT_LIKE
+    "roberta": _masked("Roberta", {**TEXT, "pad_token_id": 1}, *BERT_LIKE),
+    "splinter": Family(
+        "SplinterModel",
+        "SplinterConfig",
+        TEXT,
+        ("encoder", "norm after adding", "no head", "no SDPA"),
     ),
     "siglip_text": Family("SiglipTextModel", "SiglipTextConfig", TEXT, ("encoder", "no head")),
     "t5_encoder": Family(
@@ -348,9 +437,7 @@ FAMILIES: dict[str, Family] = {
         ("encoder", "position bias", "no head"),
     ),
     # --- vision --------------------------------------------------------------------------------
-    "beit": Family(
-        "BeitModel", "BeitConfig", IMAGE, ("vision", "layer scale"), refused=NORM_AFTER_ADDING
-    ),
+    "beit": Family("BeitModel", "BeitConfig", IMAGE, ("vision", "layer scale as a parameter")),
     "clip_vision": Family("CLIPVisionModel", "CLIPVisionConfig", IMAGE, ("vision",)),
     "deit": Family("DeiTModel", "DeiTConfig", IMAGE, ("vision",)),
     "dinov2": Family(
@@ -362,6 +449,7 @@ FAMILIES: dict[str, Family] = {
     "dinov3": Family(
         "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, ("vision", "layer scale", "rotary")
     ),
+    "mlcd": Family("MLCDVisionModel", "MLCDVisionConfig", IMAGE, ("vision", "position first")),
     "siglip_vision": Family("SiglipVisionModel", "SiglipVisionConfig", IMAGE, ("vision",)),
     "vit": Family("ViTForImageClassification", "ViTConfig", IMAGE, ("vision",)),
     # --- models that do not call the attention interface ------------------------------------------

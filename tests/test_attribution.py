@@ -18,7 +18,7 @@ SUMMABLE = [
     name
     for name, family in FAMILIES.items()
     if "CausalLM" in family.model or "LMHead" in family.model
-    if not NEEDED & family.refused
+    if family.sums and not NEEDED & family.refused
 ]
 WITH_NEURONS = [name for name in SUMMABLE if "mlp_post" not in FAMILIES[name].refused]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])

@@ -25,7 +25,7 @@ READABLE = [
     name
     for name, family in FAMILIES.items()
     if "CausalLM" in family.model or "LMHead" in family.model
-    if not NEEDED & family.refused
+    if family.sums and not NEEDED & family.refused
 ]
 WITHOUT_BIASES = ["llama", "gemma2", "gemma3", "olmo2", "qwen3", "granite", "mixtral", "cohere"]
 """Rotary positions; grouped heads; norms before, after and on queries and keys; a scaled stream."""

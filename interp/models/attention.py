@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -58,6 +58,28 @@ class Watch:
 
 
 _listeners: dict[nn.Module, Callable[[nn.Module], Watch]] = {}
+_explicit: set[int | nn.Module] = set()
+"""Ids of configs, and modules, of models that know no kernel but their own and do not say everywhere
+that they are causal: they are used to a mask that hides what is hidden, and get one."""
+
+
+def window_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """SDPA's mask, left out where a kernel knows it without being told, except for `_explicit` models."""
+    if id(config) in _explicit:
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, config=config, **kwargs)
+
+
+def _in_need_of_masks(modules: list[nn.Module]) -> set[int | nn.Module]:
+    """What of a model belongs into `_explicit`."""
+    found: set[int | nn.Module] = set()
+    for module in modules:
+        if isinstance(module, PreTrainedModel) and not module._supports_sdpa:
+            parts = list(module.modules())
+            said = [part.is_causal for part in parts if hasattr(part, "is_causal")]
+            if not said or not all(said):
+                found |= {id(module.config), *parts}
+    return found
 
 
 @contextmanager
@@ -75,12 +97,15 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     }
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     outer = {module: _listeners.get(module) for module in modules}
+    explicit = _in_need_of_masks(modules) - _explicit
     try:
+        _explicit.update(explicit)
         for config in configs.values():
             config._attn_implementation_internal = IMPLEMENTATION
         _listeners.update(dict.fromkeys(modules, listener))
         yield
     finally:
+        _explicit.difference_update(explicit)
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
         for module, listening in outer.items():
@@ -102,12 +127,23 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """z [batch pos n_heads d_head] of one attention call, shown to whoever watches `module`."""
+    """z [batch pos n_heads d_head] of one attention call, shown to whoever watches `module`.
+
+    Sink logits are one a head (`s_aux` [n_heads]) or one a query (`sinks` [batch n_heads q 1]).
+    `indices` [batch q few] are the keys that an indexer picked for each query: it sees no others.
+    """
     watch = _listeners[module](module) if module in _listeners else Watch()
+    if indices is not None:
+        attention_mask = _only_picked(attention_mask, indices, key.shape[2])
+    if module in _explicit:
+        is_causal = False
     query, key, value = watch.inputs(query, key, value)
-    if watch.needs_rows or softcap is not None or s_aux is not None:
+    sinks = s_aux.reshape(1, -1, 1, 1) if s_aux is not None else sinks
+    if watch.needs_rows or softcap is not None or sinks is not None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1
         scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
@@ -120,7 +156,7 @@ def attend(
             causal=causal,
             scaling=scaling,
             softcap=softcap,
-            sinks=s_aux,
+            sinks=sinks,
             bias=position_bias,
             dropout=dropout if module.training else 0.0,
         )
@@ -177,11 +213,24 @@ def _attend_in_chunks(
         elif mask is not None:
             scores = scores + mask[:, :, start:stop, :keys]
         scores = watch.scores(scores, start)
-        pattern = _softmax(scores, sinks).to(query.dtype)
+        few = sinks if sinks is None or sinks.shape[2] == 1 else sinks[:, :, start:stop]
+        pattern = _softmax(scores, few).to(query.dtype)
         pattern = watch.pattern(pattern, start)
         weights = nn.functional.dropout(pattern, p=dropout) if dropout else pattern
         outputs.append(_grouped(weights, value[:, :, :keys]))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _only_picked(mask: Tensor | None, indices: Tensor, n_keys: int) -> Tensor:
+    """The mask with every key hidden that is not among a query's `indices`."""
+    shape = (*indices.shape[:-1], n_keys)
+    picked = torch.zeros(shape, dtype=torch.bool, device=indices.device)
+    picked = picked.scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return picked
+    if mask.dtype == torch.bool:
+        return mask & picked
+    return mask.masked_fill(~picked, torch.finfo(mask.dtype).min)
 
 
 def row_chunks(n_maps: int, n_queries: int, n_keys: int) -> list[tuple[int, int]]:
@@ -206,11 +255,11 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
         return torch.softmax(
             scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None
         )
-    extra = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+    extra = sinks.expand(*scores.shape[:-1], 1).to(scores.dtype)
     logits = torch.cat([scores, extra], dim=-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)
     return torch.softmax(logits, dim=-1)[..., :-1]
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, window_mask)

@@ -58,6 +58,10 @@ def output_tensor(output: Any) -> Tensor:
 
 def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     """Logits of a final residual [... d_model], exactly as the model makes them."""
+    if spec.readout:
+        for name in spec.readout:
+            residual = module.get_submodule(name)(residual)
+        return residual
     logits = uncapped_logits(spec, module, residual)
     if spec.logit_softcap is not None:
         return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
@@ -66,6 +70,10 @@ def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
 
 def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     """The same before a soft-cap: linear in the normed residual, with the model's scale."""
+    if spec.readout:
+        raise Refused(
+            f"logits are not linear in the normed residual: '{spec.readout[0]}' transforms it first"
+        )
     if spec.unembedding is None:
         raise Refused("this model has no unembedding (no language-model head)")
     normed = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.attention import Watch
-from interp.models.spec import Write, first_tensor, with_first
+from interp.models.spec import first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics
@@ -96,7 +96,9 @@ class RunWatch(Watch):
 class BlockInput:
     """Pre-hook of a block: embed, resid_pre, and what resid_mid needs to know."""
 
-    def __init__(self, layer: int, touch, plan: Plan, run: Run, *, stop: bool, grad: bool):
+    def __init__(
+        self, layer: int, touch, plan: Plan, run: Run, key: int | str, *, stop: bool, grad: bool
+    ):
         self.layer, self.touch, self.plan, self.run, self.stop, self.grad = (
             layer,
             touch,
@@ -105,12 +107,13 @@ class BlockInput:
             stop,
             grad,
         )
+        self.key = key
         self.resid: Tensor | None = None
         names = ("resid_pre", "embed") if layer == 0 else ("resid_pre",)
         self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x = old = args[0] if args else kwargs["hidden_states"]
+        x = old = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
         if self.grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
@@ -119,7 +122,7 @@ class BlockInput:
         self.resid = x
         if self.stop:
             raise Stop
-        return None if x is old else with_hidden(args, kwargs, x)
+        return None if x is old else with_hidden(args, kwargs, x, self.key)
 
 
 class BlockOutput:
@@ -141,42 +144,89 @@ class BlockOutput:
         return None if x is old else with_first(output, x)
 
 
-def write_change(name: str, layer: int, write: Write, touch) -> Callable[[Tensor], Tensor]:
-    """Change of a module's output that carries edits of what the block writes (`scale` times it)."""
-
-    def change(x: Tensor) -> Tensor:
-        if write.scale == 1:
-            return touch(name, layer, x)
-        written = x * write.scale
-        new = touch(name, layer, written)
-        if new is written and not torch.is_grad_enabled():
-            return x
-        # With gradients, what is captured has to lie on the way to the logits.
-        return new / write.scale
-
-    return change
-
-
-def attn_write_change(
-    layer: int, write: Write, touch, plan: Plan, pre: BlockInput
+def write_change(
+    name: str, layer: int, factor: float | Tensor, touch
 ) -> Callable[[Tensor], Tensor]:
-    """Change of the attention write that carries edits of attn_write and of resid_mid."""
+    """Change of a module's output that carries edits of what the block writes (`factor` times it)."""
 
     def change(x: Tensor) -> Tensor:
-        written = x if write.scale == 1 else x * write.scale
-        new = touch("attn_write", layer, written) if plan.wants("attn_write", layer) else written
-        if plan.wants("resid_mid", layer):
-            assert pre.resid is not None
-            mid = pre.resid + new
-            edited = touch("resid_mid", layer, mid)
-            if edited is not mid or torch.is_grad_enabled():
-                new = edited - pre.resid
-        if new is written and (write.scale == 1 or not torch.is_grad_enabled()):
-            return x
-        return new / write.scale
+        written = _times(x, factor)
+        new = touch(name, layer, written)
+        # With gradients, what is captured has to lie on the way to the logits.
+        return x if new is written and _untouched(x, written) else _over(new, factor)
 
     return change
 
 
-def with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+class Middle:
+    """resid_mid where nothing norms it: block input plus the writes before it, seen at the last of them.
+
+    An edit of resid_mid becomes a change of that last write, which the stream then carries.
+    """
+
+    def __init__(self, layer: int, factors: list[float | Tensor], touch, pre: BlockInput):
+        self.layer, self.factors, self.touch, self.pre = layer, factors, touch, pre
+        self.earlier: list[Tensor] = []
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Note the output of a module that writes before the last one."""
+        self.earlier.append(_times(x, self.factors[len(self.earlier)]))
+        return x
+
+    def change(self, x: Tensor) -> Tensor:
+        """Change of the output of the last module that writes before resid_mid."""
+        assert self.pre.resid is not None
+        before = self.pre.resid
+        for write in self.earlier:
+            before = before + write
+        self.earlier.clear()
+        written = _times(x, self.factors[-1])
+        mid = before + written
+        edited = self.touch("resid_mid", self.layer, mid)
+        if edited is mid and not torch.is_grad_enabled():
+            return x
+        return _over(edited - before, self.factors[-1])
+
+
+def _times(x: Tensor, factor: float | Tensor) -> Tensor:
+    return x if isinstance(factor, (int, float)) and factor == 1 else x * factor
+
+
+def _over(x: Tensor, factor: float | Tensor) -> Tensor:
+    return x if isinstance(factor, (int, float)) and factor == 1 else x / factor
+
+
+def _untouched(x: Tensor, written: Tensor) -> bool:
+    return written is x or not torch.is_grad_enabled()
+
+
+class Turns:
+    """Which layer is running, for models whose layers share modules: hooks act in their own layer only."""
+
+    def __init__(self, names: list[str]):
+        self.layers: dict[str, list[int]] = {}
+        for layer, name in enumerate(names):
+            self.layers.setdefault(name, []).append(layer)
+        self.called = dict.fromkeys(self.layers, 0)
+        self.now = -1
+
+    def enter(self, name: str) -> None:
+        """The block called `name` begins."""
+        layers = self.layers[name]
+        self.now = layers[self.called[name] % len(layers)]
+        self.called[name] += 1
+
+    def only(self, layer: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """`hook`, acting while `layer` runs."""
+        return lambda *args: hook(*args) if self.now == layer else None
+
+
+def with_hidden(
+    args: tuple, kwargs: dict, hidden: Tensor, key: int | str | None = None
+) -> tuple[tuple, dict]:
+    """A block's arguments with another hidden state at `key`: by default its first argument."""
+    if key is None:
+        key = 0 if args else "hidden_states"
+    if isinstance(key, int):
+        return (*args[:key], hidden, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: hidden}

@@ -22,7 +22,7 @@ __all__ = ["Loaded", "available_models", "load_checkpoint", "weights_sha256"]
 
 
 def load_checkpoint(
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | nn.Module | Any,
     *,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
@@ -34,8 +34,9 @@ def load_checkpoint(
     """A model in eval mode with every weight from its checkpoint and none of them NaN.
 
     Args:
-        source: "smollm2-135m", a hub id "org/name", a folder, a `.gguf` file, or an `nn.Module`.
-            A file or folder of that name goes before the hub.
+        source: "smollm2-135m", a hub id "org/name", a folder, a `.gguf` file, an `nn.Module`, a
+            TransformerLens bridge or an nnsight model. A file or folder of that name goes before the
+            hub.
         tokenizer: used instead of the checkpoint's own: a tokenizer, or a folder or hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps"; not given or "auto": CUDA if there is one, else CPU.
         dtype: "float32", "bf16", a torch dtype, …; not given or "auto": the dtype the weights were
@@ -150,6 +151,8 @@ def available_models() -> list[dict[str, Any]]:
         _row("./my-model", "folder", None, "a folder with config.json and safetensors"),
         _row("./model.Q8_0.gguf", "gguf", None, "a GGUF file; dequantised to float32"),
         _row("interp.load(module, tokenizer=…)", "live", None, "an nn.Module, in Python"),
+        _row("interp.load(bridge)", "live", None, "a TransformerLens bridge, in Python"),
+        _row("interp.load(nnsight_model)", "live", None, "here, or on NDIF with remote=True"),
     ]
 
 

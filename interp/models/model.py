@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +18,16 @@ from interp.models.calls import call_model, output_tensor, unembed
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
+    Middle,
     Plan,
     RunWatch,
     Stop,
-    attn_write_change,
+    Turns,
     with_hidden,
     write_change,
 )
 from interp.models.probe import probe
-from interp.models.spec import Write, first_tensor, module_device, with_first
+from interp.models.spec import BlockMap, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
@@ -106,11 +108,9 @@ class Model:
         if name in ATTENTION_SITES:
             return block.attention is not None
         if name == "resid_mid":
-            return (
-                block.attn_write is not None and block.mlp_write is not None and not block.parallel
-            )
+            return bool(block.before_mid)
         address = {
-            "attn_out": block.W_O,
+            "attn_out": block.attn_out,
             "attn_write": block.attn_write,
             "mlp_post": block.W_out,
             "mlp_out": block.mlp_out,
@@ -142,6 +142,12 @@ class Model:
         block = self.spec.blocks[layer]
         if block.W_O is None:
             raise Refused(f"layer {layer} of {self.id} has no attention output projection")
+        if block.between:
+            what = "times a gate" if block.between == "gate" else "only through a function of it"
+            raise Refused(
+                f"layer {layer} of {self.id}: '{block.W_O}' reads z {what}, so no head has a linear "
+                "map from z to its output; sites z and attn_out are there"
+            )
         width = block.n_heads * block.d_head
         return linear_map(self.module.get_submodule(block.W_O), width, self.device)
 
@@ -205,8 +211,21 @@ class Model:
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
-        self._require_unembedding()
+        if not self.spec.readout:
+            self._require_unembedding()
         return unembed(self.spec, self.module, residual)
+
+    def require_sum(self, what: str) -> None:
+        """Refuse `what` unless the final residual is embedding plus attention and MLP writes.
+
+        Blocks that normalise after adding, write something else besides or scale channels of a write
+        have the sites attn_write and mlp_write all the same; but these do not add up to the residual.
+        """
+        if reason := self.spec.not_a_sum:
+            raise Refused(
+                f"{self.id} cannot be used for {what}, which takes the residual stream for the sum of "
+                f"attn_write and mlp_write: {reason}"
+            )
 
     def _require_unembedding(self) -> None:
         if self.spec.unembedding is None or "unembedding" in self.spec.refused:
@@ -514,46 +533,72 @@ class Model:
 
         if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):
             raise BadInput("stop_at=0 runs no block: nothing to capture")
+        turns = Turns([block.name for block in self.spec.blocks]) if self.spec.shared else None
         if any(name in ATTENTION_SITES for name, _ in plan.sites) or plan.statistics is not None:
-            layer_of = {
-                self.module.get_submodule(block.attention): layer
-                for layer, block in enumerate(self.spec.blocks)
-                if block.attention
-            }
-            stack.enter_context(
-                window(
-                    self.module,
-                    lambda m: RunWatch(layer_of[m], plan, touch, run) if m in layer_of else Watch(),
-                )
-            )
+            layers_of: dict[nn.Module, list[int]] = {}
+            for layer, block in enumerate(self.spec.blocks):
+                if block.attention:
+                    module = self.module.get_submodule(block.attention)
+                    layers_of.setdefault(module, []).append(layer)
+
+            def watch(module: nn.Module) -> Watch:
+                if not (layers := layers_of.get(module)):
+                    return Watch()
+                return RunWatch(turns.now if turns else layers[0], plan, touch, run)
+
+            stack.enter_context(window(self.module, watch))
+        for name in turns.layers if turns else ():
+            enter = partial(lambda name, module, args: turns.enter(name), name)
+            block = self.module.get_submodule(name)
+            stack.callback(block.register_forward_pre_hook(enter).remove)
         for layer, (block, where) in enumerate(zip(self.blocks, self.spec.blocks, strict=True)):
             if stop_at is not None and layer > stop_at:
                 break
+            on = partial(turns.only, layer) if turns else _as_it_is
             pre = BlockInput(
-                layer, touch, plan, run, stop=stop_at == layer, grad=grad and layer == 0
+                *(layer, touch, plan, run, self.spec.hidden),
+                stop=stop_at == layer,
+                grad=grad and layer == 0,
             )
             if pre.needed:
-                stack.callback(block.register_forward_pre_hook(pre, with_kwargs=True).remove)
-            if where.attn_write and plan.wants_any(("attn_write", "resid_mid"), layer):
-                change = attn_write_change(layer, where.attn_write, touch, plan, pre)
-                self._on_output(stack, where.attn_write.module, change, run)
+                stack.callback(block.register_forward_pre_hook(on(pre), with_kwargs=True).remove)
             if where.W_out and plan.wants("mlp_post", layer):
-                self._on_input(stack, where.W_out, partial(touch, "mlp_post", layer), run)
-            for name, write in (
-                ("attn_out", Write(where.W_O) if where.W_O else None),
-                ("mlp_out", Write(where.mlp_out) if where.mlp_out else None),
-                ("mlp_write", where.mlp_write),
-            ):
-                if write and plan.wants(name, layer):
-                    self._on_output(
-                        stack, write.module, write_change(name, layer, write, touch), run
-                    )
+                self._on_input(stack, where.W_out, partial(touch, "mlp_post", layer), run, on)
+            for name, module, factor in self._outputs(where):
+                if plan.wants(name, layer):
+                    change = write_change(name, layer, factor, touch)
+                    self._on_output(stack, module, change, run, on)
+            if where.before_mid and plan.wants("resid_mid", layer):
+                self._on_middle(stack, layer, where, touch, pre, run, on)
             post = BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
             if post.needed or self.spec.tuple_blocks:
-                stack.callback(block.register_forward_hook(post).remove)
+                stack.callback(block.register_forward_hook(on(post)).remove)
+
+    def _outputs(self, block: BlockMap) -> Iterator[tuple[str, str, float | Tensor]]:
+        """(site, module, factor) of the sites that are a module's output times a factor."""
+        for name, module in (("attn_out", block.attn_out), ("mlp_out", block.mlp_out)):
+            if module is not None:
+                yield name, module, 1.0
+        for name, write in (("attn_write", block.attn_write), ("mlp_write", block.mlp_write)):
+            if write is not None:
+                yield name, write.module, write.factor(self.module)
+
+    def _on_middle(
+        self, stack: ExitStack, layer: int, where: BlockMap, touch, pre: BlockInput, run: Run, on
+    ) -> None:
+        """Hooks for resid_mid: on the norm that returns it, or on the writes that make it."""
+        if where.norm_mid is not None:
+            change = write_change("resid_mid", layer, 1.0, touch)
+            self._on_output(stack, where.norm_mid, change, run, on)
+            return
+        factors = [write.factor(self.module) for write in where.before_mid]
+        middle = Middle(layer, factors, touch, pre)
+        for write in where.before_mid[:-1]:
+            self._on_output(stack, write.module, middle.keep, run, on)
+        self._on_output(stack, where.before_mid[-1].module, middle.change, run, on)
 
     def _on_input(
-        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run
+        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run, on
     ) -> None:
         """Hook a module's input, seen as [batch pos width] even where the block flattened it."""
 
@@ -563,10 +608,10 @@ class Model:
             new = change(seen)
             return None if new is x else (new.reshape(x.shape), *args[1:])
 
-        stack.callback(self.module.get_submodule(name).register_forward_pre_hook(hook).remove)
+        stack.callback(self.module.get_submodule(name).register_forward_pre_hook(on(hook)).remove)
 
     def _on_output(
-        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run
+        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run, on
     ) -> None:
         """Hook a module's output, seen as [batch pos d_model] even where the block flattened it."""
 
@@ -584,37 +629,59 @@ class Model:
             new = new.clone() if name in self.spec.copies else new
             return with_first(output, new.reshape(x.shape))
 
-        stack.callback(self.module.get_submodule(name).register_forward_hook(hook).remove)
+        stack.callback(self.module.get_submodule(name).register_forward_hook(on(hook)).remove)
 
     @contextmanager
     def _skipping(
         self, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
     ) -> Iterator[None]:
         """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
-        blocks = self.blocks
-        before = [block.__dict__.get("forward") for block in blocks[:start]]
+        skipped: dict[nn.Module, list[Any]] = {block: [] for block in self.blocks[:start]}
+        for layer, block in enumerate(self.blocks):
+            rest = tuple(
+                _repeated(x, resid.shape[0] // times, times) for x in extras.get(layer, ())
+            )
+            output = (resid, *rest) if self.spec.tuple_blocks else resid
+            if block in skipped:
+                skipped[block].append(output if layer < start else None)
+        before = {block: block.__dict__.get("forward") for block in skipped}
         try:
-            for layer, block in enumerate(blocks[:start]):
-                rest = tuple(
-                    _repeated(x, resid.shape[0] // times, times) for x in extras.get(layer, ())
-                )
-                output = (resid, *rest) if self.spec.tuple_blocks else resid
-                block.forward = lambda *args, output=output, **kwargs: output
+            for block, outputs in skipped.items():
+                block.forward = _returning(outputs, block.forward)
             if start == 0:
-                hook = blocks[0].register_forward_pre_hook(
-                    lambda module, args, kwargs: with_hidden(args, kwargs, resid),
-                    with_kwargs=True,
-                    prepend=True,
-                )
+                first = cycle([resid] + [None] * (self.blocks.count(self.blocks[0]) - 1))
+
+                def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+                    given = next(first)
+                    if given is not None:
+                        return with_hidden(args, kwargs, given, self.spec.hidden)
+                    return None
+
+                hook = self.blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
             yield
         finally:
             if start == 0:
                 hook.remove()  # type: ignore[possibly-undefined]
-            for block, forward in zip(blocks[:start], before, strict=True):
+            for block, forward in before.items():
                 if forward is None:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = forward
+
+
+def _returning(outputs: Sequence[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward that returns one output a call in turn, and works as before where it is None."""
+    turns = cycle(outputs)
+
+    def returning(*args: Any, **kwargs: Any) -> Any:
+        output = next(turns)
+        return forward(*args, **kwargs) if output is None else output
+
+    return returning
+
+
+def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
 
 
 def _repeated(x: Any, size: int, times: int) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model, output_tensor
-from interp.models.spec import first_tensor
+from interp.models.spec import first_tensor, with_first
 from interp.run.batch import Batch
 
 
 @dataclass
 class ModuleCall:
-    """One module's call, its tensors cloned."""
+    """One module's call, its tensors cloned.
+
+    `keys` says where each of the inputs stood: an index of the arguments, or a keyword. `start` and
+    `order` count the calls that had ended when this one began and when it ended.
+    """
 
     inputs: list[Tensor]
     output: Tensor | None
@@ -25,6 +30,8 @@ class ModuleCall:
     is_tuple: bool
     original: Tensor | None
     version: int
+    start: int = 0
+    keys: tuple[int | str, ...] = ()
 
     @property
     def mutated(self) -> bool:
@@ -34,9 +41,11 @@ class ModuleCall:
 
 @dataclass
 class AttentionCall(Watch):
-    """One attention call during the probe."""
+    """One attention call during the probe; `factor` multiplies its z where a trial asks for it."""
 
     module: nn.Module
+    order: int = 0
+    factor: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
     needs_rows = True
@@ -52,7 +61,7 @@ class AttentionCall(Watch):
 
     def z(self, z):
         self.tensors["z"] = z.clone()
-        return z
+        return z if self.factor is None else z * self.factor
 
 
 @dataclass
@@ -75,43 +84,64 @@ class Recording:
         calls = [] if name is None else self.calls.get(name, [])
         return calls[0] if len(calls) == 1 else None
 
+    def within(self, outer: ModuleCall) -> Recording:
+        """What happened during one call of a module, that call itself left out."""
+        inside = {
+            name: kept
+            for name, calls in self.calls.items()
+            if (kept := [call for call in calls if outer.start < call.order < outer.order])
+        }
+        attention = [call for call in self.attention if outer.start <= call.order < outer.order]
+        return replace(self, calls=inside, attention=attention)
 
-def record(module: nn.Module, batch: Batch) -> Recording:
-    """One forward with every module call and every attention call recorded."""
+
+def record(
+    module: nn.Module,
+    batch: Batch,
+    factors: list[Tensor] | None = None,
+    restored: Mapping[str, list[Tensor]] | None = None,
+) -> Recording:
+    """One forward with every module call and every attention call recorded.
+
+    Args:
+        factors: what each attention call's z is multiplied with, in the order of the calls.
+        restored: by module, what each of its calls returns whatever it computed.
+    """
     names = {submodule: name for name, submodule in module.named_modules()}
     seen = Recording(module, names, {}, [], torch.empty(0))
     order = 0
+    inputs: dict[int, tuple[list[Tensor], tuple[int | str, ...], int]] = {}
 
     def listen(attention: nn.Module) -> AttentionCall:
-        seen.attention.append(AttentionCall(attention))
+        factor = None if factors is None else factors[len(seen.attention)]
+        seen.attention.append(AttentionCall(attention, order, factor))
         return seen.attention[-1]
+
+    def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
+        found = {
+            key: x.clone()
+            for key, x in [*enumerate(args), *kwargs.items()]
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        inputs[id(submodule)] = (list(found.values()), tuple(found), order)
 
     def keep(submodule: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         nonlocal order
         order += 1
-        tensors = [
-            x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()
-        ]
         out = first_tensor(output)
+        kept, keys, start = inputs.pop(id(submodule), ([], (), order - 1))
         seen.calls.setdefault(names[submodule], []).append(
             ModuleCall(
-                inputs.pop(id(submodule), []) if tensors else [],
+                kept,
                 None if out is None else out.clone(),
                 order,
                 not isinstance(output, Tensor),
                 out,
                 0 if out is None else out._version,
+                start,
+                keys,
             )
         )
-
-    inputs: dict[int, list[Tensor]] = {}
-
-    def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs[id(submodule)] = [
-            x.clone()
-            for x in (*args, *kwargs.values())
-            if isinstance(x, Tensor) and x.is_floating_point()
-        ]
 
     with ExitStack() as stack:
         for submodule in names:
@@ -119,6 +149,14 @@ def record(module: nn.Module, batch: Batch) -> Recording:
                 submodule.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove
             )
             stack.callback(submodule.register_forward_hook(keep, with_kwargs=True).remove)
+        for name, values in (restored or {}).items():
+            hook = _restoring(values)
+            stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
         stack.enter_context(window(module, listen))
         seen.output = output_tensor(call_model(module, batch)).clone()
     return seen
+
+
+def _restoring(values: list[Tensor]) -> Callable[..., Any]:
+    left = iter(values)
+    return lambda module, args, output: with_first(output, next(left))

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Write:
-    """What a block adds to the residual stream: `scale` times the output of `module`."""
+    """What a block adds to the residual stream: `scale` times the output of `module`.
+
+    `gain` names a parameter [d_model] that multiplies it besides (a layer scale), if there is one.
+    """
 
     module: str
     scale: float = 1.0
+    gain: str | None = None
+
+    def factor(self, model: nn.Module) -> float | Tensor:
+        """What the module's output is multiplied with: a number, or one a channel [d_model]."""
+        if self.gain is None:
+            return self.scale
+        return self.scale * model.get_parameter(self.gain).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,17 @@ class Source:
 class BlockMap:
     """Addresses inside one block; None where the block has no such thing or it was not found.
 
+    A block computes `resid_mid = norm_mid(resid_pre + before_mid)` and `resid_post = norm_post(resid_mid
+    + the rest)`, where the norms are the identity if None (BERT has both, most models neither), and
+    `before_mid` are the writes made before the MLP reads. Writes are attn_write, mlp_write and `others`:
+    a state-space layer or a convolution, a second attention, what comes besides an MLP.
+
     `parallel`: attention and MLP read the same input. `direct`: the attention output is written as
-    it is (times `attn_write.scale`), with no norm in between. `W_out`: the one linear layer that makes
-    mlp_out from the neurons (`d_mlp` of them).
+    it is (times `attn_write.scale`), with no norm in between. `attn_out`: the module that returns the
+    attention output in order [batch pos d_model], W_O itself in most models. `between`: what stands
+    between z and W_O, "" where W_O reads z: "gate" (elementwise, not depending on z) or "function".
+    `convolved`: a convolution of each channel that attention's or the MLP's output passes before it is
+    written, if there is one. `W_out`: the one linear layer that makes mlp_out from the neurons (`d_mlp` of them).
     """
 
     name: str
@@ -45,14 +63,27 @@ class BlockMap:
     n_kv_heads: int = 0
     d_head: int = 0
     W_O: str | None = None
+    attn_out: str | None = None
+    between: str = ""
     v: Source | None = None
     attn_write: Write | None = None
     W_out: str | None = None
     d_mlp: int = 0
     mlp_out: str | None = None
     mlp_write: Write | None = None
+    others: tuple[Write, ...] = ()
+    before_mid: tuple[Write, ...] = ()
+    norm_mid: str | None = None
+    norm_post: str | None = None
+    convolved: str | None = None
     parallel: bool = False
     direct: bool = False
+
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        """Everything the block adds to the residual stream."""
+        main = tuple(write for write in (self.attn_write, self.mlp_write) if write is not None)
+        return main + self.others
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,12 @@ class Check:
 class Spec:
     """The map of a model and the identities that vouch for it.
 
-    `refused` names every site that this model cannot give, with the reason.
+    `refused` names every site that this model cannot give, with the reason; `absent` those among them
+    that its architecture does not have (nothing lies between parallel branches; routed experts have no
+    one set of neurons; behind a transform there is no "unembedding" of the residual).
+    `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword.
+    `readout` are the modules that make logits of the final residual one after the other, where that is
+    more than a norm and a linear layer (BERT's head has a transform).
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     """
@@ -88,10 +124,13 @@ class Spec:
     unembedding: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    readout: tuple[str, ...] = ()
+    hidden: int | str = 0
     tuple_blocks: bool = False
     copies: frozenset[str] = frozenset()
     checks: tuple[Check, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
     @property
     def n_layers(self) -> int:
@@ -118,6 +157,34 @@ class Spec:
         """Family and sizes, as reports and `interp inspect` show them."""
         names = ("family", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_vocab")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def not_a_sum(self) -> str:
+        """Why the final residual is not embedding plus attn_write plus mlp_write; "" where it is."""
+        if self.shared:
+            return f"several layers are calls of one module ('{self.blocks[0].name}')"
+        for block in self.blocks:
+            if norm := block.norm_mid or block.norm_post:
+                return (
+                    f"'{block.name}' normalises the residual stream after adding to it ('{norm}')"
+                )
+            if block.others:
+                return (
+                    f"'{block.name}' writes something besides attention and MLP to the residual "
+                    f"stream ('{block.others[0].module}')"
+                )
+            if block.convolved:
+                return f"'{block.convolved}' mixes positions in what '{block.name}' writes"
+            if gain := next((write.gain for write in block.writes if write.gain), None):
+                return f"'{block.name}' scales each channel of what it writes ('{gain}')"
+        return ""
+
+    @property
+    def shared(self) -> bool:
+        """Whether several layers call one and the same module (ALBERT)."""
+        names = [block.name for block in self.blocks]
+        names += [block.attention for block in self.blocks if block.attention]
+        return len(set(names)) < len(names)
 
     @property
     def attention_layers(self) -> list[int]:

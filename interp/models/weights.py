@@ -70,7 +70,7 @@ class FrozenNorm:
             return torch.ones_like(x[..., :1], dtype=torch.float32)
         gain = self.gain.to(x.device).float()
         inner = gain * self.centre(x.float())
-        out = self.module(x).float() - self.bias.to(x.device).float()
+        out = self.module(x.to(self.gain.dtype)).float() - self.bias.to(x.device).float()
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
 
     def pull_back(self, direction: Tensor, at: Tensor) -> Tensor:

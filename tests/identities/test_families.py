@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models import attention
 from interp.models.model import Model
-from interp.models.probe import call_model, output_tensor
+from interp.models.probe import call_model, output_tensor, probe
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.sites import AXES
-from tests.families import FAMILIES, WINDOWED
+from tests.families import FAMILIES, IMAGE, TEXT, WINDOWED
 from tests.ground_truth.induction_model import induction_model
 
 ROUNDING = 1e-5
@@ -165,8 +166,8 @@ def test_an_empty_edit_changes_no_bit(name: str) -> None:
     assert torch.equal(model.run(batch, edits=[Edit.zero("z", heads=[])]).logits, plain)
     # An edit that runs and returns what it was given: z, q, k, v do not need the pattern formed.
     same = [Edit.apply(site, lambda x, seen: x) for site in ("q", "k", "v", "z")]
-    if "softcap" in FAMILIES[name].traits or "sinks" in FAMILIES[name].traits:
-        # The model's own SDPA has no softcap and no sinks, so transformers runs eager for these.
+    if {"softcap", "sinks", "no SDPA"} & set(FAMILIES[name].traits):
+        # For these transformers runs eager: its SDPA has no softcap and no sinks, or is not called.
         assert off(model.run(batch, edits=same).logits, plain) < ROUNDING
     else:
         assert torch.equal(model.run(batch, edits=same).logits, plain)
@@ -192,6 +193,10 @@ def test_heads_and_bias_sum_to_the_attention_output(name: str) -> None:
         pytest.skip("no projection reads z in this family")
     cache = model.run(inputs_of(name), capture=["z", "attn_out"]).cache
     for layer in model.layers_with("attn_out"):
+        if model.spec.blocks[layer].between:
+            with pytest.raises(Refused, match="reads z"):
+                model.W_O(layer)
+            continue
         heads = torch.einsum("bphd,hdm->bphm", cache[f"z.{layer}"], model.W_O(layer))
         total = heads.sum(2) + model.b_O(layer)
         assert off(total, cache[f"attn_out.{layer}"]) < ROUNDING
@@ -215,8 +220,10 @@ def test_neurons_and_bias_sum_to_the_mlp_output(name: str) -> None:
 @every_window
 def test_embedding_and_writes_sum_to_the_final_residual(name: str) -> None:
     model = model_of(name)
-    if {"attn_write", "mlp_write"} & set(model.spec.refused):
-        pytest.skip("this family's blocks do not only add")
+    if model.spec.not_a_sum:
+        with pytest.raises(Refused, match="sum of attn_write and mlp_write"):
+            model.require_sum("this test")
+        return
     cache = model.run(
         inputs_of(name), capture=["embed", "attn_write", "mlp_write", "resid_post"]
     ).cache
@@ -233,16 +240,25 @@ def test_resid_mid_lies_between_the_two_writes(name: str) -> None:
         pytest.skip("nothing lies between attention and MLP")
     sites = ["resid_pre", "attn_write", "resid_mid", "mlp_write", "resid_post"]
     cache = model.run(inputs_of(name), capture=sites).cache
-    pre, attn, mid, mlp, post = (cache[site] for site in sites)
-    assert off(pre + attn, mid) < ROUNDING
-    assert off(mid + mlp, post) < ROUNDING
+    for layer in model.layers_with("resid_mid"):
+        block = model.spec.blocks[layer]
+        if block.others:
+            continue  # what neither attention nor the MLP writes has no site
+        pre, attn, mid, mlp, post = (cache[f"{site}.{layer}"] for site in sites)
+        norm_mid, norm_post = (
+            nn.Identity() if norm is None else model.module.get_submodule(norm)
+            for norm in (block.norm_mid, block.norm_post)
+        )
+        with torch.no_grad():
+            assert off(norm_mid(pre + attn), mid) < ROUNDING
+            assert off(norm_post(mid + mlp), post) < ROUNDING
 
 
 @every_family
 def test_unembedding_the_final_residual_gives_the_logits(name: str) -> None:
     model = model_of(name)
-    if model.spec.unembedding is None or "unembedding" in model.spec.refused:
-        pytest.skip("no unembedding, or a transform before it")
+    if model.spec.unembedding is None:
+        pytest.skip("no unembedding")
     last = f"resid_post.{model.n_layers - 1}"
     run = model.run(inputs_of(name), capture=[last])
     assert off(model.unembed(run.cache[last]), run.logits) < ROUNDING
@@ -296,8 +312,8 @@ def test_replay_of_an_edit_equals_a_run_with_it(name: str) -> None:
 @every_window
 def test_patching_all_writes_reproduces_the_source_run(name: str) -> None:
     model = model_of(name)
-    if {"attn_write", "mlp_write"} & set(model.spec.refused):
-        pytest.skip("this family's blocks do not only add")
+    if any(block.others for block in model.spec.blocks):
+        pytest.skip("some writes are neither attention's nor the MLP's: they have no site")
     sites = ["embed", "attn_write", "mlp_write"]
     source = model.run(inputs_of(name, seed=3), capture=sites)
     patches = [Edit.patch(site, source.cache.by_layer(site)) for site in sites]
@@ -312,6 +328,10 @@ def test_patching_all_writes_reproduces_the_source_run(name: str) -> None:
 @pytest.mark.parametrize("name", READS_TOKENS)
 def test_padding_changes_nothing_at_real_positions(name: str, side: str) -> None:
     """ROUNDING, since a padded row is summed in another order than the same row on its own."""
+    if side == "left" and "positions are not told" in FAMILIES[name].traits:
+        pytest.skip(
+            "its forward takes no position_ids, so Hugging Face counts padding as positions"
+        )
     model = model_of(name)
     generator = torch.Generator().manual_seed(4)
     lengths = (3, 6, LENGTH)
@@ -367,6 +387,61 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     with pytest.raises(_Boom):
         model.replay(clean, [[late]], lambda r: r)
     assert state_of(module) == before
+
+
+# --- what the probe found about special blocks ------------------------------------------------------
+
+
+def test_what_stands_between_z_and_the_projection_is_told():
+    kinds = {"llama": "", "qwen3_next": "gate", "bitnet": "function"}
+    for name, between in kinds.items():
+        model = model_of(name)
+        found = {block.between for block in model.spec.blocks if block.attention}
+        assert found == {between}
+        layer = model.spec.attention_layers[0]
+        assert model.layers_with("attn_out") == model.spec.attention_layers
+        if between:
+            with pytest.raises(Refused, match="reads z"):
+                model.W_O(layer)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "falcon_h1"])
+def test_mixers_are_not_taken_for_mlps(name: str) -> None:
+    """A layer's MLP is what works on each position by itself; a convolution or state space is not."""
+    for block in model_of(name).spec.blocks:
+        assert block.mlp_write is not None
+        assert any(part in block.mlp_write.module for part in ("feed_forward", "mlp"))
+        mixers = [write.module for write in block.others]
+        assert len(mixers) == (1 if block.attention is None or name == "falcon_h1" else 0)
+        assert all(part not in mixer for mixer in mixers for part in ("mlp", "feed_forward"))
+        assert block.before_mid and block.mlp_write not in block.before_mid
+
+
+def test_one_layer_of_shared_ones_can_be_edited():
+    """ALBERT calls one block three times: an edit of layer 1 leaves layer 0 as it was."""
+    model, batch = model_of("albert"), inputs_of("albert")
+    sites = ["resid_post", "z", "pattern", "mlp_post"]
+    clean = model.run(batch, capture=sites).cache
+    edited = model.run(batch, capture=sites, edits=[Edit.zero("z", heads=[(1, 2)])]).cache
+    for site in sites:
+        assert torch.equal(edited[f"{site}.0"], clean[f"{site}.0"])
+        assert not torch.equal(edited[f"{site}.2"], clean[f"{site}.2"])
+    assert not edited["z.1"][:, :, 2].any() and edited["z.2"][:, :, 2].all()
+
+
+def test_layer_scale_of_a_parameter_is_part_of_the_write():
+    model = model_of("beit")
+    cache = model.run(inputs_of("beit"), capture=["attn_out", "attn_write"]).cache
+    for layer in range(model.n_layers):
+        gain = model.module.get_parameter(model.spec.blocks[layer].attn_write.gain)
+        assert off(cache[f"attn_out.{layer}"] * gain, cache[f"attn_write.{layer}"]) < ROUNDING
+
+
+def test_several_stacks_name_the_parts_to_pass():
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    with pytest.raises(Refused, match=r"`model\.vision_model` or `model\.text_model`"):
+        probe(transformers.CLIPModel(config).eval(), Batch(inputs))
 
 
 def test_value_columns_that_look_alike_on_the_probe_are_told_apart():

@@ -71,7 +71,8 @@ def naive(
     weights = scores.exp() * may_see
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + sinks.exp()[None, :, None, None]
+        sinks = sinks[None, :, None, None] if sinks.ndim == 1 else sinks
+        total = total + sinks.exp()
     pattern = weights / total
     return pattern, torch.einsum("bhqk,bhkd->bqhd", pattern, v)
 
@@ -103,6 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded right": {},
     "softcap": {"softcap": 1.5},
     "sinks": {"s_aux": random(N_HEADS, seed=7)},
+    "sinks of queries": {"sinks": random(1, N_HEADS, LENGTH, 1, seed=7)},
     "position bias": {"position_bias": random(1, N_HEADS, LENGTH, LENGTH, seed=8)},
     "bidirectional position bias": {
         "position_bias": random(1, N_HEADS, LENGTH, LENGTH, seed=8),
@@ -147,11 +149,34 @@ def test_attention_equals_the_textbook(
         may_see,
         0.4,
         softcap=options.get("softcap"),
-        sinks=options.get("s_aux"),
+        sinks=options.get("s_aux", options.get("sinks")),
         bias=options.get("position_bias"),
     )
     starts = [start for start, _ in watch.chunks]
     assert starts == ([0, 16, 32] if chunk_bytes == 1 else [0])
+    assert (watch.whole(LENGTH) - pattern).abs().max() < EXACT64
+    assert (z - wanted).abs().max() < EXACT64
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "boolean", "additive"])
+def test_keys_an_indexer_did_not_pick_are_hidden(mask_kind: str) -> None:
+    q = random(2, N_HEADS, LENGTH, D_HEAD, seed=1)
+    k, v = random(2, N_KV, LENGTH, D_HEAD, seed=2), random(2, N_KV, LENGTH, D_HEAD, seed=3)
+    indices = random(2, LENGTH, LENGTH, seed=9).topk(5).indices
+    may_see = torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    may_see[:, 0].scatter_(-1, indices, True)
+    mask: Tensor | None = None
+    if mask_kind != "none":
+        mask = torch.arange(LENGTH)[:, None] != torch.arange(LENGTH)[None]  # no query sees itself
+        mask = mask[None, None]
+        may_see = may_see & mask
+        if mask_kind == "additive":
+            low = torch.finfo(torch.float64).min
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, low)
+    pattern, wanted = naive(q, k, v, may_see, 0.4)
+    module, watch = nn.Module(), Rows()
+    with window(module, lambda m: watch):
+        z, _ = attend(module, q, k, v, mask, scaling=0.4, is_causal=False, indices=indices)
     assert (watch.whole(LENGTH) - pattern).abs().max() < EXACT64
     assert (z - wanted).abs().max() < EXACT64
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from interp.errors import BadInput
 from interp.models.sources.base import Loaded
+from interp.models.sources.bridge import is_bridge, load_bridge
+from interp.models.sources.nnsight_model import dispatched, is_nnsight
 from interp.models.sources.pretrained import with_padding
 
 
@@ -13,6 +15,8 @@ def load_live(module: Any, *, tokenizer: Any, **asked: Any) -> Loaded:
     """The module itself, switched to eval mode (dropout off), with the tokenizer passed."""
     from torch import nn
 
+    if is_nnsight(module):
+        module, tokenizer = dispatched(module, tokenizer)
     if not isinstance(module, nn.Module):
         raise BadInput(
             f"cannot load a {type(module).__name__}; wanted a model name, a path or an nn.Module"
@@ -28,5 +32,7 @@ def load_live(module: Any, *, tokenizer: Any, **asked: Any) -> Loaded:
         if module.training
         else ()
     )
+    if is_bridge(module):
+        return load_bridge(module, tokenizer=tokenizer)
     name = getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__
     return Loaded(module.eval(), with_padding(tokenizer), name, "live", notes=notes)

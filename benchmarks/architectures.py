@@ -1,0 +1,290 @@
+"""How many model types of the installed transformers verify: a tiny random model of each, probed.
+
+For every causal language model, encoder and vision model type that transformers' auto classes know (and
+the text part of multimodal ones, listed apart), the default config is shrunk by the names of its fields,
+a random model is built from it, and the probe makes and verifies its map. No model type has code of its
+own here. A model type is
+
+- in full: every site that the architecture has passes its identity, and a pass that captures all of
+  them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
+  mlp_post, a head with a transform no one unembedding);
+- partly: some site is refused, with the reason;
+- residual stream only: the model does not call transformers' attention interface;
+- refused: the probe refuses the model, with the reason;
+- not built: no tiny model could be made of its default config, or its own forward fails on plain
+  tokens or pixels, with the reason. These say nothing about the probe.
+
+Each model has a process of its own, with a limit on time and memory.
+
+Run: python -m benchmarks.architectures [--only bert,vit] [--write]
+(--write makes docs/support.csv and docs/support.md)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from benchmarks.tiny_configs import Unbuildable, tiny_model
+from interp.errors import InterpError, Refused
+from interp.models.calls import call_model, output_tensor
+from interp.models.model import Model
+from interp.models.probe import probe_batch
+from interp.sites import AXES
+
+SECONDS, GIGABYTES = 60, 8
+"""What one model may take."""
+DOCS = Path(__file__).parent.parent / "docs"
+OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
+KINDS = ("decoder", "encoder", "vision", "multimodal")
+ROUNDING = 1e-4
+"""float32, a few blocks deep: a capturing pass may form patterns where the plain one called SDPA."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one model type."""
+
+    model_type: str
+    kind: str
+    model: str
+    outcome: str
+    n_layers: int = 0
+    n_heads: int = 0
+    refused: str = ""
+    reason: str = ""
+
+
+def model_types() -> dict[str, tuple[str, list[str]]]:
+    """By model type: its kind, and the classes to try, the most telling first."""
+    mappings = (
+        ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("decoder", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_IMAGE_MAPPING_NAMES),
+        ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
+        ("multimodal", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("", auto.MODEL_MAPPING_NAMES),
+    )
+    found: dict[str, tuple[str, list[str]]] = {}
+    for kind, mapping in mappings:
+        for model_type, classes in mapping.items():
+            classes = [classes] if isinstance(classes, str) else list(classes)
+            before, others = found.get(model_type, (kind, []))
+            found[model_type] = (before or kind, others + [c for c in classes if c not in others])
+    return {name: found[name] for name in sorted(found) if name in CONFIG_MAPPING_NAMES}
+
+
+def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
+    """The row of one model type; None where it is neither a text nor a vision model."""
+    row = Row(model_type, kind, classes[0], "not built")
+    reasons = []
+    for name in classes[:3]:
+        try:
+            module = _part(tiny_model(model_type, name, runs))
+        except Unbuildable as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if not kind and (kind := _kind(module)) == "":
+            return None
+        return _verified(replace(row, kind=kind, model=type(module).__name__), module)
+    if not kind:
+        return None
+    return replace(row, reason="; ".join(reasons[:1]))
+
+
+def runs(module: nn.Module) -> None:
+    """Raise what the model's own forward raises on random inputs of its kind, or for NaN."""
+    module = _part(module)
+    with suppress(Refused), torch.no_grad():
+        if not output_tensor(call_model(module, probe_batch(module))).isfinite().all():
+            raise ArithmeticError("its random weights give NaN")
+
+
+def _verified(row: Row, module: nn.Module) -> Row:
+    try:
+        model = Model(module, id=row.model_type)
+    except InterpError as error:
+        return replace(row, outcome="refused", reason=str(error))
+    spec = model.spec
+    row = replace(row, n_layers=spec.n_layers, n_heads=spec.n_heads)
+    refused = {site: why for site, why in spec.refused.items() if site not in spec.absent}
+    if "z" in refused and not spec.attention_layers:
+        return replace(row, outcome="residual stream only", reason=refused["z"])
+    sites = [site for site in AXES if site not in spec.refused and model.layers_with(site)]
+    batch = probe_batch(module)
+    with torch.no_grad():
+        plain = output_tensor(call_model(module, batch))
+    run = model.run(batch, capture=sites)
+    assert run.logits is not None
+    error = float((run.logits - plain).abs().max() / plain.abs().max())
+    if error > ROUNDING:
+        refused["logits"] = f"off by {error:.1e} when all sites are captured"
+    missing = [site for site in spec.refused if site not in refused]
+    outcome = "partly" if refused else "in full"
+    reasons = dict.fromkeys(refused.values())
+    shown = ", ".join(missing if outcome == "in full" else refused)
+    return replace(row, outcome=outcome, refused=shown, reason="; ".join(reasons))
+
+
+def _part(module: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder, else the model itself."""
+    config: Any = module.config
+    return module.get_encoder() if getattr(config, "is_encoder_decoder", False) else module  # type: ignore
+
+
+def _kind(module: nn.Module) -> str:
+    """Of a model that stands in none of the lists but the base models': by its main input."""
+    main = getattr(module, "main_input_name", "")
+    parts = [name for name in ("vision_config", "text_config") if hasattr(module.config, name)]
+    if parts:
+        return "multimodal" if main == "input_ids" else ""
+    return {"input_ids": "encoder", "pixel_values": "vision"}.get(main, "")
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text}"[:160]
+
+
+# --- one process a model -------------------------------------------------------------------------
+
+
+def _child(connection: Connection, model_type: str, kind: str, classes: list[str]) -> None:
+    limit = GIGABYTES * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        row = examine(model_type, kind, classes)
+    except Exception as error:  # noqa: BLE001 - a fault of the probe: counted as one, never hidden
+        row = Row(
+            model_type, kind, classes[0], "refused", reason=f"the probe fails: {_line(error)}"
+        )
+    connection.send(row)
+    connection.close()
+
+
+def sweep(only: list[str], jobs: int) -> Iterator[Row]:
+    """The rows of all model types (or of those named), as they come."""
+    waiting = [(name, *what) for name, what in model_types().items() if not only or name in only]
+    context = multiprocessing.get_context("fork")
+    running: dict[Connection, tuple[Any, Row, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name, kind, classes = waiting.pop(0)
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(theirs, name, kind, classes))
+            process.start()
+            theirs.close()
+            running[mine] = (process, Row(name, kind, classes[0], "not built"), time.monotonic())
+        ready = wait(list(running), timeout=1)
+        for connection, (process, row, since) in list(running.items()):
+            if connection in ready:
+                try:
+                    answer = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answer = replace(row, reason=f"its process died, over {GIGABYTES} GB perhaps")
+            elif time.monotonic() - since > SECONDS:
+                process.terminate()
+                answer = replace(row, reason=f"took more than {SECONDS} s")
+            else:
+                continue
+            process.join()
+            connection.close()
+            del running[connection]
+            if answer is not None and answer.kind:
+                yield answer
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def counts(rows: list[Row]) -> str:
+    """How many model types came out how, by kind, and the total of those asked for."""
+    count = Counter((row.kind, row.outcome) for row in rows)
+    lines = [f"{'':12}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
+    for kind in KINDS:
+        lines.append(f"{kind:12}" + "".join(f"{count[kind, outcome]:>22}" for outcome in OUTCOMES))
+    asked = [row for row in rows if row.kind != "multimodal"]
+    full = sum(row.outcome == "in full" for row in asked)
+    built = sum(row.outcome != "not built" for row in asked)
+    more = sum(row.outcome == "in full" for row in rows) - full
+    lines.append(
+        f"{full} model types verified in full (decoders, encoders, vision), of {built} built and "
+        f"{len(asked)} known; {more} multimodal ones besides, by their text"
+    )
+    return "\n".join(lines)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The support table as a page."""
+    parts = [
+        "# Which models are supported",
+        "Made by `python -m benchmarks.architectures --write` with transformers "
+        f"{transformers.__version__}: a tiny random model of every model type that the library can "
+        "build, its map discovered and every identity tried. A model type is *in full* where every "
+        "site its architecture has passes; other rows say what is refused and why. Types that could "
+        "not be built from a shrunken default config are listed too: of them nothing is known. "
+        "Whatever a table says, `interp inspect MODEL` tries the identities on your own model.",
+        "```text\n" + counts(rows) + "\n```",
+    ]
+    for kind in KINDS:
+        parts.append(f"## {kind.capitalize()}")
+        lines = ["| model type | class | outcome | sites | reason |", "|---|---|---|---|---|"]
+        for row in (row for row in rows if row.kind == kind):
+            sites = f"without {row.refused}" if row.refused else ""
+            reason = row.reason.replace("|", "\\|").replace("<", "&lt;")
+            lines.append(f"| {row.model_type} | {row.model} | {row.outcome} | {sites} | {reason} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Probe a tiny model of every model type.")
+    parser.add_argument("--only", default="", help="model types, separated by commas")
+    parser.add_argument("--write", action="store_true", help="write docs/support.{csv,md}")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    options = parser.parse_args()
+    only = [name for name in options.only.split(",") if name]
+    rows = []
+    for row in sweep(only, options.jobs):
+        rows.append(row)
+        print(f"{row.model_type:28}{row.kind:11}{row.outcome:21}{row.refused}  {row.reason}"[:300])
+        sys.stdout.flush()
+    rows.sort(key=lambda row: (row.kind, row.model_type))
+    print(counts(rows))
+    if options.write and not only:
+        table = [asdict(row) for row in rows]
+        DOCS.mkdir(exist_ok=True)
+        with (DOCS / "support.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+        (DOCS / "support.md").write_text(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""A tiny random model of any model type: its default config, shrunk by what its fields are called.
+
+Nothing here knows a model type. A field's new value follows from its name (sizes, heads, layers,
+experts, vocabulary, image), lists with one entry a layer keep every kind of layer that they name, and
+special token ids move into the small vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS = 64, 4, 16, 96, 97, 64
+LAYERS, MOST_LAYERS = 3, 8
+MOST_PARAMETERS = 12_000_000
+
+
+class Unbuildable(Exception):
+    """No tiny model of this type could be built, for the reason given."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to shrink: later ones are tried where a model cannot be built or called so small."""
+
+    image: int = 32
+    kv_heads: int = 2
+    layers: int = LAYERS
+    of_each_kind: int = 1
+    rebuilt: bool = True
+    """Whether the config is made anew from its fields, or its default one is changed in place."""
+    sections: bool = False
+    """Whether rotary sections (of time, height and width) are named where the default names none."""
+
+
+VARIANTS = (
+    Variant(),
+    Variant(64, HEADS, 4, of_each_kind=2),
+    Variant(64, HEADS, 4, of_each_kind=2, rebuilt=False),
+    Variant(64, HEADS, 4, sections=True),
+    Variant(64, HEADS, 4, rebuilt=False, sections=True),
+    Variant(224, HEADS, 4),
+)
+
+RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
+    (r"pad_vocab|multiple_of|divisible", lambda v: min(v, 8)),
+    (r"vocab|(?<!num_)buckets_size", lambda v: min(v, VOCAB)),
+    (
+        r"(experts?_per_to|top_?k_experts|moe_top_?k|^top_?k$|num_selected|moe_k$)",
+        lambda v: min(v, 2),
+    ),
+    (r"topk_group", 1),
+    (r"(^n_group|num_expert_group)", lambda v: min(v, 2)),
+    (r"shared_experts?$|zero_expert", lambda v: min(v, 1)),
+    (r"(experts?$|experts_num|num_experts)", lambda v: min(v, 4)),
+    (r"index_topk|indexer_topk|index_block", 4),
+    (r"linear_num_key_heads", 2),
+    (r"qk_(rope|nope)_head_dim", 8),
+    (r"mamba_(n_heads|num_heads)|mamba_nheads", 2 * HIDDEN // D_HEAD),
+    (r"mamba_d_ssm", 2 * HIDDEN),
+    (r"(state_size|d_state|time_step_rank|dt_rank)", 8),
+    (r"chunk", lambda v: min(v, 8)),
+    (r"mask_time|mask_feature", lambda v: v),
+    (r"(key_value_heads|kv_heads|num_query_groups|key_value_groups)$", lambda v: -1),
+    (r"(head_dim|d_kv|d_head|kv_channels|dim_head|key_dim|headdim|head_size)$", D_HEAD),
+    (r"rotary_dim", 8),
+    (r"rank$", 16),
+    (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
+    (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
+    (r"(period|interval|every|pattern$)", lambda v: min(v, 2)),
+    (r"(layer_offset|period_offset)", lambda v: min(v, 1)),
+    (
+        r"(first_k_dense|dense_layers|num_dense|layer_start|layer_freq|kv_shared|nextn)",
+        lambda v: min(v, 1),
+    ),
+    (r"layer_end_index", lambda v: -2),
+    (r"max_window_layers", lambda v: -2),
+    (
+        r"(hidden_layers|num_layers|n_layers?$|encoder_layers|decoder_layers|^depth$|layers_per_stack)",
+        lambda v: -2,
+    ),
+    (r"(expansion|expand|ratio)", lambda v: v),
+    (r"(temporal_patch|tubelet)", lambda v: v),
+    (r"patch_size", lambda v: 8 if v > 8 else v),
+    (r"image_size|pretrain_image|encoder_stride|crop_size", lambda v: -3),
+    (r"num_frames", lambda v: min(v, 4)),
+    (r"(max_source_positions|source_positions)", POSITIONS),
+    (r"(position|n_ctx|max_seq|context_length|max_length|seq_len)", lambda v: min(v, POSITIONS)),
+    (
+        r"(intermediate|ffn|d_ff|dff|dim_ff|feed_forward|inner|^hidden_dim$|mlp_dim)",
+        lambda v: min(v, D_MLP),
+    ),
+    (
+        r"(bucket|distance|labels|queries|group|kernel|stride|channels$|frames|mels|token_type)",
+        lambda v: v,
+    ),
+)
+"""What an integer becomes by its name, first match first; -1, -2 and -3 stand for the variant's number
+of kv heads, the number of layers and the variant's image size."""
+
+UNSET = (
+    (r"experts_per_tok$", 2),
+    (r"(routed|local)_experts$", 4),
+    (r"shared_experts$", 1),
+    (r"^vocab_size$", VOCAB),
+    (r"^num_key_value_heads$", HEADS),
+    (r"attn_layer_indices", [1]),
+)
+"""What becomes of a field that the default config leaves open, and that no model can leave open."""
+
+SIZE = re.compile(r"(hidden|d_model|n_embd|emb|dim|width|size|channels|features)")
+
+
+def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], Any]) -> nn.Module:
+    """A tiny random model of a class, in eval mode: the first variant that builds and passes `check`.
+
+    Raises:
+        Unbuildable: no variant does; the reason of the first.
+    """
+    reasons = []
+    for variant in VARIANTS:
+        try:
+            model_class = getattr(transformers, class_name)
+            config = _of_class(CONFIG_MAPPING[model_type](), model_class.config_class)
+            module = build(model_class, shrunk(config, variant))
+            check(module)
+            return module
+        except Unbuildable:
+            raise
+        except Exception as error:  # noqa: BLE001 - any model's own code: anything may be raised
+            text = " ".join(str(error).split())
+            reasons.append(f"{type(error).__name__}: {text}"[:160])
+    raise Unbuildable(reasons[0])
+
+
+def _of_class(config: PreTrainedConfig, wanted: type | None) -> PreTrainedConfig:
+    """The config itself, or the part of it that the model class takes (a multimodal model's text)."""
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [part for part in vars(config).values() if isinstance(part, wanted)]
+    return parts[0] if parts else config
+
+
+def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
+    """A random model: matrices with a standard deviation of 0.2, vectors moved off their trivial values."""
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise Unbuildable(f"{size:,} parameters after shrinking")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = model_class(config).float().eval()
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn_like(parameter)
+                if parameter.ndim < 2:
+                    parameter.add_(0.1 * noise)
+                else:
+                    parameter.copy_(0.2 * noise)
+    return module
+
+
+def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
+    """A small config of the same class and kind."""
+    fields = {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_")
+        and name not in ("transformers_version", "dtype", "ignore_keys_at_rope_validation")
+    }
+    n_layers, picks, total = _layers(fields, variant)
+    hidden = next(
+        (
+            v
+            for n in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim")
+            if isinstance(v := fields.get(n), int)
+        ),
+        0,
+    )
+    tokens = _Tokens()
+    new: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, PreTrainedConfig):
+            new[name] = shrunk(value, variant)
+        elif value is None:
+            new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), None)
+        elif isinstance(value, (bool, str, float)):
+            new[name] = value
+        elif re.search(r"token_id$|token_index$|pad_idx$", name):
+            new[name] = tokens.of(value)
+        elif name == "head_dim" and value == fields.get("qk_rope_head_dim"):
+            new[name] = 8
+        elif isinstance(value, int):
+            new[name] = _number(name, value, variant, n_layers, hidden)
+        elif isinstance(value, Mapping):
+            new[name] = _mapping(value, fields, variant)
+        elif isinstance(value, (list, tuple)):
+            new[name] = _list(name, value, variant, n_layers, picks, total, hidden)
+        else:
+            new[name] = value
+    new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
+    if variant.rebuilt:
+        made = type(config)(**new)
+    else:
+        made = config
+        for name, value in new.items():
+            setattr(made, name, value)
+    made.use_cache = False
+    return made
+
+
+class _Tokens:
+    """Special token ids made small, different ones staying different."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self.of(each) for each in value]
+        if not isinstance(value, int) or value < 0:
+            return value
+        return self.known.setdefault(value, len(self.known) % 10)
+
+
+def _layers(fields: Mapping[str, Any], variant: Variant) -> tuple[int, list[int], int]:
+    """Number of layers to keep, which of the old ones they are, and how many there were.
+
+    One layer of every kind that lists with an entry a layer (or lists of layers) tell apart.
+    """
+    names = (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "encoder_layers",
+        "decoder_layers",
+    )
+    total = next((fields[n] for n in names if isinstance(fields.get(n), int) and fields[n]), 0)
+    lists = [
+        value
+        for value in fields.values()
+        if isinstance(value, (list, tuple))
+        and len(value) == total
+        and total > 4
+        and not all(isinstance(x, float) for x in value)
+    ]
+    lists += [
+        [layer in value for layer in range(total)]
+        for name, value in fields.items()
+        if _of_layers(name, value, total)
+    ]
+    kinds: dict[str, list[int]] = {}
+    for layer in range(total):
+        kinds.setdefault(str([each[layer] for each in lists]), []).append(layer)
+    several = variant.of_each_kind if len(kinds) > 1 else 1
+    picks = sorted(layer for same in kinds.values() for layer in same[:several])[:MOST_LAYERS]
+    rest = (layer for layer in range(total) if layer not in picks)
+    while len(picks) < min(variant.layers, total or variant.layers):
+        picks.append(next(rest, len(picks)))
+    return len(picks), sorted(picks), total
+
+
+def _of_layers(name: str, value: Any, total: int) -> bool:
+    return (
+        re.search(r"(idxs|indices|layer_ids|_layers)$", name) is not None
+        and isinstance(value, (list, tuple))
+        and len(value) != total
+        and bool(value)
+        and all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < total for x in value)
+    )
+
+
+def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
+    for pattern, rule in RULES:
+        if re.search(pattern, name):
+            new = rule if isinstance(rule, int) else rule(value)
+            if new == -1:
+                return min(value, variant.kv_heads)
+            if new == -2:
+                return min(value, n_layers)
+            return variant.image if new == -3 else new
+    if SIZE.search(name) and value >= 32:
+        if hidden and value % hidden == 0 and value > hidden:  # twice the hidden size and the like
+            return HIDDEN * min(value // hidden, 4)
+        return min(value, HIDDEN)
+    return value
+
+
+def _mapping(
+    value: Mapping[Any, Any], fields: Mapping[str, Any], variant: Variant
+) -> dict[Any, Any]:
+    """Rotary settings: sections that add up to half the rotated part of a head."""
+    new = {
+        key: _mapping(x, fields, variant) if isinstance(x, Mapping) else x
+        for key, x in value.items()
+    }
+    if "original_max_position_embeddings" in new:
+        new["original_max_position_embeddings"] = POSITIONS
+    if "mrope_section" in new or (variant.sections and "rope_theta" in new):
+        part = new.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+        half = int(D_HEAD * part) // 2
+        new["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    return new
+
+
+def _list(
+    name: str,
+    value: Any,
+    variant: Variant,
+    n_layers: int,
+    picks: list[int],
+    total: int,
+    hidden: int,
+) -> Any:
+    """Per-layer lists cut to the kept layers; sizes of stages scaled together."""
+    kind = type(value) if type(value) in (list, tuple) else list
+    if total > 4 and len(value) == total:
+        kept = [value[layer] for layer in picks]
+        if all(isinstance(x, int) and not isinstance(x, bool) for x in kept):
+            return kind(_number(name, x, variant, n_layers, hidden) for x in kept)
+        return kind(kept)
+    if _of_layers(name, value, total):
+        return kind(picks.index(layer) for layer in value if layer in picks)
+    if not value or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        return value
+    if "image_size" in name:
+        return kind([variant.image] * len(value))
+    if re.search(r"depth|num_blocks|block_repeats", name):
+        return kind(min(x, 2) for x in value)
+    if "heads" in name:
+        return kind(max(1, x // min(value)) for x in value)
+    if re.search(r"(hidden_sizes|embed_dim|dims$|widths|stage_.*channels)", name):
+        return kind(max(8, 16 * x // min(value)) for x in value)
+    return value

@@ -1,0 +1,151 @@
+"""The two ends of a model: its embedding, and how logits are made of the final residual."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import text_config
+from interp.models.projections import same
+from interp.models.recording import ModuleCall, Recording
+from interp.models.spec import Spec
+from interp.models.stack import Layer
+from interp.run.batch import Batch
+
+LONGEST_READOUT = 6
+"""Modules between the final residual and the logits (DistilBERT's head has four)."""
+PROPORTIONAL = 1e-5
+"""One multiplication in float32 apart; 16-bit models are asked less."""
+
+
+def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) -> Spec:
+    """The map with embedding, final norm and unembedding, or a readout of more modules."""
+    last = layers[-1].call
+    assert last.output is not None
+    embedding = _name_of(seen, "get_input_embeddings") if "input_ids" in batch.inputs else None
+    unembedding = _name_of(seen, "get_output_embeddings")
+    final = seen.once(unembedding)
+    after = {
+        name: late[0]
+        for name, calls in seen.calls.items()
+        if len(late := [call for call in calls if call.start >= last.order]) == 1 and late[0].inputs
+    }
+    norm, before = _final_norm(seen, after, last.output, final)
+    if final is None or final.output is None or final.output.shape != seen.output.shape:
+        return replace(spec, embedding=embedding, final_norm=norm)
+    if before is None:
+        spec = replace(spec, embedding=embedding, unembedding=unembedding)
+        if path := _path(seen, after, last.output):
+            why = (
+                f"'{path[0]}' transforms the final residual before W_U is reached, so logits are not "
+                "linear in it; model.unembed gives them all the same"
+            )
+            refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
+            return replace(spec, readout=path, refused=refused, absent=absent)
+        why = "no chain of modules leads from the final residual to the logits"
+        return replace(spec, refused={**spec.refused, "unembedding": why})
+    scale, softcap = _scale_and_cap(seen, final.output, seen.output)
+    if (
+        before != 1.0
+        and getattr(seen.module.get_submodule(unembedding or ""), "bias", None) is None
+    ):
+        scale = scale * before
+    return replace(
+        spec,
+        embedding=embedding,
+        final_norm=norm,
+        unembedding=unembedding,
+        logit_scale=scale,
+        logit_softcap=softcap,
+    )
+
+
+def _final_norm(
+    seen: Recording, after: dict[str, ModuleCall], residual: Tensor, final: ModuleCall | None
+) -> tuple[str | None, float | None]:
+    """The norm between the final residual and the unembedding, and what its output is multiplied with.
+
+    None for the factor where the unembedding reads neither the norm's output nor the residual itself.
+    """
+    for name, call in after.items():
+        leaf = not any(True for _ in seen.module.get_submodule(name).children())
+        if leaf and call.output is not None and same(call.inputs[0], residual):
+            if final is None:
+                return name, 1.0
+            if (factor := _factor(call.output, final.inputs[0])) is not None:
+                return name, factor
+    return None, None if final is None else _factor(residual, final.inputs[0])
+
+
+def _factor(a: Tensor, b: Tensor) -> float | None:
+    """The number that makes b of a, None where there is none."""
+    if a.numel() != b.numel():
+        return None
+    x, y = a.double().reshape(-1), b.double().reshape(-1)
+    if torch.equal(x, y):
+        return 1.0
+    factor = float(x @ y / (x @ x).clamp_min(1e-30))
+    allowed = max(PROPORTIONAL, 4 * torch.finfo(b.dtype).eps)
+    return factor if float((factor * x - y).norm()) <= allowed * float(y.norm()) else None
+
+
+def _path(seen: Recording, after: dict[str, ModuleCall], residual: Tensor) -> tuple[str, ...]:
+    """The shortest chain of modules that makes logits of the final residual; () if there is none."""
+    paths: list[tuple[tuple[str, ...], Tensor]] = [((), residual)]
+    for _ in range(LONGEST_READOUT):
+        longer = []
+        for path, value in paths:
+            for name, call in after.items():
+                if call.output is None or not call.output.is_floating_point():
+                    continue
+                if call.inputs[0].shape != value.shape or not torch.equal(call.inputs[0], value):
+                    continue
+                if call.output.shape == seen.output.shape and torch.equal(call.output, seen.output):
+                    return (*path, name)
+                if call.output.shape != value.shape or not torch.equal(call.output, value):
+                    longer.append(((*path, name), call.output))
+        paths = longer
+    return ()
+
+
+def _scale_and_cap(seen: Recording, raw: Tensor, out: Tensor) -> tuple[float, float | None]:
+    """(s, c) of what the model does to the unembedding's output x: s·x, or c·tanh(s·x / c).
+
+    Caps are those that the config names: on small logits they are hardly seen.
+    """
+    x, y = raw.double(), out.double()
+    config: Any = text_config(seen.module)
+    caps = {
+        name: float(value)
+        for name, value in config.to_dict().items()
+        if "softcap" in name.replace("_", "") and isinstance(value, (int, float)) and value > 0
+    }
+    final = {name: cap for name, cap in caps.items() if name.startswith("final")}
+    fits: list[tuple[float, float, float | None]] = []
+    for cap in (final or caps).values():
+        scale = _fitted(x, cap * torch.atanh((y / cap).clamp(-1 + 1e-12, 1 - 1e-12)))
+        fits.append((float((torch.tanh(scale * x / cap) * cap - y).norm()), scale, cap))
+    if not final and not torch.equal(raw, out):
+        scale = _fitted(x, y)
+        fits.append((float((scale * x - y).norm()), scale, None))
+    if not fits or (not final and torch.equal(raw, out)):
+        return 1.0, None
+    _, scale, cap = min(fits, key=lambda fit: fit[0])
+    return scale, cap
+
+
+def _fitted(x: Tensor, y: Tensor) -> float:
+    """The number that makes y of x best; 1 where that is what it rounds to."""
+    scale = float((x * y).sum() / (x * x).sum().clamp_min(1e-30))
+    return 1.0 if abs(scale - 1) < 1e-4 else scale
+
+
+def _name_of(seen: Recording, getter: str) -> str | None:
+    try:
+        found = getattr(seen.module, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return seen.names.get(found) if isinstance(found, nn.Module) else None

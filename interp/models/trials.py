@@ -1,0 +1,86 @@
+"""Trials: probe forwards with one thing changed everywhere and every block's output put back.
+
+Since each layer then reads what it read before, one forward tries all layers at once.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import call_model
+from interp.models.recording import Recording, record
+from interp.models.spec import first_tensor, with_first
+from interp.models.stack import Layer
+from interp.run.batch import Batch
+
+
+def scaled_z(
+    seen: Recording, layers: list[Layer], batch: Batch
+) -> tuple[list[Layer], list[Tensor]]:
+    """The layers once more, every entry of every z multiplied by a number of its own; and these numbers."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        (0.5 + torch.rand(call.tensors["z"].shape, generator=generator)).to(call.tensors["z"])
+        for call in seen.attention
+    ]
+    returned: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        assert layer.call.output is not None
+        returned.setdefault(layer.name, []).append(layer.call.output)
+    again = record(seen.module, batch, factors, returned)
+    taken = {name: iter(again.calls[name]) for name in returned}
+    changed = []
+    for layer in layers:
+        call = next(taken[layer.name])
+        inside = again.within(call)
+        changed.append(Layer(layer.name, call, inside, next(iter(inside.attention), None)))
+    return changed, factors
+
+
+def works_by_position(
+    seen: Recording, layers: list[Layer], branches: list[str], batch: Batch, key: int | str
+) -> set[str]:
+    """Those of the modules `branches` whose output at a position follows from the input there alone.
+
+    They are given their input with the positions in reverse order. An MLP and routed experts return
+    their output in reverse order; attention, a state-space layer or a convolution something else.
+    """
+    rows = layers[0].hidden(key).shape[0]
+    passed: dict[str, bool] = {}
+
+    def reverse(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return (*args[:i], _reversed(x, rows), *args[i + 1 :]), kwargs
+        for name, x in kwargs.items():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return args, {**kwargs, name: _reversed(x, rows)}
+        return None
+
+    with ExitStack() as stack:
+        for name in branches:
+            module, calls = seen.module.get_submodule(name), iter(seen.calls[name])
+
+            def compare(module, args, output, name=name, calls=calls) -> Any:  # type: ignore[no-untyped-def]
+                wanted, got = next(calls).output, first_tensor(output)
+                assert wanted is not None and got is not None
+                error = (_reversed(got, rows).double() - wanted.double()).abs().max()
+                same = float(error) <= 1e-2 * float(wanted.abs().max())
+                passed[name] = passed.get(name, True) and same
+                return with_first(output, wanted)
+
+            stack.callback(module.register_forward_pre_hook(reverse, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(compare).remove)
+        call_model(seen.module, batch)
+    return {name for name, same in passed.items() if same}
+
+
+def _reversed(x: Tensor, rows: int) -> Tensor:
+    """Positions in reverse order, in [batch pos width] or flattened [batch·pos width]."""
+    if x.shape[0] == rows:
+        return x.flip(1) if x.ndim > 2 else x
+    return x.reshape(rows, -1, x.shape[-1]).flip(1).reshape(x.shape)

@@ -1,0 +1,332 @@
+"""What a block writes to the residual stream, solved for.
+
+The sub-module outputs, with multipliers, that sum to `resid_post - resid_pre`. Where none do, the block
+normalises after adding: then the sums lie before its norms, `resid_mid = norm_mid(resid_pre + …)` and
+`resid_post = norm_post(resid_mid + …)`. Where none do either, a parameter of the block's own may scale
+each channel of a write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from interp.models.projections import by_channel, elementwise, same
+from interp.models.recording import Recording
+from interp.models.solve import smallest_sum
+from interp.models.spec import BlockMap, Write
+from interp.models.stack import Layer
+from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A value that might be written to the residual stream, and the modules that returned it.
+
+    With `gain`, the value is a module's output times this parameter.
+    """
+
+    value: Tensor
+    modules: list[str]
+    order: int
+    gain: str | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A block taken apart: (candidate, scale) of its writes, first written first, and its norms."""
+
+    writes: list[tuple[Candidate, float]]
+    norm_mid: str | None = None
+    norm_post: str | None = None
+    n_before_mid: int | None = None
+    """How many of the writes norm_mid reads; None where there is no norm_mid."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing norms what was added."""
+        return self.norm_mid is None and self.norm_post is None
+
+
+def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candidate]]:
+    """The block's writes and norms, None if none were found; and all candidates, latest first."""
+    assert layer.call.output is not None
+    pre, post = layer.hidden(key).double(), layer.call.output.double()
+    candidates = _candidates(layer.inside, pre.shape)
+    dtype = layer.call.output.dtype
+    found = _sums(layer, pre, post, candidates, dtype)
+    if found is None and (scaled := _scaled(layer.inside, layer.name, candidates)):
+        found = _sums(layer, pre, post, candidates + scaled, dtype)
+    return found, candidates
+
+
+def _sums(
+    layer: Layer, pre: Tensor, post: Tensor, candidates: list[Candidate], dtype: torch.dtype
+) -> Sums | None:
+    if chosen := _solve(pre, post, candidates, dtype):
+        return Sums(chosen)
+    norms = _norms(layer.inside, pre.shape)
+    last = [(name, x) for _, name, x, out in norms if torch.equal(out.double(), post)]
+    ends: list[tuple[str | None, Tensor]] = [*last, (None, post)]
+    for norm_post, x in ends:
+        inside = [c for c in candidates if norm_post not in c.modules]
+        if norm_post and (chosen := _solve(pre, x.double(), inside, dtype)):
+            return Sums(chosen, norm_post=norm_post)
+        for order, norm_mid, x_mid, mid in norms:
+            if norm_mid == norm_post:
+                continue
+            first = _solve(pre, x_mid.double(), [c for c in inside if c.order < order], dtype)
+            if first is None:
+                continue
+            later = [c for c in inside if c.order > order]
+            if rest := _solve(mid.double(), x.double(), later, dtype):
+                return Sums(first + rest, norm_mid, norm_post, len(first))
+    return None
+
+
+def _norms(seen: Recording, shape: torch.Size) -> list[tuple[int, str, Tensor, Tensor]]:
+    """(order, name, input, output) of every norm of the stream's shape that the block calls once."""
+    return sorted(
+        (
+            (
+                calls[0].order,
+                name,
+                calls[0].inputs[0].reshape(shape),
+                calls[0].output.reshape(shape),
+            )
+            for name, calls in seen.calls.items()
+            if len(calls) == 1
+            and calls[0].inputs
+            and calls[0].output is not None
+            and calls[0].inputs[0].numel() == calls[0].output.numel() == shape.numel()
+            and calls[0].output.is_floating_point()
+            and elementwise(seen, name, calls[0])
+            and not torch.equal(calls[0].inputs[0], calls[0].output)
+        ),
+        key=lambda found: found[0],
+    )
+
+
+def _candidates(seen: Recording, shape: torch.Size) -> list[Candidate]:
+    """Distinct d_model-wide outputs of modules called once inside the block, latest first.
+
+    Some blocks flatten batch and position (OPT): any output with the right last axis and size counts.
+    """
+    found: list[tuple[int, str, Tensor]] = [
+        (calls[0].order, name, calls[0].output.reshape(shape))
+        for name, calls in seen.calls.items()
+        if len(calls) == 1
+        and calls[0].output is not None
+        and calls[0].output.shape[-1] == shape[-1]
+        and calls[0].output.numel() == shape.numel()
+        and calls[0].output.is_floating_point()
+    ]
+    candidates: list[Candidate] = []
+    for order, name, value in sorted(found, key=lambda item: -item[0]):
+        equal = next((c for c in candidates if torch.equal(c.value, value)), None)
+        if equal is None:
+            candidates.append(Candidate(value, [name], order))
+        else:
+            equal.modules.append(name)
+    return candidates
+
+
+def _scaled(seen: Recording, block: str, candidates: list[Candidate]) -> list[Candidate]:
+    """Candidates times each parameter [d_model] of the block's own."""
+    return [
+        Candidate(c.value * gain, c.modules, c.order, name)
+        for name, gain in (_parameters(seen, block, candidates[0]) if candidates else [])
+        for c in candidates
+        if gain.all()  # an edited write is divided by its gain again
+    ]
+
+
+def _parameters(seen: Recording, block: str, like: Candidate) -> list[tuple[str, Tensor]]:
+    """Parameters [d_model] held by modules that have modules of their own: layer scales, not norms."""
+    return [
+        (f"{path}.{name}", parameter.detach().reshape(-1))
+        for path, module in seen.module.get_submodule(block).named_modules(prefix=block)
+        if any(True for _ in module.children())
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.numel() == like.value.shape[-1]
+    ]
+
+
+def _solve(
+    pre: Tensor, post: Tensor, candidates: Sequence[Candidate], dtype: torch.dtype
+) -> list[tuple[Candidate, float]] | None:
+    """The fewest candidates, with multipliers, that sum to post - pre, first written first."""
+    found = smallest_sum(pre, post, [candidate.value for candidate in candidates], dtype)
+    if found is None:
+        return None
+    return sorted(((candidates[i], scale) for i, scale in found), key=lambda each: each[0].order)
+
+
+def branch_of(block: str, write: Candidate, layer: Layer, candidates: list[Candidate]) -> str:
+    """The module of the block that makes a write: behind a norm of the write, its outermost part."""
+    gains = [gain for _, gain in _parameters(layer.inside, layer.name, write)]
+    name = before_norm(layer.inside, write.modules[0], candidates, gains)
+    if not name.startswith(block + "."):
+        return name
+    inner = name.removeprefix(block + ".").split(".")
+    for end in range(1, len(inner) + 1):
+        outer = ".".join([block, *inner[:end]])
+        call = layer.inside.once(outer)
+        if call and call.output is not None and call.output.numel() == write.value.numel():
+            return outer
+    return name
+
+
+def write_map(
+    layer: Layer,
+    block: BlockMap,
+    sums: Sums,
+    candidates: list[Candidate],
+    by_position: set[str] | None,
+    key: int | str,
+    refused: dict[str, str],
+) -> BlockMap:
+    """The block with its writes named: attention's, the MLP's, and what is neither.
+
+    `by_position` are the branches that may be an MLP, None where every one that is not attention may.
+    """
+    gains = [gain for _, gain in _parameters(layer.inside, layer.name, candidates[0])]
+    from_attention = _downstream(layer.inside, block, candidates, gains)
+    others: list[Write] = []
+    writes: list[Write] = []
+    for candidate, scale in sums.writes:
+        write = Write(candidate.modules[0], scale, candidate.gain)  # the last to return this value
+        writes.append(write)
+        if any(c.modules is candidate.modules for c in from_attention):
+            if block.attn_write is not None:
+                others.append(write)
+                continue
+            plain = candidate.gain is None and sums.is_plain
+            block = replace(
+                block, attn_write=write, direct=plain and block.W_O in candidate.modules
+            )
+        elif block.mlp_write is None and (
+            by_position is None
+            or branch_of(layer.name, candidate, layer, candidates) in by_position
+        ):
+            out = before_norm(layer.inside, write.module, candidates, gains)
+            block = _neurons(layer.inside, replace(block, mlp_write=write, mlp_out=out), candidates)
+        else:
+            others.append(write)
+    convolved = [
+        name
+        for candidate, _ in sums.writes
+        for name in candidate.modules
+        if (call := layer.inside.once(name)) is not None
+        and by_channel(layer.inside, name, call)
+        and not elementwise(layer.inside, name, call)
+    ]
+    block = replace(
+        block,
+        others=tuple(others),
+        norm_mid=sums.norm_mid,
+        norm_post=sums.norm_post,
+        convolved=convolved[0] if convolved else None,
+    )
+    if block.attention and block.attn_write is None:
+        refused.setdefault(
+            "attn_write",
+            f"'{block.name}' does not add its attention's output to the residual stream",
+        )
+    return _with_mid(layer, block, sums, writes, candidates, key)
+
+
+def _with_mid(
+    layer: Layer,
+    block: BlockMap,
+    sums: Sums,
+    writes: list[Write],
+    candidates: list[Candidate],
+    key: int | str,
+) -> BlockMap:
+    """The block with the writes that the MLP reads, and whether it reads attention's at all."""
+    if sums.n_before_mid is not None:
+        return replace(block, before_mid=tuple(writes[: sums.n_before_mid]))
+    if block.mlp_write is None:
+        return block
+    before = writes[: writes.index(block.mlp_write)]
+    if block.attn_write is not None and block.attn_write not in before:
+        return replace(block, parallel=True)
+    if not before:
+        return block
+    assert layer.call.output is not None
+    mid = layer.hidden(key).double()
+    for write in before:
+        value = next(c.value for c in candidates if write.module in c.modules)
+        mid = mid + value.double() * write.factor(layer.inside.module)
+    allowed = RELATIVE_TOLERANCE.get(layer.call.output.dtype, 6e-2)
+    sequential = any(
+        x.numel() == mid.numel() and relative_error(x.reshape(mid.shape), mid)[0] <= allowed
+        for calls in layer.inside.calls.values()
+        for call in calls
+        for x in call.inputs[:1]
+    )
+    if sequential:
+        return replace(block, before_mid=tuple(before))
+    return replace(block, parallel=block.attn_write is not None)
+
+
+def _downstream(
+    seen: Recording,
+    block: BlockMap,
+    candidates: list[Candidate],
+    gains: list[Tensor],
+) -> list[Candidate]:
+    """Candidates that are the attention output, passed through dropout, scaling or a norm or not."""
+    starts = [name for name in (block.W_O, block.attn_out, block.attention) if name]
+    reached = [
+        candidate
+        for candidate in candidates
+        if any(
+            name in starts or (block.attention or "?").startswith(name + ".")
+            for name in candidate.modules
+        )
+    ]
+    for candidate in reversed(candidates):  # in order of execution
+        for name in candidate.modules:
+            call = seen.once(name)
+            if call and call.inputs and by_channel(seen, name, call):
+                known = any(candidate is each for each in reached)
+                if not known and any(_made_of(call.inputs[0], c.value, gains) for c in reached):
+                    reached.append(candidate)
+    return reached
+
+
+def _made_of(x: Tensor, value: Tensor, gains: list[Tensor]) -> bool:
+    """Whether x is `value`, or `value` times one of the block's parameters."""
+    if x.numel() != value.numel():
+        return False
+    return same(x, value) or any(same(x, value * gain) for gain in gains)
+
+
+def before_norm(
+    seen: Recording, module: str, candidates: list[Candidate], gains: Sequence[Tensor] = ()
+) -> str:
+    """The MLP's own output: what a norm that makes the write reads, else the write itself."""
+    call = seen.once(module)
+    if call and call.inputs and by_channel(seen, module, call):
+        for candidate in candidates:
+            if module not in candidate.modules and _made_of(
+                call.inputs[0], candidate.value, list(gains)
+            ):
+                return candidate.modules[0]
+    return module
+
+
+def _neurons(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> BlockMap:
+    """W_out: the linear layer that returns mlp_out as it is; none where experts or gates mix it."""
+    for name in next(c.modules for c in candidates if block.mlp_out in c.modules):
+        call, module = seen.once(name), seen.module.get_submodule(name)
+        linear = isinstance(getattr(module, "weight", None), Tensor)
+        leaf = linear and not any(True for _ in module.children())
+        if leaf and call and call.inputs and not elementwise(seen, name, call):
+            return replace(block, W_out=name, d_mlp=call.inputs[0].shape[-1])
+    return block

@@ -1,0 +1,80 @@
+"""Where the residual stream is not a sum of heads' and MLPs' writes, what needs the sum is refused.
+
+Nowhere does an analysis return parts that do not add up; and the reason names what stands in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from circuits.attribution import direct_contributions
+from circuits.decomposition import Decomposition
+from circuits.edges import edge_attribution
+from circuits.flow import flow_graph
+from circuits.words import word_vectors
+from interp.data.pairs import Pairs
+from interp.errors import Refused
+from interp.models.model import Model
+from probes.saes.attribute import write_sites
+from tests.families import FAMILIES, NOT_A_SUM, WINDOWED
+
+ROUNDING = 1e-4
+"""Of the largest logit: three blocks in float32, one order of additions against another."""
+SPEAKS = [name for name in WINDOWED if FAMILIES[name].model.endswith(("CausalLM", "LMHeadModel"))]
+OTHERS = [name for name in SPEAKS if not FAMILIES[name].sums]
+PAIRS = Pairs.of(
+    [[15, 16, 17, 18, 19], [20, 21, 22, 23, 24]],
+    [[15, 26, 17, 28, 19], [20, 31, 22, 23, 34]],
+    answers=[13, 14],
+    wrong=[14, 13],
+)
+
+
+def model_of(name: str) -> Model:
+    return Model(FAMILIES[name](), id=name)
+
+
+def test_there_are_such_families() -> None:
+    found = {trait for name in OTHERS for trait in FAMILIES[name].traits} & NOT_A_SUM
+    assert found == NOT_A_SUM - {"layer scale as a parameter"}  # vision models do not speak
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "analysis",
+    [
+        lambda model: direct_contributions(model, PAIRS.clean_batch),
+        lambda model: edge_attribution(model, PAIRS, progress=False),
+        lambda model: word_vectors(model, PAIRS.clean_batch.ids[:1]),
+        lambda model: flow_graph(model, PAIRS.clean_batch.ids[:1]),
+    ],
+    ids=["attribution", "edges", "words", "flow"],
+)
+def test_what_needs_the_sum_is_refused(name: str, analysis: Callable[[Model], object]) -> None:
+    with pytest.raises(Refused):
+        analysis(model_of(name))
+
+
+@pytest.mark.parametrize("name", ["bert", "lfm2", "gemma4", "beit"])
+def test_the_reason_names_the_module(name: str) -> None:
+    model = model_of(name)
+    with pytest.raises(Refused, match=r"'.*(LayerNorm|conv|per_layer|lambda).*'"):
+        model.require_sum("this")
+    layer = model.spec.attention_layers[0]
+    with pytest.raises(Refused, match="attn_write and mlp_write"):
+        write_sites(model, layer)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_decomposed_parts_add_up_or_are_refused(name: str) -> None:
+    try:
+        whole = Decomposition(model_of(name), PAIRS)
+    except Refused:
+        return
+    diff = whole.logit_diff
+    for part in whole.split([f"{whole.model.spec.attention_layers[0]}.1", "embed"]):
+        allowed = ROUNDING * float(part.logit_diff.abs().max()) + ROUNDING
+        assert torch.allclose(part.logit_diff + part.rest, diff, atol=allowed)

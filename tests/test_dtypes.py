@@ -1,0 +1,55 @@
+"""16 bits: the same map, the same analyses, and the findings of float32 as far as rounding lets them be."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import circuits
+import interp
+from interp.models.model import Model
+from interp.registry import ANALYSES
+from tests.contracts.test_analyses import ARGUMENTS, PROMPT
+from tests.ground_truth.induction_model import character_tokenizer, induction_model
+
+for _entry in entry_points(group="interp.analyses"):
+    _entry.load()
+NAMES = sorted(name for name, analysis in ANALYSES.items() if analysis.reads == "model")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", params=HALVES, ids=str)
+def half(request: Any) -> Model:
+    return Model(induction_model().to(request.param), character_tokenizer())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_analysis_runs(name: str, half: Model) -> None:
+    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
+    report = ANALYSES[name].function(half, *positional, **options)
+    assert report.meta["model"]["sha256"] and len(report.table.columns)
+    assert all(array.dtype != np.float16 for array in report.arrays.values())
+
+
+def test_the_planted_heads_are_labelled(half: Model) -> None:
+    """The hand-built model: L0H1 looks one back, L1H2 does induction, in 16 bits as in 32."""
+    report = circuits.classify_heads(half, prompts=8, ablate=False, evidence=0, progress=False)
+    labels = report.table.set_index(["layer", "head"])["labels"]
+    assert "previous_token" in labels[0, 1] and "induction" in labels[1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_default_model_verifies_in_full(dtype: str) -> None:
+    """What a layer writes can be less than a massive activation's rounding: the map is float32's anyway."""
+    model = interp.load("smollm2-135m", dtype=dtype)
+    assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+    writes = [write for block in model.spec.blocks for write in (block.attn_write, block.mlp_write)]
+    assert len(writes) == 60 and all(write and write.scale == 1 for write in writes)
+    assert [block.W_out for block in model.spec.blocks] == [
+        f"model.layers.{layer}.mlp.down_proj" for layer in range(30)
+    ]
