@@ -5,8 +5,10 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from interp.errors import BadInput
 from interp.models.load import load_checkpoint
 from interp.models.model import Model
+from interp.models.towers import image_part
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    source: str | PathLike[str] | nn.Module = "smollm2-135m",
+    source: str | PathLike[str] | nn.Module | Any = "smollm2-135m",
     *,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
@@ -22,19 +24,34 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    remote: bool | str = False,
 ) -> Model:
-    """A Model from the embedded default, a hub id, a folder, a .gguf file, or a live module.
+    """A Model from the embedded default, a hub id, a folder, a .gguf file, or a live model.
 
     Args:
-        source: "smollm2-135m", "org/name", a path, or an nn.Module (which is used as it is).
+        source: "smollm2-135m", "org/name", a path, or a live model: an nn.Module (which is used as it
+            is), a TransformerLens TransformerBridge (opened as the Hugging Face model it wraps, with
+            the bridge's own parameters), an nnsight TransformersModel (likewise; a lazy one loads its
+            weights).
         tokenizer: for a live module; elsewhere it comes with the checkpoint.
         device, dtype, device_map, revision: passed to the Hugging Face loaders.
         trust_remote_code: run code that a checkpoint brings; off unless you ask.
+        remote: for an nnsight model: run it on NDIF (True), on the nnsight host of this URL, or in
+            nnsight's simulation of that ("local"); see `interp.remote.RemoteModel`.
 
     Raises:
-        BadInput: no such model, damaged or missing weights, NaN in them. Refused: nothing in the
-            model can be addressed.
+        BadInput: no such model, damaged or missing weights, NaN in them; no key for NDIF. Refused:
+            nothing in the model can be addressed.
     """
+    if remote:
+        from interp.remote import RemoteModel
+
+        given = {"device": device, "dtype": dtype, "device_map": device_map, "revision": revision}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise BadInput(
+                f"{named[0]} was given with remote=True: the model is where it is served; leave it out"
+            )
+        return RemoteModel(source, tokenizer=tokenizer, remote=remote)
     loaded = load_checkpoint(
         source,
         tokenizer=tokenizer,
@@ -44,4 +61,8 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes)
+    if (found := image_part(loaded.module)) is None:
+        return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes)
+    name, part = found
+    note = f"a model of images and texts: opened as its '{name}', which reads images; `interp clip-heads` reads both"
+    return Model(part, loaded.tokenizer, loaded.id, notes=[*loaded.notes, note])

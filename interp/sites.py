@@ -40,20 +40,72 @@ the residual stream (they differ where a model normalises after attention); like
 ATTENTION_SITES = ("q", "k", "v", "scores", "pattern", "z")
 MODULE_SITES = tuple(name for name in AXES if name not in ATTENTION_SITES)
 
-_TRANSFORMER_LENS = {
+TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
+    "hook_in": "resid_pre",
     "hook_resid_mid": "resid_mid",
     "hook_resid_post": "resid_post",
+    "hook_out": "resid_post",
     "hook_attn_out": "attn_write",
+    "attn.hook_out": "attn_out",
+    "attn.o.hook_out": "attn_out",
     "hook_mlp_out": "mlp_write",
+    "mlp.hook_out": "mlp_out",
+    "mlp.out.hook_out": "mlp_out",
     "mlp.hook_post": "mlp_post",
+    "mlp.out.hook_in": "mlp_post",
     "attn.hook_rot_q": "q",
     "attn.hook_rot_k": "k",
     "attn.hook_v": "v",
+    "attn.v.hook_out": "v",
     "attn.hook_z": "z",
+    "attn.o.hook_in": "z",
     "attn.hook_attn_scores": "scores",
     "attn.hook_pattern": "pattern",
 }
+"""What TransformerLens calls our sites inside a block: the classic names, and those of its bridge.
+
+Two of its names say different things: `hook_attn_out` is what enters the residual stream (our
+`attn_write`, after a norm or multiplier that stands behind attention), `attn.hook_out` what the
+attention module returns (our `attn_out`); likewise `hook_mlp_out` and `mlp.hook_out`. `hook_embed`
+is our `embed`, the input of the first block; where a model has learned positions, ours includes them
+and theirs does not."""
+
+_BEFORE_ROTARY = (
+    "is read before rotary positions are applied; sites q and k are read after it: ask for "
+    "'{place}attn.hook_rot_{last}' (which models without rotary positions have too)"
+)
+_INPUTS = "is a copy of what the block reads: ask for '{place}hook_resid_pre'"
+_SCALES = (
+    "is no site; cache.to_transformer_lens(model) works out the scale of ln1 and ln_final from the "
+    "residual stream: ask for '{place}hook_resid_pre'"
+)
+_NO_COUNTERPART = {
+    "attn.hook_q": _BEFORE_ROTARY,
+    "attn.hook_k": _BEFORE_ROTARY,
+    "attn.q.hook_out": _BEFORE_ROTARY,
+    "attn.k.hook_out": _BEFORE_ROTARY,
+    "attn.hook_result": "is z times W_O: ask for '{place}attn.hook_z', multiply by model.W_O(layer)",
+    "hook_attn_in": _INPUTS,
+    "hook_q_input": _INPUTS,
+    "hook_k_input": _INPUTS,
+    "hook_v_input": _INPUTS,
+    "hook_mlp_in": "is a copy of what the MLP reads: ask for '{place}hook_resid_mid'",
+    "mlp.hook_pre": "comes before the activation function: ask for '{place}mlp.hook_post'",
+    "mlp.hook_pre_linear": "comes before the gate: ask for '{place}mlp.hook_post'",
+    "ln1.hook_scale": _SCALES,
+    "ln2.hook_scale": _SCALES,
+    "ln1.hook_normalized": _SCALES,
+    "ln2.hook_normalized": _SCALES,
+    "hook_pos_embed": "is no site; positions are part of 'embed', the input of the first block",
+    "hook_unembed": "are the logits: read run.logits",
+    "unembed.hook_out": "are the logits: read run.logits",
+    "ln_final.hook_scale": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
+    "ln_final.hook_normalized": "is no site; ask for 'hook_resid_post', whose last layer it reads",
+    "ln_final.hook_in": "is 'hook_resid_post' of the last layer",
+    "ln_final.hook_out": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
+}
+"""TransformerLens names that are no site here, and where to look instead."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +114,8 @@ class Site:
 
     >>> Site.parse("z.5.1")
     Site(name='z', layer=5, head=1)
-    >>> Site.parse("blocks.3.hook_resid_pre")
-    Site(name='resid_pre', layer=3, head=None)
+    >>> Site.parse("blocks.3.hook_resid_pre"), Site.parse("attn.hook_pattern")
+    (Site(name='resid_pre', layer=3, head=None), Site(name='pattern', layer=None, head=None))
     >>> str(Site("resid_post", 5)), Site("z").axes
     ('resid_post.5', ('batch', 'pos', 'n_heads', 'd_head'))
     """
@@ -77,18 +129,8 @@ class Site:
         """The site that `text` names; a BadInput with the nearest name where there is none."""
         if isinstance(text, Site):
             return text
-        if text == "hook_embed":
-            return Site("embed")
-        if lens := re.fullmatch(r"blocks\.(\d+)\.(.+)", text):
-            layer, hook = lens.groups()
-            if hook in ("attn.hook_q", "attn.hook_k"):
-                raise BadInput(
-                    f"'{text}' is read before rotary positions are applied; sites q and k are read "
-                    f"after it: ask for 'blocks.{layer}.attn.hook_rot_{hook[-1]}'"
-                )
-            if hook not in _TRANSFORMER_LENS:
-                raise unknown("TransformerLens site", hook, _TRANSFORMER_LENS)
-            return Site(_TRANSFORMER_LENS[hook], int(layer))
+        if "hook_" in text:
+            return _from_transformer_lens(text)
         name, *numbers = text.split(".")
         if name not in AXES:
             raise unknown("site", name, AXES)
@@ -108,6 +150,33 @@ class Site:
         return ".".join(
             str(part) for part in (self.name, self.layer, self.head) if part is not None
         )
+
+
+def _from_transformer_lens(text: str) -> Site:
+    """The site that TransformerLens calls `text`; without `blocks.N.`, that of every layer."""
+    if text in ("hook_embed", "embed.hook_out"):
+        return Site("embed")
+    inside = re.fullmatch(r"blocks\.(\d+)\.(.+)", text)
+    place, hook = (f"blocks.{inside[1]}.", inside[2]) if inside else ("", text)
+    if hook in TRANSFORMER_LENS:
+        return Site(TRANSFORMER_LENS[hook], int(inside[1]) if inside else None)
+    if hook in _NO_COUNTERPART:
+        last = "k" if ".k." in hook or hook.endswith("k") else "q"
+        reason = _NO_COUNTERPART[hook].format(place=place, last=last)
+        raise BadInput(f"'{text}' {reason}")
+    raise unknown("TransformerLens site", hook, TRANSFORMER_LENS)
+
+
+def to_transformer_lens(site: Site) -> list[str]:
+    """What TransformerLens calls a site, its classic name first; none where a layer is missing.
+
+    >>> to_transformer_lens(Site("z", 5))
+    ['blocks.5.attn.hook_z', 'blocks.5.attn.o.hook_in']
+    """
+    if site.name == "embed":
+        return ["hook_embed"]
+    names = [hook for hook, name in TRANSFORMER_LENS.items() if name == site.name]
+    return [] if site.layer is None else [f"blocks.{site.layer}.{hook}" for hook in names]
 
 
 def has_heads(name: str) -> bool:

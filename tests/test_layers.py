@@ -16,19 +16,25 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interp.sites",),
     ("interp.run",),
     ("interp.models",),
+    ("interp.projections", "interp.skeleton"),
+    ("interp.transformer_lens_weights",),
     (
         "interp.data",
         "interp.direction",
         "interp.metrics",
         "interp.registry",
         "interp.resampling",
-        "interp.open",
+        "interp.nnsight",
+        "interp.transformer_lens",
         "interp.unembedding",
     ),
-    ("interp.generate", "interp.last_token", "interp.ridge_lens"),
+    ("interp.remote",),
+    ("interp.open",),
+    ("interp.generate", "interp.last_token", "interp.ridge_lens", "interp.schemas"),
     ("interp.report",),
     ("interp.figures", "interp.lens"),
-    ("interp.commands",),
+    ("interp.commands", "interp.terminal"),
+    ("interp.batch",),
     ("interp.cli",),
 )
 """A module imports from its own group and from groups above it. Groups on one line do not import
@@ -37,6 +43,8 @@ each other."""
 EXCEPTIONS = {
     # A Report draws itself in a notebook and on saving; figures read Reports. Imported when drawn.
     ("interp.report", "interp.figures"),
+    # A Cache shows itself as TransformerLens' when asked to; theirs needs a Model's weights.
+    ("interp.run", "interp.transformer_lens"),
 }
 PACKAGES = {
     "interp": {"interp"},

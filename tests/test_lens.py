@@ -1,4 +1,4 @@
-"""The lens against the model's own logits, plain Hugging Face, TransformerLens and known answers.
+"""The lens against the model's own logits, plain Hugging Face and known answers.
 
 Tolerances: float32 throughout. Three tiny blocks or one unembedding leave errors of a few 1e-6 of the
 largest value; products of another shape may add in another order. KL is a difference of numbers as
@@ -485,32 +485,6 @@ def test_plain_hugging_face_agrees(smollm: Model) -> None:
             assert rows["target_rank"].tolist() == (q > q[:, [mary]]).sum(-1).tolist()
     end = table.query("layer == 29").iloc[-1]
     assert end["top_token"] == " Mary" and end["target_probability"] > 0.9
-
-
-@pytest.mark.slow
-def test_transformer_lens_agrees() -> None:
-    """transformer-lens 4.3 (TransformerBridge) on transformers 5.23: same logits at every layer to 1e-3.
-
-    Without a prepended BOS, and with its weights as they are.
-    """
-    pytest.importorskip("transformer_lens")
-    from transformer_lens.model_bridge import TransformerBridge
-
-    import interp
-
-    model = interp.load("smollm2-135m")
-    folder = model.module.config._name_or_path  # type: ignore[union-attr]
-    bridge = TransformerBridge.boot_transformers(str(folder), dtype=torch.float32, device="cpu")
-    ids = model.as_batch(STORE).ids
-    with torch.no_grad():
-        _, theirs = bridge.run_with_cache(ids, prepend_bos=False)
-        run = model.run(ids, capture=["resid_post"])
-        for layer in range(0, model.n_layers, 4):
-            x = theirs[f"blocks.{layer}.hook_resid_post"]
-            wanted = bridge.unembed(bridge.ln_final(x))[0]
-            got = Unembedding(model)(run.cache[f"resid_post.{layer}"])[0]
-            error = (got - wanted).abs().amax(-1) / wanted.abs().amax(-1)
-            assert float(error.max()) < 1e-3
 
 
 # --- the figure -------------------------------------------------------------------------------

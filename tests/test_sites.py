@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from interp.errors import BadInput
-from interp.sites import ATTENTION_SITES, AXES, MODULE_SITES, Site, has_heads, head_axis, ranges
+from interp.sites import (
+    ATTENTION_SITES,
+    AXES,
+    MODULE_SITES,
+    TRANSFORMER_LENS,
+    Site,
+    has_heads,
+    head_axis,
+    ranges,
+    to_transformer_lens,
+)
 
 
 @pytest.mark.parametrize("name", AXES)
@@ -44,10 +56,44 @@ def test_only_attention_sites_have_heads(name: str) -> None:
         ("blocks.1.attn.hook_z", Site("z", 1)),
         ("blocks.1.attn.hook_attn_scores", Site("scores", 1)),
         ("blocks.1.attn.hook_pattern", Site("pattern", 1)),
+        ("blocks.0.hook_in", Site("resid_pre", 0)),
+        ("blocks.0.hook_out", Site("resid_post", 0)),
+        ("blocks.0.attn.o.hook_in", Site("z", 0)),
+        ("blocks.0.attn.v.hook_out", Site("v", 0)),
+        ("blocks.0.attn.hook_out", Site("attn_out", 0)),
+        ("blocks.0.mlp.hook_out", Site("mlp_out", 0)),
+        ("blocks.0.mlp.out.hook_in", Site("mlp_post", 0)),
+        ("attn.hook_pattern", Site("pattern")),
+        ("hook_resid_post", Site("resid_post")),
     ],
 )
 def test_transformer_lens_names_mean_the_same_place(lens: str, ours: Site) -> None:
     assert Site.parse(lens) == ours
+
+
+@pytest.mark.parametrize(
+    ("lens", "instead"),
+    [
+        ("blocks.2.attn.hook_result", "'blocks.2.attn.hook_z'"),
+        ("blocks.2.hook_mlp_in", "'blocks.2.hook_resid_mid'"),
+        ("blocks.2.attn.k.hook_out", "'blocks.2.attn.hook_rot_k'"),
+        ("blocks.2.mlp.hook_pre", "'blocks.2.mlp.hook_post'"),
+        ("blocks.2.ln1.hook_scale", "'blocks.2.hook_resid_pre'"),
+        ("ln_final.hook_normalized", "'hook_resid_post'"),
+        ("unembed.hook_out", "run.logits"),
+    ],
+)
+def test_a_name_without_a_counterpart_says_where_to_look(lens: str, instead: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(lens)) as caught:
+        Site.parse(lens)
+    assert instead in str(caught.value)
+
+
+@pytest.mark.parametrize("lens", TRANSFORMER_LENS)
+def test_names_go_there_and_back(lens: str) -> None:
+    site = Site.parse(f"blocks.4.{lens}")
+    names = to_transformer_lens(site)
+    assert f"blocks.4.{lens}" in names and {Site.parse(name) for name in names} == {site}
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
@@ -69,7 +115,8 @@ def test_q_and_k_before_rotary_are_not_passed_off_as_ours(name: str) -> None:
         ("z.1.2.3", "'z.1.2.3' is not a site"),
         ("z.1.5e0", "'z.1.5e0' is not a site"),
         ("blocks.1.attn.hook_zz", "did you mean 'attn.hook_z'?"),
-        ("blocks.x.attn.hook_z", "no site 'blocks'"),
+        ("blocks.x.attn.hook_z", "did you mean 'attn.hook_z'?"),
+        ("blocks.1.hook_resid_pst", "did you mean 'hook_resid_post'?"),
     ],
 )
 def test_a_wrong_name_is_told_the_nearest(text: str, message: str) -> None:

@@ -10,6 +10,10 @@ def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
     if not all(hasattr(module, f"get_{kind}_features") for kind in ("image", "text")):
         return None
     for name, part in module.named_modules():
-        if name and getattr(part, "main_input_name", "") == "pixel_values" and hasattr(part, "config"):
+        if (
+            name
+            and getattr(part, "main_input_name", "") == "pixel_values"
+            and hasattr(part, "config")
+        ):
             return name, part
     return None

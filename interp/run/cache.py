@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from interp.errors import BadInput
 from interp.run.batch import Batch
 from interp.sites import Site, head_axis
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
 
 
 class Cache(Mapping[str, Tensor]):
@@ -35,6 +39,18 @@ class Cache(Mapping[str, Tensor]):
     def by_layer(self, name: str) -> dict[int, Tensor]:
         """A site's captured activations by layer, as `Edit.patch` takes them."""
         return {layer: self._stored[name, layer] for layer in self.layers(name)}
+
+    def to_transformer_lens(self, model: Any = None) -> ActivationCache:
+        """TransformerLens' own ActivationCache over the same tensors, under their names and shapes.
+
+        `cache.to_transformer_lens()["pattern", 0]` is [batch head query key]. With `model` (the Model
+        that was run) its methods find the weights, norm scales and token ids they ask for
+        (`stack_head_results`, `logit_attrs`, `apply_ln`); without one it can be indexed, stacked and
+        accumulated, and its last layer is the last one captured. See `interp.transformer_lens`.
+        """
+        from interp.transformer_lens import activation_cache
+
+        return activation_cache(self, model)
 
     def axes(self, text: str | Site) -> tuple[str, ...]:
         """Names of the axes of `cache[text]`."""
@@ -61,7 +77,8 @@ class Cache(Mapping[str, Tensor]):
             raise BadInput(
                 f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'"
             )
-        return torch.stack(values, dim=_layer_axis(site))
+        # a model may be spread over devices
+        return torch.stack([x.to(values[0].device) for x in values], dim=_layer_axis(site))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({name for name, _ in self._stored}))

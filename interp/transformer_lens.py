@@ -1,0 +1,230 @@
+"""A Model under TransformerLens' names: its weights in their layout, its runs as their ActivationCache.
+
+What TransformerLens code asks of a model or a cache (`W_Q`, `blocks[3].attn.W_O`, `run_with_cache`,
+`cache["pattern", 0]`, `cache.decompose_resid()`) is answered from the Hugging Face module and our
+capture, so that their tools and notebooks run on any model that opens here. TransformerLens itself is
+imported when a cache is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from interp.errors import BadInput
+from interp.models.model import Model
+from interp.run.cache import Cache
+from interp.run.edits import Edit, Seen
+from interp.sites import AXES, PATTERN_AXES, Site, to_transformer_lens
+from interp.transformer_lens_weights import Weights
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+
+Names = str | Iterable[str] | Callable[[str], bool] | None
+
+
+def view(model: Model) -> View:
+    """The model with TransformerLens' attributes and methods.
+
+    >>> lens = view(tiny_model())
+    >>> lens.W_Q.shape, lens.W_K.shape, lens.cfg.n_heads
+    (torch.Size([2, 4, 32, 8]), torch.Size([2, 2, 32, 8]), 4)
+    >>> logits, cache = lens.run_with_cache(torch.tensor([[5, 6, 7]]))
+    >>> cache["pattern", 0].shape, cache["resid_post", -1].shape
+    (torch.Size([1, 4, 3, 3]), torch.Size([1, 3, 32]))
+    """
+    return View(model)
+
+
+def activation_cache(cache: Cache, model: Model | View | None = None) -> ActivationCache:
+    """TransformerLens' own ActivationCache over what was captured; no tensor is copied.
+
+    Every captured site appears under its classic name and the bridge's: `z` of layer 5 is
+    "blocks.5.attn.hook_z" and "blocks.5.attn.o.hook_in". `q` and `k` are `hook_rot_q` and `hook_rot_k`
+    (after rotary positions), with `model` also `hook_q` and `hook_k` where nothing stands between the
+    projections and attention (GPT-2). `hook_embed` is the input of the first block, learned positions included.
+
+    Args:
+        cache: of a run.
+        model: gives the cache's own methods what they need (weights, norm scales, token ids); without
+            one the cache can be indexed and stacked, and its last layer is the last one captured.
+
+    Returns:
+        `transformer_lens.ActivationCache`: ("pattern", 0) is [batch head query key], ("z", 5)
+        [batch pos head d_head], ("resid_post", -1) [batch pos d_model]; `accumulated_resid`,
+        `decompose_resid`, `stack_head_results`, `logit_attrs` … are theirs.
+    """
+    from transformer_lens import ActivationCache
+
+    stored = {(name, layer): x for name in cache for layer, x in cache.by_layer(name).items()}
+    named = {
+        hook: x
+        for (name, layer), x in stored.items()
+        for hook in to_transformer_lens(Site(name, layer))
+    }
+    if model is None:
+        n_layers = 1 + max((layer for _, layer in stored), default=-1)
+        return ActivationCache(named, SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers)))
+    lens = model if isinstance(model, View) else View(model)
+    if any(name in ("q", "k") for name, _ in stored) and lens.projections.as_projected:
+        before = {name.replace("hook_rot_", "hook_"): x for name, x in named.items()}
+        named |= {name: x for name, x in before.items() if name.endswith(("hook_q", "hook_k"))}
+    for layer in cache.layers("resid_pre"):
+        if (norm := lens.norm_before_attention(layer)) is not None:
+            named[f"blocks.{layer}.ln1.hook_scale"] = norm.scale(stored["resid_pre", layer])
+    last = lens.model.n_layers - 1
+    if ("resid_post", last) in stored and lens.cfg.normalization_type is not None:
+        named["ln_final.hook_scale"] = lens.model.final_norm.scale(stored["resid_post", last])
+    return ActivationCache(named, lens)
+
+
+class View(Weights):
+    """TransformerLens' attributes and methods of a Model, its weights among them; see `view`."""
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+        self.tokenizer = model.tokenizer
+
+    # --- tokens ------------------------------------------------------------------------------------
+
+    def to_tokens(
+        self, text: str | Sequence[str], prepend_bos: bool | None = None
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids, padded on the right; BOS comes first unless told otherwise, as in TransformerLens."""
+        bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        if self.tokenizer is not None and self.tokenizer.bos_token_id is None:
+            bos = None
+        return self.model.tokenize(text, bos=bos).ids.to(self.model.device)
+
+    def to_string(self, tokens: Tensor) -> str | list[str]:
+        """The text of token ids [pos], or one text a row of [batch pos]."""
+        if self.tokenizer is None:
+            raise BadInput(f"{self.model.id} was loaded without a tokenizer: load with tokenizer=")
+        if tokens.ndim == 2:
+            return self.tokenizer.batch_decode(tokens, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
+        """Each token's text."""
+        ids = self.to_tokens(text, prepend_bos) if isinstance(text, str) else text
+        return self.model.tokens(ids.reshape(-1).tolist())
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token; BadInput, with its parts, where it is not."""
+        return self.model.token_id(text)
+
+    # --- runs --------------------------------------------------------------------------------------
+
+    def hook_names(self) -> list[str]:
+        """The classic names that this model has, in the order of the forward pass."""
+        names = ["hook_embed"]
+        for layer in range(self.model.n_layers):
+            for name in AXES:
+                if name == "embed" or name in self.model.spec.refused:
+                    continue
+                if layer in self.model.layers_with(name):
+                    names.append(to_transformer_lens(Site(name, layer))[0])
+        return names
+
+    @torch.no_grad()
+    def run_with_cache(
+        self,
+        input: str | Sequence[str] | Tensor,
+        names_filter: Names = None,
+        *,
+        prepend_bos: bool | None = None,
+        return_type: str | None = "logits",
+        remove_batch_dim: bool = False,
+    ) -> tuple[Tensor | None, ActivationCache]:
+        """(logits, cache): every site of the model, or those whose names pass `names_filter`.
+
+        Caching everything takes memory: name what is needed.
+        """
+        names = self._chosen(names_filter)
+        run = self.model.run(
+            self._ids(input, prepend_bos), capture=names, logits=return_type is not None
+        )
+        cache = activation_cache(run.cache, self)
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return self._returned(run.logits, run.batch.inputs.get("input_ids"), return_type), cache
+
+    @torch.no_grad()
+    def run_with_hooks(
+        self,
+        input: str | Sequence[str] | Tensor,
+        fwd_hooks: Sequence[tuple[Names, Callable[..., Tensor | None]]] = (),
+        *,
+        prepend_bos: bool | None = None,
+        return_type: str | None = "logits",
+    ) -> Tensor | None:
+        """Logits (or "loss") with `hook_fn(activation, hook=…)` applied at each named place.
+
+        A hook that returns None leaves the activation as it is. `hook.name` and `hook.layer()` are set.
+        """
+        edits = [
+            self._as_edit(name, function)
+            for names, function in fwd_hooks
+            for name in self._chosen(names)
+        ]
+        ids = self._ids(input, prepend_bos)
+        return self._returned(self.model.run(ids, edits=edits).logits, ids, return_type)
+
+    def __call__(
+        self,
+        input: str | Sequence[str] | Tensor,
+        return_type: str | None = "logits",
+        *,
+        prepend_bos: bool | None = None,
+    ) -> Tensor | None:
+        """Logits [batch pos d_vocab], or with "loss" the mean next-token loss in nats."""
+        return self.run_with_hooks(input, prepend_bos=prepend_bos, return_type=return_type)
+
+    def _ids(self, input: Any, prepend_bos: bool | None) -> Tensor:
+        if isinstance(input, Tensor):
+            return input if input.ndim == 2 else input[None]
+        if not isinstance(input, str) and len(input) > 1:
+            ids = [self.to_tokens(text, prepend_bos) for text in input]
+            if len({row.shape[1] for row in ids}) > 1:
+                raise BadInput(
+                    "prompts of several lengths: pass them one by one, or use model.run, which pads"
+                )
+            return torch.cat(ids)
+        return self.to_tokens(input, prepend_bos)
+
+    def _chosen(self, names: Names) -> list[str]:
+        if isinstance(names, str):
+            return [names]
+        if names is None or callable(names):
+            return [name for name in self.hook_names() if names is None or names(name)]
+        return list(names)
+
+    def _as_edit(self, name: str, function: Callable[..., Tensor | None]) -> Edit:
+        site = Site.parse(name)
+
+        def change(x: Tensor, seen: Seen) -> Tensor:
+            if site.axes == PATTERN_AXES and (seen.start or x.shape[2] != x.shape[3]):
+                raise BadInput(
+                    f"'{name}' of a prompt this long comes in chunks of query rows: use Edit.apply, "
+                    "whose function is told the first row"
+                )
+            hook = SimpleNamespace(name=name, layer=lambda: seen.layer)
+            new = function(x.clone(), hook=hook)
+            return x if new is None else new
+
+        return Edit.apply(site, change)
+
+    @staticmethod
+    def _returned(logits: Tensor | None, ids: Tensor | None, kind: str | None) -> Tensor | None:
+        if kind not in ("logits", "loss", None):
+            raise BadInput(f"return_type {kind!r} is none of 'logits', 'loss', None")
+        if kind != "loss" or logits is None or ids is None:
+            return logits if kind else None
+        log_probs = logits[:, :-1].float().log_softmax(-1)
+        return -log_probs.gather(-1, ids[:, 1:, None]).mean()

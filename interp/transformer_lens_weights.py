@@ -1,0 +1,278 @@
+"""A Model's weights in TransformerLens' layout: `W_Q` [n_layers n_heads d_model d_head] and so on."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import SimpleNamespace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import Refused
+from interp.models.model import Model
+from interp.models.weights import FrozenNorm, linear_map
+from interp.projections import Projections
+
+
+class Weights:
+    """Weights of a Model by TransformerLens' names, stacked over layers and by block.
+
+    Weights are the checkpoint's own, as with a bridge outside compatibility mode: no norm gain is
+    folded in and nothing is centred. `tokens_to_residual_directions` alone has the final norm's gain in
+    it, so that `cache.logit_attrs` of a full decomposition sums to the logit without the bias.
+
+    What their caches call head results is z W_O: where a norm stands behind attention (Gemma 2, OLMo 2),
+    heads sum to `attn.hook_out` and not to `hook_attn_out`, in their bridge as here;
+    `circuits.attribution` carries each head through that norm.
+
+    Attributes:
+        model: the Model. cfg: n_layers, n_heads, n_key_value_heads, d_model, d_head, d_mlp, d_vocab,
+            n_ctx, normalization_type, … blocks: `blocks[3].attn.W_Q`, `blocks[3].mlp.W_out`.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        spec = model.spec
+        has_norm = spec.final_norm is not None and not spec.readout
+        kind = "LN" if has_norm and model.final_norm.centred else "RMS"
+        self.cfg = SimpleNamespace(
+            model_name=model.id,
+            n_layers=model.n_layers,
+            n_heads=spec.n_heads,
+            n_key_value_heads=spec.n_kv_heads,
+            d_model=spec.d_model,
+            d_head=spec.d_head,
+            d_mlp=max((block.d_mlp for block in spec.blocks), default=0),
+            d_vocab=spec.d_vocab,
+            n_ctx=spec.n_ctx,
+            attn_only=all(block.mlp_write is None for block in spec.blocks),
+            normalization_type=kind if has_norm else None,
+            final_rms=has_norm and kind == "RMS",
+            device=model.device,
+            dtype=model.dtype,
+            default_prepend_bos=True,
+        )
+        self.blocks = [
+            SimpleNamespace(
+                attn=_Attention(self, layer),
+                mlp=_MLP(self, layer),
+                residual_contribution_scale=1.0
+                if where.mlp_write is None
+                else where.mlp_write.scale,
+            )
+            for layer, where in enumerate(spec.blocks)
+        ]
+
+    @cached_property
+    def projections(self) -> Projections:
+        """Where q, k and v come from, found by a code in every column of the layers before attention."""
+        return Projections(self.model.module, self.model.spec)
+
+    # --- weights -----------------------------------------------------------------------------------
+
+    def _stacked(self, part: str, name: str) -> Tensor:
+        layers = range(self.model.n_layers) if part == "mlp" else self.model.layers_with("z")
+        tensors = [getattr(getattr(self.blocks[layer], part), name) for layer in layers]
+        if len({tensor.shape for tensor in tensors}) != 1:
+            raise Refused(
+                f"layers of {self.model.id} have no one shape of {name}: read blocks[layer].{part}.{name}"
+            )
+        return torch.stack([tensor.to(self.model.device) for tensor in tensors])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Query projections of all layers."""
+        return self._stacked("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "n_layers n_kv_heads d_model d_head"]:
+        """Key projections, one a key/value head, as in TransformerLens."""
+        return self._stacked("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "n_layers n_kv_heads d_model d_head"]:
+        """Value projections, one a key/value head, as in TransformerLens."""
+        return self._stacked("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_layers n_heads d_head d_model"]:
+        """Output projections."""
+        return self._stacked("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Query biases; zeros where there are none, as with every bias here."""
+        return self._stacked("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_layers n_kv_heads d_head"]:
+        """Key biases."""
+        return self._stacked("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_layers n_kv_heads d_head"]:
+        """Value biases."""
+        return self._stacked("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "n_layers d_model"]:
+        """Biases of the output projections."""
+        return self._stacked("attn", "b_O")
+
+    @property
+    def W_in(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        """What the neurons read; in a gated MLP the ungated half."""
+        return self._stacked("mlp", "W_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "n_layers d_model d_mlp"] | None:
+        """What the gates read; None where the MLP has no gate."""
+        if self.blocks[0].mlp.W_gate is None:
+            return None
+        return self._stacked("mlp", "W_gate")
+
+    @property
+    def W_out(self) -> Float[Tensor, "n_layers d_mlp d_model"]:
+        """What the neurons write."""
+        return self._stacked("mlp", "W_out")
+
+    @property
+    def b_in(self) -> Float[Tensor, "n_layers d_mlp"]:
+        """Biases of the neurons."""
+        return self._stacked("mlp", "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "n_layers d_model"]:
+        """Biases of the MLP outputs."""
+        return self._stacked("mlp", "b_out")
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding."""
+        return self.model.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding."""
+        return self.model.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Bias of the unembedding."""
+        self.W_U  # noqa: B018 -- refuses where there is no unembedding
+        spec = self.model.spec
+        head = self.model.module.get_submodule(spec.unembedding or "")
+        return linear_map(head, spec.d_model, self.model.device)[1]
+
+    def ln_final(self, residual: Tensor) -> Tensor:
+        """The final norm, gain included."""
+        name = self.model.spec.final_norm
+        return residual if name is None else self.model.module.get_submodule(name)(residual)
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """Logits of normed residual vectors."""
+        return self.model.module.get_submodule(self.model.spec.unembedding or "")(normed)
+
+    def norm_before_attention(self, layer: int) -> FrozenNorm | None:
+        """The norm whose output the values of a layer are made from; None where there is none."""
+        source = self.model.spec.blocks[layer].v
+        if source is None or source.input in ("", "resid_pre"):
+            return None
+        return FrozenNorm(self.model.module.get_submodule(source.input), self.model.spec.d_model)
+
+    @torch.no_grad()
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """Directions [... d_model] whose dot product with the normed residual is a token's logit."""
+        ids = torch.as_tensor(self.model.token_id(tokens) if isinstance(tokens, str) else tokens)
+        gain = self.model.final_norm.gain.to(self.W_U)
+        directions = (gain[:, None] * self.W_U)[:, ids.reshape(-1)].T
+        return directions.reshape(*ids.shape, -1) if ids.numel() > 1 else directions.reshape(-1)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the biases that attention and MLPs before `layer` write."""
+        total = torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        for i in range(layer + mlp_input):
+            attn = self.blocks[i].attn
+            total = total + attn._result_contribution_scale * attn.b_O
+            if include_mlp_biases and i < layer:
+                block = self.blocks[i]
+                total = total + block.residual_contribution_scale * block.mlp.b_out
+        return total
+
+
+class _Attention:
+    """`blocks[layer].attn`."""
+
+    def __init__(self, lens: Weights, layer: int):
+        self._lens, self._layer = lens, layer
+        write = lens.model.spec.blocks[layer].attn_write
+        self._result_contribution_scale = 1.0 if write is None else write.scale
+
+    def _projection(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._lens.projections.weights(name, self._layer)
+
+    @property
+    def W_Q(self) -> Tensor:
+        return self._projection("q")[0]
+
+    @property
+    def W_K(self) -> Tensor:
+        return self._projection("k")[0]
+
+    @property
+    def W_V(self) -> Tensor:
+        return self._projection("v")[0]
+
+    @property
+    def b_Q(self) -> Tensor:
+        return self._projection("q")[1]
+
+    @property
+    def b_K(self) -> Tensor:
+        return self._projection("k")[1]
+
+    @property
+    def b_V(self) -> Tensor:
+        return self._projection("v")[1]
+
+    @property
+    def W_O(self) -> Tensor:
+        return self._lens.model.W_O(self._layer)
+
+    @property
+    def b_O(self) -> Tensor:
+        return self._lens.model.b_O(self._layer)
+
+
+class _MLP:
+    """`blocks[layer].mlp`."""
+
+    def __init__(self, lens: Weights, layer: int):
+        self._lens, self._layer = lens, layer
+
+    def _reads(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        return self._lens.projections.neurons(self._layer)
+
+    @property
+    def W_in(self) -> Tensor:
+        return self._reads()[0][0]
+
+    @property
+    def b_in(self) -> Tensor:
+        return self._reads()[0][1]
+
+    @property
+    def W_gate(self) -> Tensor | None:
+        gate = self._reads()[1]
+        return None if gate is None else gate[0]
+
+    @property
+    def W_out(self) -> Tensor:
+        return self._lens.model.W_out(self._layer)
+
+    @property
+    def b_out(self) -> Tensor:
+        return self._lens.model.b_out(self._layer)
