@@ -26,6 +26,7 @@ from circuits.heads.ablation import ablation_effects
 from circuits.heads.detector import choose
 from circuits.heads.scan import prompt_sets, scan
 from circuits.heads.shapley import shapley_values
+from circuits.heads.usable import usable
 from interp.data.prompts import Prompts, repeated_tokens
 from interp.metrics import loss
 from interp.models.model import Model
@@ -42,7 +43,7 @@ def plain(model: Model, prompts: Prompts) -> None:
 
 
 def fast_detectors(model: Model, n: int, repeats: int) -> None:
-    detectors = choose(["fast"])
+    detectors, _ = usable(model, choose(["fast"]))
     sets = prompt_sets(model, detectors, n, 0)
     every = [prompts for both in sets.values() for prompts in both if prompts is not None]
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from circuits.heads.ablation import METRICS, ablation_columns, ablation_effects, plan_ablations
 from circuits.heads.claims import MIN_PROMPTS, Claim, agreement, claims, heads_table
 from circuits.heads.clusters import head_clusters
 from circuits.heads.detector import Detector, choose
-from circuits.heads.evidence import evidence_patterns, evidence_prompts
+from circuits.heads.evidence import (
+    Evidence,
+    evidence_images,
+    evidence_patterns,
+    evidence_prompts,
+)
 from circuits.heads.prompt_sets import TOKENS
 from circuits.heads.scan import Sets, passes, prompt_sets, scan
 from circuits.heads.summary import strongest_heads
+from circuits.heads.usable import usable
 from circuits.weights import ov_tokens
-from interp.data.prompts import lead_token, text_tokens
+from interp.data.images import Images, image_prompts, reads_images
+from interp.data.prompts import Prompts, frame, text_tokens
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
-from interp.sites import Site
 
 MIN_TOKENS = 16
 ABLATION_PROMPTS, ABLATION_TOKENS = 4, 64
@@ -47,7 +55,8 @@ def check_options(
 
 @analysis(
     name="heads",
-    source="Elhage et al. 2021; Olsson et al. 2022; Wang et al. 2022; Clark et al. 2019; Gu et al. 2024",
+    source="Elhage et al. 2021; Olsson et al. 2022; Wang et al. 2022; Clark et al. 2019; Gu et al. 2024; "
+    "Dosovitskiy et al. 2021; Darcet et al. 2024",
     example="interp heads smollm2-135m",
     figure="map",
     validate=check_options,
@@ -59,6 +68,7 @@ def classify_heads(
     detectors: Sequence[str] | None = None,
     prompts: int = 32,
     tokens: int = TOKENS,
+    images: str | Path | Tensor | None = None,
     seed: int = 0,
     alpha: float = 0.01,
     ablate: bool = True,
@@ -74,6 +84,10 @@ def classify_heads(
     detectors. A label needs effect size and significance; each labelled head is then mean-ablated on
     the loss its role should serve. Labels describe these prompts: on other text a head may differ.
 
+    An encoder gets its texts with CLS and separators as its tokenizer puts them; a model of images gets
+    images, and its heads are read on the grid of their patches. Neither is ablated: they have no
+    next-token loss. Detectors that make no sense on a model are listed as skipped, with the reason.
+
     Args:
         model: from `interp.load`.
         detectors: names as `interp detectors` lists them, "fast" (the default) or "all".
@@ -81,6 +95,9 @@ def classify_heads(
         tokens: of a prompt, after its lead; up to n_ctx. Longer prompts need more time and little more
             memory: patterns are never kept whole. Detectors that bring their own prompts, evidence and
             ablations keep their own lengths.
+        images: for a model of images: a folder of pictures, or (in Python) a tensor [n channels height
+            width] of numbers 0 to 1; `prompts` of them are taken. By default drawn from the seed
+            (gratings, blobs, shapes, noise with a natural spectrum): photographs may show other roles.
         seed: of prompts, bootstrap and controls.
         alpha: corrected significance level of a label.
         ablate: whether labelled heads are ablated.
@@ -103,11 +120,13 @@ def classify_heads(
     """
     started = time.perf_counter()
     check_options(detectors=detectors, prompts=prompts, tokens=tokens)
-    _check_room(model, tokens)
+    if not reads_images(model):
+        _check_room(model, tokens)
     model.layers_with("pattern")
-    chosen, skipped = _usable(model, choose(detectors))
-    sets = prompt_sets(model, chosen, prompts, seed, tokens)
-    options = {
+    chosen, skipped = usable(model, choose(detectors), named=detectors or ())
+    given = _given(model, images, prompts)
+    sets = prompt_sets(model, chosen, prompts, seed, tokens, given)
+    options: dict[str, Any] = {
         "detectors": [d.name for d in chosen],
         "prompts": prompts,
         "tokens": tokens,
@@ -116,6 +135,8 @@ def classify_heads(
         "evidence": evidence,
         "seeds": seeds,
     }
+    if given:
+        options["images"] = {"from": _origin(images), "sha256": _pixels_sha256(given)}
     source = provenance(model, options=options, seed=seed)
     units = Checkpoint(
         checkpoint, {"model": source["model"], "options": options, "seed": seed}, resume=resume
@@ -130,14 +151,16 @@ def classify_heads(
         if ablate:
             usual = sets if tokens <= TOKENS else prompt_sets(model, chosen, ABLATION_PROMPTS, seed)
             table = _ablated(model, table, chosen, usual, units, seed, bars)
-        shown, patterns = [], None
+        shown: list[Evidence] = []
+        patterns = None
         if evidence:
             advance = bars.stage("Collecting evidence", evidence)
-            shown = evidence_prompts(model, evidence, seed)
-            patterns = evidence_patterns(model, shown)
-            shown = shown[: len(patterns)]
+            shown = _evidence(model, sets, evidence, seed)
+            patterns = evidence_patterns(model, shown) if shown else None
+            shown = shown[: 0 if patterns is None else len(patterns)]
             advance(evidence)
-        stability = _stability(model, verdicts, prompts, tokens, seed, seeds, alpha, units, bars)
+        draws = 1 if given else seeds
+        stability = _stability(model, verdicts, prompts, tokens, seed, draws, alpha, units, bars)
     notes = _notes(model, sets, tokens)
     table["cluster"], clusters = head_clusters(table, [d.name for d in chosen])
     tables = {"heads": table} | ({"clusters": clusters} if len(clusters) else {})
@@ -150,10 +173,10 @@ def classify_heads(
     meta: dict[str, Any] = source | {
         "detectors": [d.declaration() for d in chosen],
         "skipped": skipped,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "stability": stability,
         "causal": model.spec.causal,
-        "prompts": [{"title": title, "tokens": model.tokens(ids.tolist())} for title, ids in shown],
+        "prompts": [{"title": prompt.title, "tokens": prompt.tokens} for prompt in shown],
     }
     arrays = {} if patterns is None or not len(patterns) else {"pattern": patterns}
     meta["wall_time_s"] = round(time.perf_counter() - started, 2)
@@ -162,45 +185,47 @@ def classify_heads(
 
 def _check_room(model: Model, tokens: int) -> None:
     """Longer prompts than usual are refused where they would not fit, and not cut."""
-    room = model.spec.n_ctx
-    if tokens > TOKENS and room is not None and tokens + len(lead_token(model)) > room:
+    room, around = model.spec.n_ctx, sum(map(len, frame(model)))
+    if tokens > TOKENS and room is not None and tokens + around > room:
         raise BadInput(
             f"tokens={tokens}: with the lead token {model.id} reads at most {room} (n_ctx); give at most "
-            f"{room - len(lead_token(model))}"
+            f"{room - around}"
         )
 
 
-def _usable(model: Model, chosen: Sequence[Detector]) -> tuple[list[Detector], dict[str, str]]:
-    """The detectors that make sense on this model, and why the others do not."""
-    skipped = {}
-    n_layers = len(model.spec.attention_layers)
-    for detector in chosen:
-        if detector.causal_only and not model.spec.causal:
-            skipped[detector.name] = "needs a model that reads left to right"
-        elif n_layers < detector.min_layers:
-            skipped[detector.name] = (
-                f"needs {detector.min_layers} attention layers, the model has {n_layers}"
-            )
-        elif model.tokenizer is None and (
-            detector.needs_text or (detector.reads is not None and detector.reads.needs_text)
-        ):
-            skipped[detector.name] = "needs text, and the model was loaded without a tokenizer"
-        elif detector.needs_logits and model.spec.unembedding is None:
-            skipped[detector.name] = "needs a language-model head, which this model lacks"
-        elif detector.measure is not None:
-            try:
-                for site in detector.captures(model):
-                    model.layers_with(Site.parse(site).name)
-                _ = model.W_U
-            except Refused as refusal:
-                skipped[detector.name] = str(refusal)
-    usable = [detector for detector in chosen if detector.name not in skipped]
-    if not usable:
+def _given(model: Model, images: str | Path | Tensor | None, prompts: int) -> Sets:
+    """The images that the user brings."""
+    if images is None:
+        return {}
+    if not reads_images(model):
+        raise BadInput(f"images were given, and {model.id} reads text; leave them out")
+    found = image_prompts(model, prompts, images=images)
+    if len(found) < MIN_PROMPTS:
         raise BadInput(
-            f"no detector is left for {model.id}: "
-            + "; ".join(f"{k} {v}" for k, v in skipped.items())
+            f"{len(found)} images were given: a claim about a head needs at least {MIN_PROMPTS}"
         )
-    return usable, skipped
+    return {found.name: (found, None)}
+
+
+def _origin(images: str | Path | Tensor | None) -> str:
+    return "a tensor" if isinstance(images, Tensor) else str(images)
+
+
+def _pixels_sha256(given: Sets) -> str:
+    """What tells these images from others: a run that is resumed must have the same ones."""
+    digest = hashlib.sha256()
+    for prompts, _ in given.values():
+        if isinstance(prompts, Images):
+            digest.update(prompts.pixels.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _evidence(model: Model, sets: Sets, n: int, seed: int) -> list[Evidence]:
+    """Prompts that show what heads do: short texts, or the first images that were scanned."""
+    if not reads_images(model):
+        return evidence_prompts(model, n, seed)
+    scanned = [prompts for prompts, _ in sets.values() if isinstance(prompts, Images)]
+    return evidence_images(scanned[0], n) if scanned else []
 
 
 def _stability(
@@ -236,7 +261,11 @@ def _ablated(
     seed: int,
     bars: Progress,
 ) -> pd.DataFrame:
-    few = {name: sets[name][0].rows(slice(ABLATION_PROMPTS)) for name in METRICS if name in sets}
+    few = {
+        name: prompts.rows(slice(ABLATION_PROMPTS))
+        for name, (prompts, _) in sets.items()
+        if name in METRICS and isinstance(prompts, Prompts)
+    }
     if "text" in few:
         few["text"] = few["text"].first(few["text"].lead + ABLATION_TOKENS)
     causal_lm = (
@@ -258,6 +287,8 @@ def _ablated(
 
 
 def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
+    if reads_images(model):  # no words to read them as
+        return {}
     try:
         words = ov_tokens(model)
     except Refused as refusal:
@@ -268,10 +299,17 @@ def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
 
 def _notes(model: Model, sets: Sets, tokens: int) -> list[str]:
     notes = list(model.notes)
-    if any(prompts.lead == 0 for prompts, _ in sets.values()):
+    if any(prompts.lead == 0 and isinstance(prompts, Prompts) for prompts, _ in sets.values()):
         notes.append(
             "The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text."
         )
+    for prompts, _ in sets.values():
+        if isinstance(prompts, Images):
+            height, width = prompts.grid.places.shape
+            notes.append(
+                f"Images are read as {height} × {width} patches and {len(prompts.grid.others)} other positions."
+            )
+            notes += [prompts.note] if prompts.note else []
     period = sets["repeated"][0].period if "repeated" in sets else tokens // 2
     if "text" in sets and len(sets["text"][0]) * tokens > len(text_tokens(model)):
         notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import circuits.heads
 from circuits.heads.prompt_sets import PromptSet
+from circuits.heads.streamed import Streamed
+from interp.data.images import Images, reads_images
 from interp.data.prompts import Prompts
 from interp.errors import unknown
 from interp.models.model import Model
@@ -36,11 +38,13 @@ class Detector:
         source: paper and section, and where we differ.
         unit: of the score.
         reads: the prompt set it looks at; None for one that brings its own procedure, `observe`.
+        sees: the prompt set in its place on a model that reads images; None where it makes no sense there.
         null: sentence: what the null is.
         threshold: a label needs a mean score of at least this. None: a score without a label.
         margin: and a mean distance from the null of at least this.
         side: 1 where the score must lie above the null, -1 where it must lie below.
-        statistics: (model, prompts) -> row statistics wanted from a prompt set, by name.
+        statistics: (model, prompts) -> row statistics wanted from a prompt set, by name; a `Streamed`
+            where none of `interp.run.statistics` fits.
         combine: (statistics of the prompts, of their control) -> (score, null) for every prompt;
             None for a set without control. With `observe`: the same of its arrays.
         measure: instead of statistics: (model, prompts, run) -> score for every prompt, with the
@@ -50,11 +54,14 @@ class Detector:
         observe: instead of all these: (model, n, seed) -> arrays "score" and "null" [n n_layers n_heads] and
             whatever `tables` and `notes` want to tell; n is how many prompts (or other units of the
             test) are asked for. Detectors with the same `observe` share one call.
-        tables, notes: from the arrays of `observe`, tables for the report and sentences for its reader.
+        tables, notes: from the arrays of `observe` (or the statistics of the prompts), tables for the
+            report and sentences for its reader.
         slow: costs far more than one pass over a shared prompt set; left out of "fast".
         needs_text: whether `observe` needs a tokenizer. needs_logits: whether it needs a language-model
             head.
         causal_only: whether it makes sense only where a model reads left to right.
+        encoder_only: only where it reads in both directions.
+        unfit: why it makes no sense on a model, for any other reason; None where it does.
         serves: the metric that ablating such a head should hurt, "repeated" or "text".
         rank: order in tables, most telling first.
     """
@@ -71,7 +78,8 @@ class Detector:
     rank: int
     side: int = 1
     unit: str = "attention mass"
-    statistics: Callable[[Model, Prompts], Mapping[str, Statistic]] | None = None
+    sees: PromptSet | None = None
+    statistics: Callable[[Model, Any], Mapping[str, Statistic | Streamed]] | None = None
     combine: (
         Callable[
             [Mapping[str, PerPrompt], Mapping[str, PerPrompt] | None], tuple[PerPrompt, PerPrompt]
@@ -90,6 +98,8 @@ class Detector:
     needs_text: bool = False
     needs_logits: bool = False
     causal_only: bool = False
+    encoder_only: bool = False
+    unfit: Callable[[Model], str | None] = lambda model: None
     min_layers: int = 1
     serves: str = "text"
 
@@ -97,6 +107,10 @@ class Detector:
     def labels(self) -> bool:
         """Whether this detector gives a label."""
         return self.threshold is not None
+
+    def on(self, model: Model) -> Detector:
+        """The same detector with the prompt set that this model reads."""
+        return replace(self, reads=self.sees) if self.sees and reads_images(model) else self
 
     def declaration(self) -> dict[str, Any]:
         """The facts a report carries."""
@@ -172,13 +186,13 @@ def head_table(**columns: Float[np.ndarray, "n_layers n_heads"]) -> pd.DataFrame
 # --- keys of a row, as functions of the query position -----------------------------------------
 
 
-def offset_key(prompts: Prompts, offset: int) -> Int[Tensor, "n pos 1"]:
-    """The key `offset` positions back; -1 where there is none."""
+def offset_key(prompts: Prompts | Images, offset: int) -> Int[Tensor, "n pos 1"]:
+    """The key `offset` positions back (ahead where it is negative); -1 where there is none."""
     key = prompts.positions - offset
     return torch.where((key >= 0) & (key < prompts.length), key, -1)[..., None]
 
 
-def random_key(prompts: Prompts, lowest: int = 0, seed: int = 0) -> Int[Tensor, "n pos 1"]:
+def random_key(prompts: Prompts | Images, lowest: int = 0, seed: int = 0) -> Int[Tensor, "n pos 1"]:
     """A visible key drawn at random for every query, from `lowest` on; -1 where there is none."""
     generator = torch.Generator().manual_seed(seed)
     top = (
@@ -186,12 +200,12 @@ def random_key(prompts: Prompts, lowest: int = 0, seed: int = 0) -> Int[Tensor, 
         if prompts.causal
         else torch.full_like(prompts.positions, prompts.length)
     )
-    share = torch.rand(prompts.ids.shape, generator=generator)
+    share = torch.rand(prompts.positions.shape, generator=generator)
     key = lowest + (share * (top - lowest)).long()
     return torch.where(top > lowest, key, -1)[..., None]
 
 
-def visible_keys(prompts: Prompts) -> Int[Tensor, "n pos"]:
+def visible_keys(prompts: Prompts | Images) -> Int[Tensor, "n pos"]:
     """How many keys each query sees."""
     return (
         prompts.positions + 1

@@ -10,8 +10,8 @@ from interp.run.statistics import Distance, Expected
 
 
 def _statistics(model: Model, prompts: Prompts) -> dict[str, Distance | Expected]:
-    rows = prompts.positions >= prompts.length // 2
-    keys = prompts.positions >= max(prompts.lead, 1)
+    keys = prompts.content & (prompts.positions >= 1)
+    rows = prompts.positions >= prompts.length // 2 if prompts.causal else keys
     return {"far": Distance(keys, rows), "mass": Expected(keys.float(), rows)}
 
 
@@ -25,8 +25,9 @@ DISTANCE = Detector(
     title="Mean distance",
     letter="T",
     description="Mean distance, in tokens, of the attention that a head pays on prose to tokens after the "
-    "first, over the second half of the prompt. A score, not a label; of a head that parks nearly all its "
-    "attention on the first token it describes only the rest.",
+    "first, over the second half of the prompt (in an encoder over all of it, CLS and separators left out). A "
+    "score, not a label; of a head that parks nearly all its attention on the first token it describes only "
+    "the rest.",
     source="mean attention distance after Dosovitskiy et al. 2021, appendix D.7 (there in pixels); "
     "leaving out the first token is ours",
     reads=TEXT,

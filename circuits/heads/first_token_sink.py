@@ -29,4 +29,5 @@ FIRST_TOKEN_SINK = Detector(
     rank=8,
     statistics=_statistics,
     combine=score_and_null,
+    causal_only=True,
 )

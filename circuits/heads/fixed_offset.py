@@ -1,4 +1,4 @@
-"""Fixed-offset heads: attention to the token exactly k back, k from 2 to 8."""
+"""Fixed-offset heads: attention to the token exactly k back (in an encoder also ahead), k from 2 to 8."""
 
 from circuits.heads.detector import Detector, offset_key, strongest
 from circuits.heads.prompt_sets import TEXT
@@ -11,13 +11,21 @@ CONTROL_OFFSETS = range(12, 19)  # as many, so that choosing the best of them fa
 
 
 def _statistics(model: Model, prompts: Prompts) -> dict[str, Mass]:
-    rows = prompts.positions >= min(prompts.lead + CONTROL_OFFSETS.stop, prompts.length - 1)
-    return {str(k): Mass(offset_key(prompts, k), rows) for k in (*OFFSETS, *CONTROL_OFFSETS)}
+    reach = CONTROL_OFFSETS.stop
+    rows = prompts.positions >= min(prompts.lead + reach, prompts.length - 1)
+    offsets = [*OFFSETS, *CONTROL_OFFSETS]
+    if not prompts.causal:
+        middle = prompts.length // 2
+        rows = prompts.positions >= min(prompts.lead + reach, middle)
+        rows &= prompts.positions <= max(prompts.length - 1 - reach, middle)
+        offsets += [-k for k in offsets]
+    return {str(k): Mass(offset_key(prompts, k), rows) for k in offsets}
 
 
 def _combine(seen, control):
-    return strongest([seen[str(k)] for k in OFFSETS]), strongest(
-        [seen[str(k)] for k in CONTROL_OFFSETS]
+    return tuple(
+        strongest([value for k, value in seen.items() if abs(int(k)) in which])
+        for which in (OFFSETS, CONTROL_OFFSETS)
     )
 
 
@@ -26,10 +34,11 @@ FIXED_OFFSET = Detector(
     title="Fixed offset",
     letter="F",
     description="Largest over k = 2…8 of the mean of A[q, q-k] on prose: the head looks a fixed "
-    "number of tokens back. The previous token (k = 1) is its own role.",
+    "number of tokens back. In an encoder also ahead, k = -2…-8. The tokens just before and after have "
+    "roles of their own.",
     source="Clark et al. 2019, What Does BERT Look At, §3 (broad offsets); range and threshold ours",
     reads=TEXT,
-    null="the best of seven offsets further back (12…18) on the same rows",
+    null="the best of as many offsets further away (12…18) on the same rows",
     threshold=0.3,
     margin=0.2,
     rank=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from circuits.heads.detector import Detector, PerPrompt
 from circuits.heads.prompt_sets import TOKENS
+from circuits.heads.streamed import Stream, Streamed
+from interp.data.images import Images
 from interp.data.prompts import Prompts
 from interp.metrics import loss
 from interp.models.model import Model
 from interp.run.cache import Run
 from interp.run.resume import Checkpoint
+from interp.run.statistics import Statistic
 
 TOKENS_PER_PASS = 1024
 
-Sets = Mapping[str, tuple[Prompts, Prompts | None]]
+Sets = Mapping[str, tuple[Prompts | Images, Prompts | Images | None]]
 """Prompts and their control by the name of the prompt set."""
 
 
@@ -38,11 +42,23 @@ class Scores:
 
 
 def prompt_sets(
-    model: Model, detectors: Sequence[Detector], n: int, seed: int, tokens: int = TOKENS
+    model: Model,
+    detectors: Sequence[Detector],
+    n: int,
+    seed: int,
+    tokens: int = TOKENS,
+    given: Sets | None = None,
 ) -> Sets:
-    """The prompts that these detectors read, of `tokens` tokens after the lead where there is room."""
+    """The prompts that these detectors read, of `tokens` tokens after the lead where there is room.
+
+    A set that is `given` by name is taken as it is.
+    """
     wanted = {d.reads.name: d.reads for d in detectors if d.reads is not None}
-    return {name: prompt_set.make(model, n, seed, tokens) for name, prompt_set in wanted.items()}
+    given = given or {}
+    return {
+        name: given[name] if name in given else prompt_set.make(model, n, seed, tokens)
+        for name, prompt_set in wanted.items()
+    }
 
 
 def scan(
@@ -103,13 +119,14 @@ def _scores(detector: Detector, seen: Sequence[Mapping[str, PerPrompt]]) -> Scor
         score, null = first["score"], control[0]["score"]
     else:
         score, null = detector.combine(first, control[0] if control else None)
-    return Scores(detector, score.numpy(), null.numpy())
+    arrays = {name: value.numpy() for name, value in first.items()} if detector.tables else {}
+    return Scores(detector, score.numpy(), null.numpy(), arrays)
 
 
 def _statistics_of(
     model: Model,
     detectors: Sequence[Detector],
-    prompts: Prompts,
+    prompts: Prompts | Images,
     checkpoint: Checkpoint,
     advance: Callable[[int], None],
 ) -> dict[str, PerPrompt]:
@@ -125,31 +142,39 @@ def _statistics_of(
     }
 
 
-def _chunks(prompts: Prompts) -> Iterator[slice]:
+def _chunks(prompts: Prompts | Images) -> Iterator[slice]:
     size = max(1, TOKENS_PER_PASS // prompts.length)
     return (slice(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size))
 
 
 def one_pass(
-    model: Model, detectors: Sequence[Detector], prompts: Prompts
+    model: Model, detectors: Sequence[Detector], prompts: Prompts | Images
 ) -> dict[str, np.ndarray]:
     """What these detectors want of some prompts, from one forward."""
-    wanted = {
-        f"{d.name}.{key}": statistic
-        for d in detectors
-        if d.statistics is not None
-        for key, statistic in d.statistics(model, prompts).items()
-    }
+    wanted: dict[str, Statistic] = {}
+    streamed: dict[str, Streamed] = {}
+    for d in detectors:
+        for key, statistic in d.statistics(model, prompts).items() if d.statistics else ():
+            into: dict[str, Any] = streamed if isinstance(statistic, Streamed) else wanted
+            into[f"{d.name}.{key}"] = statistic
     captures = sorted({site for d in detectors for site in d.captures(model)})
-    run = Run(prompts.batch)
-    if wanted or captures:
-        run = model.run(prompts.batch, capture=captures, statistics=wanted or None, logits=False)
-    measured = {
+    run, stream = Run(prompts.batch), Stream(streamed)
+    if wanted or captures or streamed:
+        run = model.run(
+            prompts.batch,
+            capture=captures,
+            edits=[stream.edit] if streamed else (),
+            statistics=wanted or None,
+            logits=False,
+        )
+    found = run.statistics | stream.results(len(prompts), model.n_layers, model.spec.n_heads)
+    found |= {
         f"{d.name}.score": d.measure(model, prompts, run)
         for d in detectors
-        if d.measure is not None
+        if d.measure is not None and isinstance(prompts, Prompts)
     }
-    found = run.statistics | measured | _from_gradients(model, detectors, prompts)
+    if isinstance(prompts, Prompts):
+        found |= _from_gradients(model, detectors, prompts)
     return {key: value.numpy() for key, value in found.items()}
 
 

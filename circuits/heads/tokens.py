@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from interp.data.images import Images
 from interp.data.prompts import Prompts, prose
 from interp.models.model import Model
 from interp.run.statistics import Expected, Statistic
@@ -23,7 +24,7 @@ def attention_to(
     """A detector's statistics: the mass on tokens of a kind, and on as many others, after a quarter."""
 
     def statistics(model: Model, prompts: Prompts) -> dict[str, Statistic]:
-        rows = prompts.positions >= prompts.length // 4
+        rows = prompts.content & (prompts.positions >= prompts.length // 4)
         keys = kind(model, prompts)
         others = as_many(keys, prompts)
         return {"score": Expected(keys.float(), rows), "null": Expected(others.float(), rows)}
@@ -32,11 +33,11 @@ def attention_to(
 
 
 def delimiters(model: Model, prompts: Prompts) -> Bool[Tensor, "n pos"]:
-    """Tokens of nothing but punctuation and line breaks, the lead token not among them."""
+    """Tokens of nothing but punctuation and line breaks; the lead token and separators not among them."""
     ids = prompts.ids.unique()
     texts = model.tokens(ids.tolist())
     chosen = ids[torch.tensor([_is_delimiter(text) for text in texts])]
-    return torch.isin(prompts.ids, chosen) & (prompts.positions >= prompts.lead)
+    return torch.isin(prompts.ids, chosen) & prompts.content
 
 
 def _is_delimiter(text: str) -> bool:
@@ -45,11 +46,11 @@ def _is_delimiter(text: str) -> bool:
 
 
 def rare(model: Model, prompts: Prompts) -> Bool[Tensor, "n pos"]:
-    """The rarest tokens that together make up 5 % of the shipped prose, the lead token not among them."""
+    """The rarest tokens that together make up 5 % of the shipped prose, of what is content."""
     counts = _counts(model.tokenizer, model.spec.d_vocab or 0)
     order = counts.argsort(stable=True)
     few = order[counts[order].cumsum(0) <= RARE_SHARE * counts.sum()]
-    return torch.isin(prompts.ids, few) & (prompts.positions >= prompts.lead)
+    return torch.isin(prompts.ids, few) & prompts.content
 
 
 @lru_cache(maxsize=2)
@@ -60,11 +61,11 @@ def _counts(tokenizer, d_vocab: int) -> Tensor:
 
 
 def as_many(
-    chosen: Bool[Tensor, "n pos"], prompts: Prompts, seed: int = 0
+    chosen: Bool[Tensor, "n pos"], prompts: Prompts | Images, seed: int = 0
 ) -> Bool[Tensor, "n pos"]:
-    """In every prompt as many positions after the lead, drawn at random."""
+    """In every prompt as many positions of its content, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(chosen.shape, generator=generator)
-    order[prompts.positions < prompts.lead] = 2.0
+    order[~prompts.content] = 2.0
     rank = order.argsort(dim=1).argsort(dim=1)
     return rank < chosen.sum(1, keepdim=True)
