@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,12 +33,13 @@ from interp.commands import (
     TRUST,
     Job,
     analysis_group,
+    command_slug,
     first_line,
     options_known_to,
 )
 from interp.errors import BadInput, InterpError, SaveFailed
-from interp.registry import ANALYSES
-from interp.sites import ranges
+from interp.registry import analysis_called
+from interp.terminal import map_of, print_map, print_page, print_summary, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +48,13 @@ if TYPE_CHECKING:
     from interp.report import Report
 
 PARTIAL = ".partial"
+FAILURES_SHOWN = 20
 KEPT = "what was finished is kept in {}: go on with the same command and --resume"
 
 
 def perform(job: Job) -> None:
     """Run one analysis, save its report, print its summary and where its page is."""
+    from interp.report import Report
     from interp.run.files import check_writable
 
     started = time.perf_counter()
@@ -62,9 +64,13 @@ def perform(job: Job) -> None:
         raise BadInput("the prompt is empty: give at least one token of text")
     analysis.validate(**options_known_to(analysis.validate, data))
     if out is None:
-        out = Path("reports") / f"{_slug(job.model)}-{analysis.name.replace('_', '-')}"
+        out = Path("reports") / f"{_slug(*job.sources)}-{command_slug(analysis.name)}"
     check_writable(out)
-    opened = _open(job.model, **job.loading)
+    first: Any = list(job.sources)
+    if analysis.reads == "model":
+        first = _open(*job.sources, **job.loading)
+    elif analysis.reads == "reports":
+        first = [Report.load(folder) for folder in job.sources]
     known = signature(analysis.function).parameters
     ours = {"out": out, "checkpoint": out / PARTIAL, "resume": job.resume}
     given = {name: value for name, value in ours.items() if name in known}
@@ -75,7 +81,7 @@ def perform(job: Job) -> None:
     try:
         with busy:
             report: Report = analysis.function(
-                opened, *job.arguments.values(), **job.options, **given
+                first, *job.arguments.values(), **job.options, **given
             )
             report.save(out)
     except KeyboardInterrupt:
@@ -85,9 +91,9 @@ def perform(job: Job) -> None:
     except SaveFailed as error:
         raise SaveFailed(f"{error}. {KEPT.format(keeping)}" if keeping else str(error)) from error
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    _print_summary(report, analysis.summary(report))
+    print_summary(report, analysis.summary(report))
     Console().print(f"{time.perf_counter() - started:.0f} s")
-    _print_page(out)
+    print_page(out)
 
 
 app = typer.Typer(
@@ -116,15 +122,12 @@ def show(
     from interp.run.files import write_atomically
 
     report = Report.load(folder)
-    entries = {entry.name: entry for entry in entry_points(group="interp.analyses")}
-    if report.analysis not in entries:
-        raise BadInput(f"{folder} holds a report of '{report.analysis}', which is not installed")
-    entries[report.analysis].load()
+    summary = analysis_called(report.analysis).summary
     page = folder / "report.html"
     if not page.exists():
         write_atomically(page, report.to_html().encode("utf-8", "replace"))
-    _print_summary(report, ANALYSES[report.analysis].summary(report))
-    _print_page(folder)
+    print_summary(report, summary(report))
+    print_page(folder)
     if browser:
         webbrowser.open(page.resolve().as_uri())
 
@@ -159,9 +162,9 @@ def inspect(
         model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
     if as_json:
-        print(json.dumps(_map(opened), indent=1))
+        print(json.dumps(map_of(opened), indent=1))
     else:
-        _print_map(opened)
+        print_map(opened)
     if not all(check.passed for check in opened.spec.checks):
         raise SystemExit(1)
 
@@ -189,6 +192,72 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     Console().print(table)
 
 
+@app.command()
+def batch(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="What to run on which models.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; by default reports/PLAN.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="serial, processes or ray; by default the plan's, or serial.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Units that run at a time.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of each worker; 1 unless the plan says otherwise.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster; without it Ray runs here, bound to loopback."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the whole plan and print its units.")
+    ] = False,
+) -> None:
+    """Run analyses over many models, revisions and data sets; what is finished is never run again.
+
+    The plan is checked whole before anything is loaded. A unit that fails is reported and does not
+    stop the others. After Ctrl-C, a crash or a full disk the same command goes on.
+
+    Examples:
+
+        interp batch plan.toml --dry-run
+
+        interp batch plan.toml --engine processes --workers 4
+
+    Exit code 1 when a unit failed.
+    """
+    from interp.batch.run import PAGE, lay_out, run_layout
+
+    given = {"engine": engine, "workers": workers, "threads": threads}
+    with Console(stderr=True).status("Checking the plan"):
+        laid = lay_out(plan, out=out and str(out), **given)
+    if dry_run:
+        rows = laid.table()
+        print_table(rows[[name for name in rows if set(rows[name]) - {"", "-"}]], wrap=True)
+        print(laid.needs())
+        return
+    started = time.perf_counter()
+    try:
+        index = run_layout(laid, address=address)
+    except KeyboardInterrupt:
+        print(f"interp: stopped; what was finished is kept in {laid.plan.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    counts = index.groupby(["analysis", "data", "status"], sort=False)["seconds"].agg(
+        units="count", seconds="sum"
+    )
+    print_table(counts.reset_index())
+    failed = index[index["status"] == "failed"]
+    for unit in failed.head(FAILURES_SHOWN).to_dict("records"):
+        name = f"{unit['analysis']} of {unit['model']} {unit['revision']} {unit['data']}"
+        print(f"failed: {name}: {unit['error']}; see {laid.plan.out / unit['folder']}")
+    if len(failed) > FAILURES_SHOWN:
+        print(f"failed: {len(failed) - FAILURES_SHOWN} more, all in {laid.plan.out / PAGE}")
+    Console().print(f"{time.perf_counter() - started:.0f} s")
+    Console().print(f"open {(laid.plan.out / PAGE).resolve()}", soft_wrap=True, highlight=False)
+    if len(failed):
+        raise SystemExit(1)
+
+
 def _listing(entry: EntryPoint) -> None:
     """Add the command that prints what an installed listing returns."""
 
@@ -199,7 +268,7 @@ def _listing(entry: EntryPoint) -> None:
         if as_json:
             print(rows.to_json(orient="records", indent=1, force_ascii=False))
         else:
-            _print_table(rows, wrap=True)
+            print_table(rows, wrap=True)
 
     shown = f"{first_line(entry)}\n\nExample:\n\n    interp {entry.name}"
     app.command(name=entry.name, help=shown)(listing)
@@ -223,37 +292,6 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in rows.columns:
-        table.add_column(str(column), no_wrap=not wrap)
-    for row in rows.to_dict("records"):
-        table.add_row(*(escape(_short(value)) for value in row.values()))
-    Console().print(table)
-
-
-def _print_summary(report: Report, rows: pd.DataFrame) -> None:
-    """The summary's table, then what the report wants to be known."""
-    _print_table(rows)
-    console = Console()
-    for name, reason in report.meta.get("skipped", {}).items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    for note in report.meta.get("notes", []):
-        console.print(f"note: {note}", markup=False)
-
-
-def _print_page(folder: Path) -> None:
-    """Where the page of a saved report is."""
-    page = str((folder / "report.html").resolve())
-    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.0f}" if value == int(value) else f"{value:.3f}"
-    return repr(value) if isinstance(value, str) and value != value.strip() else str(value)
-
-
 def _open(name: str, **options: Any) -> Model:
     from interp.open import load
 
@@ -264,106 +302,15 @@ def _open(name: str, **options: Any) -> Model:
     return model
 
 
-def _slug(model: str) -> str:
-    """A folder name for a model: its last path part, without an ending."""
+def _slug(model: str, *others: str) -> str:
+    """A folder name for a model: its last path part, without an ending; of several, how many follow it.
+
+    >>> _slug("org/Model.gguf"), _slug("a/one", "a/two", "a/three")
+    ('Model', 'one-and-2-more')
+    """
     name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
-
-
-def _map(model: Model) -> dict[str, Any]:
-    """The spec as plain data."""
-    spec = model.spec
-    return {
-        "model": model.id,
-        **spec.facts,
-        "n_ctx": spec.n_ctx,
-        "causal": spec.causal,
-        "embedding": spec.embedding,
-        "final_norm": spec.final_norm,
-        "unembedding": spec.unembedding,
-        "logit_scale": spec.logit_scale,
-        "logit_softcap": spec.logit_softcap,
-        "blocks": [
-            {
-                "name": block.name,
-                "attention": block.attention,
-                "n_heads": block.n_heads,
-                "n_kv_heads": block.n_kv_heads,
-                "d_head": block.d_head,
-                "W_O": block.W_O,
-                "v": block.v and block.v.module,
-                "attn_write": block.attn_write
-                and [block.attn_write.module, block.attn_write.scale],
-                "d_mlp": block.d_mlp,
-                "W_out": block.W_out,
-                "mlp_out": block.mlp_out,
-                "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
-                "parallel": block.parallel,
-            }
-            for block in spec.blocks
-        ],
-        "checks": [
-            {
-                "name": c.name,
-                "passed": c.passed,
-                "error": c.error,
-                "allowed": c.allowed,
-                "detail": c.detail,
-            }
-            for c in spec.checks
-        ],
-        "refused": spec.refused,
-    }
-
-
-def _print_map(model: Model) -> None:
-    """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
-    console = Console()
-    data = _map(model)
-    facts = Table(show_header=False, title=escape(model.id), title_justify="left")
-    for key, value in data.items():
-        if key not in ("model", "blocks", "checks", "refused") and value is not None:
-            facts.add_row(key, escape(str(value)))
-    console.print(facts)
-
-    keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
-    keys += ("n_heads", "n_kv_heads", "d_mlp")
-    alike: dict[tuple, list[int]] = {}
-    for layer, block in enumerate(data["blocks"]):
-        row = tuple(_relative(block[key], block["name"] + ".") for key in keys)
-        alike.setdefault(row, []).append(layer)
-    for row, layers in alike.items():
-        shown = f"blocks {ranges(layers)} of {model.spec.stack}"
-        table = Table(show_header=False, title=escape(shown), title_justify="left")
-        for key, value in zip(keys, row, strict=True):
-            table.add_row(key, escape(value))
-        console.print(table)
-
-    checks = Table(
-        "identity",
-        "relative error",
-        "allowed",
-        "",
-        title="verified on a probe",
-        title_justify="left",
-    )
-    for check in model.spec.checks:
-        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
-        checks.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
-    console.print(checks)
-    reasons: dict[str, list[str]] = {}
-    for site, reason in model.spec.refused.items():
-        reasons.setdefault(reason, []).append(site)
-    for reason, sites in reasons.items():
-        console.print(f"refused {', '.join(sites)}: {reason}", markup=False)
-
-
-def _relative(value: Any, prefix: str) -> str:
-    """An address without its block's name."""
-    if isinstance(value, (list, tuple)):
-        name, scale = value
-        return name.removeprefix(prefix) + (f" × {scale:.4g}" if scale != 1 else "")
-    return "-" if value is None else str(value).removeprefix(prefix)
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+    return f"{slug}-and-{len(others)}-more" if others else slug
 
 
 if __name__ == "__main__":

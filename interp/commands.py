@@ -1,7 +1,8 @@
 """Commands made from registered analyses: signature and docstring are the whole interface.
 
 An analysis is `(model, data, *, options) -> Report`: what stands before the star becomes an argument,
-what stands after it an option, and the docstring's `Args:` their help. An analysis called `a_b` is the
+what stands after it an option, and the docstring's `Args:` their help. One that reads several models, or
+reports, has as many MODEL or FOLDER arguments as are given, and no data. An analysis called `a_b` is the
 command `a b` where `a` is one of `GROUPS`, else `a-b`. Nothing is imported until a command is used: the
 line beside its name in `interp --help` is read from the source file.
 """
@@ -33,6 +34,15 @@ MODEL = Annotated[
         help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
     ),
 ]
+MODELS = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Models, each as for `interp inspect MODEL`."),
+]
+FOLDERS = Annotated[
+    list[str], typer.Argument(metavar="FOLDER...", help="Folders of saved reports.")
+]
+FIRST = {"model": MODEL, "models": MODELS, "reports": FOLDERS}
+"""The first arguments of a command, by what its analysis reads."""
 DEVICE = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")
 ]
@@ -59,10 +69,14 @@ OURS = ("out", "checkpoint", "resume", "progress")
 
 @dataclass(frozen=True)
 class Job:
-    """One call of a command: what to run, on what, and where the report goes."""
+    """One call of a command: what to run, on what, and where the report goes.
+
+    sources: a model, several, or folders of reports, as `analysis.reads` says. loading: options of
+    `interp.load`, for a command that is given one model.
+    """
 
     analysis: Analysis
-    model: str
+    sources: tuple[str, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
     out: Path | None
@@ -79,6 +93,11 @@ def command_of(name: str) -> tuple[str, str]:
     first, _, rest = name.partition("_")
     group, word = (first, rest) if first in GROUPS and rest else ("", name)
     return group, word.replace("_", "-")
+
+
+def command_slug(name: str) -> str:
+    """An analysis's name in the names of folders."""
+    return name.replace("_", "-")
 
 
 def analysis_group(perform: Callable[[Job], None], prefix: str = "") -> type[TyperGroup]:
@@ -130,7 +149,9 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
     function = analysis.function
     hints = inspect.get_annotations(function, eval_str=True)
     help_of = _argument_help(function)
-    parameters = [_parameter("model", MODEL)]
+    first = analysis.reads
+    parameters = [_parameter(first, FIRST[first])]
+    loads = LOADING if first == "model" else {}
     lists: dict[str, type] = {}
     arguments = []
     known = list(inspect.signature(function).parameters.values())[1:]
@@ -138,7 +159,7 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
         if parameter.name in OURS:
             continue
         positional = parameter.kind is not parameter.KEYWORD_ONLY
-        kind, many = _plain(hints[parameter.name], singular=positional)
+        kind, many = plain(hints[parameter.name], singular=positional)
         if kind is None:
             continue
         if many:
@@ -154,23 +175,24 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
         make = typer.Argument if positional else typer.Option
         info = make(help=help_of.get(parameter.name), **_metavar(positional, parameter.name, many))
         parameters.append(_parameter(parameter.name, Annotated[wanted, info], default))
-    folder = f"Folder of the report; by default reports/MODEL-{analysis.name.replace('_', '-')}."
+    folder = f"Folder of the report; by default reports/MODEL-{command_slug(analysis.name)}."
     parameters.append(_parameter("out", Annotated[Path | None, typer.Option(help=folder)], None))
     if resumable := any(parameter.name == "resume" for parameter in known):
         again = typer.Option("--resume", help="Go on from an interrupted run.")
         parameters.append(_parameter("resume", Annotated[bool, again], False))
-    for name, annotation in LOADING.items():
+    for name, annotation in loads.items():
         parameters.append(_parameter(name, annotation, False if name.startswith("trust") else None))
 
     def callback(**values: Any) -> None:
-        loading = {name: values.pop(name) for name in LOADING}
-        out, model = values.pop("out"), values.pop("model")
+        loading = {name: values.pop(name) for name in loads}
+        out, given = values.pop("out"), values.pop(first)
+        sources = (given,) if isinstance(given, str) else tuple(given)
         resume = values.pop("resume") if resumable else False
         for name, kind in lists.items():
             if values[name] is not None:
                 values[name] = _split(name, values[name], kind)
         data = {name: values.pop(name) for name in arguments}
-        perform(Job(analysis, model, data, values, out, resume, loading))
+        perform(Job(analysis, sources, data, values, out, resume, loading))
 
     callback.__doc__ = _help(analysis, resumable)
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -193,14 +215,14 @@ def _metavar(positional: bool, name: str, many: bool) -> dict[str, Any]:
     return {"metavar": "A,B,…"} if many else {}
 
 
-def _plain(annotation: Any, *, singular: bool) -> tuple[Any, bool]:
+def plain(annotation: Any, *, singular: bool) -> tuple[Any, bool]:
     """(type, whether a list) that a shell can give for an annotation; (None, False) if it cannot."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     members = [member for member in members if member is not NoneType]
     if not singular:
         for member in members:
             if get_origin(member) in (list, tuple, Sequence):
-                inner, _ = _plain(get_args(member)[0], singular=True)
+                inner, _ = plain(get_args(member)[0], singular=True)
                 return inner, inner is not None
     return next((kind for kind in (str, bool, int, float, Path) if kind in members), None), False
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+from interp.errors import unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from interp.report import Report
 
 F = TypeVar("F", bound=Callable)
+Reads = Literal["model", "models", "reports"]
+"""What an analysis is given first, `function(first, data…, *, options) -> Report`: an opened Model; names of
+models, which it opens itself with `interp.load`, one at a time; or Reports, such as `Report.load` gives."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Analysis:
     The command line is made from the function's signature and docstring. `validate(**options)` raises
     BadInput for options that no model could satisfy, so that a typo is told before a large model is
     loaded. `summary(report)` is the table that the command line prints; by default the first rows.
+    `reads` is what stands in the place of the model.
     """
 
     name: str
@@ -30,9 +37,25 @@ class Analysis:
     figure: str
     validate: Callable[..., None]
     summary: Callable[[Report], pd.DataFrame]
+    reads: Reads = "model"
 
 
 ANALYSES: dict[str, Analysis] = {}
+
+
+def analysis_called(name: str) -> Analysis:
+    """The registered or installed analysis of this name, imported now; BadInput names the nearest.
+
+    >>> analysis_called("head").name
+    Traceback (most recent call last):
+    interp.errors.BadInput: no analysis 'head'; did you mean 'heads'? known: ...
+    """
+    if name not in ANALYSES:
+        installed = {entry.name: entry for entry in entry_points(group="interp.analyses")}
+        if name not in installed:
+            raise unknown("analysis", name, sorted({*installed, *ANALYSES}))
+        installed[name].load()
+    return ANALYSES[name]
 
 
 def first_rows(report: Report) -> pd.DataFrame:
@@ -54,11 +77,14 @@ def analysis(
     figure: str,
     validate: Callable[..., None],
     summary: Callable[[Report], pd.DataFrame] = first_rows,
+    reads: Reads = "model",
 ) -> Callable[[F], F]:
     """Register a function as an analysis and return it unchanged."""
+    if reads not in get_args(Reads):
+        raise ValueError(f"reads={reads!r}; wanted one of {', '.join(get_args(Reads))}")
 
     def register(function: F) -> F:
-        ANALYSES[name] = Analysis(name, function, source, example, figure, validate, summary)
+        ANALYSES[name] = Analysis(name, function, source, example, figure, validate, summary, reads)
         return function
 
     return register

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,23 @@ import pandas as pd
 
 from interp.errors import BadInput, unknown
 from interp.run.files import check_writable, write_together
+from interp.schemas import (
+    ARRAYS,
+    SCHEMA_VERSION,
+    described_array,
+    described_table,
+    read_description,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from interp.models.model import Model
 
-SCHEMA_VERSION = 1
-ARRAYS = "arrays.safetensors"
+PACKAGES = ("interp-suite", "torch", "transformers", "numpy")
+"""Whose versions a report records."""
+SHOWN = 3
+"""Models named in the id of several."""
 
 
 @dataclass
@@ -73,17 +83,10 @@ class Report:
         sizes = ", ".join(f"{name} {len(table)} rows" for name, table in self.tables.items())
         return f"Report({self.analysis!r} of {self.meta.get('model', {}).get('id')}: {sizes})"
 
-    def save(self, folder: str | Path) -> Path:
-        """Write report.json, tables (parquet and csv), arrays (safetensors) and report.html.
-
-        All files appear together or none does.
-        Raises SaveFailed where the folder cannot be written or the disk is full.
-        """
+    def files(self, *, page: bool = True) -> dict[str, bytes]:
+        """Every file of the saved report, by name; without `page`, no report.html."""
         from safetensors.numpy import save
 
-        folder = Path(folder)
-        check_writable(folder)
-        html = self.to_html()
         files: dict[str, bytes] = {}
         for name, table in self.tables.items():
             buffer = io.BytesIO()
@@ -94,12 +97,28 @@ class Report:
             files[ARRAYS] = save(
                 {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
             )
-        files["report.html"] = html.encode("utf-8", "replace")
-        described = {"analysis": self.analysis, "schema_version": SCHEMA_VERSION} | self.meta
-        described |= {"tables": sorted(self.tables), "arrays": sorted(self.arrays)}
+        if page:
+            files["report.html"] = self.to_html().encode("utf-8", "replace")
+        described = {"analysis": self.analysis} | self.meta | {"schema_version": SCHEMA_VERSION}
+        described["tables"] = {
+            name: described_table(files[f"{name}.parquet"]) for name in sorted(self.tables)
+        }
+        described["arrays"] = {
+            name: described_array(self.arrays[name]) for name in sorted(self.arrays)
+        }
         text = json.dumps(described, indent=1, default=_plain, allow_nan=False)
         files["report.json"] = text.encode()
-        write_together(folder, files)
+        return files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json, tables (parquet and csv), arrays (safetensors) and report.html.
+
+        All files appear together or none does.
+        Raises SaveFailed where the folder cannot be written or the disk is full.
+        """
+        folder = Path(folder)
+        check_writable(folder)
+        write_together(folder, self.files())
         return folder
 
     @staticmethod
@@ -108,21 +127,7 @@ class Report:
         from safetensors.numpy import load_file
 
         folder = Path(folder)
-        try:
-            meta = json.loads((folder / "report.json").read_text())
-        except FileNotFoundError as error:
-            raise BadInput(
-                f"no report in {folder}: it has no report.json; make one with `interp heads MODEL --out {folder}`"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise BadInput(
-                f"{folder}/report.json is damaged: {error}; make the report again"
-            ) from error
-        if meta.get("schema_version", 0) > SCHEMA_VERSION:
-            raise BadInput(
-                f"{folder} has report schema {meta['schema_version']}, this version reads up to "
-                f"{SCHEMA_VERSION}: update interp-suite"
-            )
+        meta = read_description(folder)
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in meta.pop("tables")}
         arrays = load_file(folder / ARRAYS) if meta.pop("arrays") else {}
         return Report(meta.pop("analysis"), tables, arrays, meta)
@@ -132,7 +137,6 @@ def provenance(model: Model, *, options: dict[str, Any], seed: int) -> dict[str,
     """Where a report comes from: model and weights, options, seed, versions, date."""
     from interp.models.load import weights_sha256
 
-    packages = ("interp-suite", "torch", "transformers", "numpy")
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
@@ -141,9 +145,50 @@ def provenance(model: Model, *, options: dict[str, Any], seed: int) -> dict[str,
             **model.spec.facts,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "options": options,
+        **_made(options, seed),
+    }
+
+
+def combined_provenance(
+    sources: Sequence[Mapping[str, Any]], *, options: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Where a report made from several models or reports comes from, by what each came from.
+
+    Args:
+        sources: the `meta` of each report, or what `provenance` gave for each model.
+        options, seed: of the analysis that puts them together.
+
+    Returns: as `provenance`, and under "models" every source's "model". "model" has a short id for all
+        of them and the SHA-256 of theirs, in their order.
+
+    >>> meta = [{"model": {"id": name, "sha256": "0" * 64}} for name in "abcdef"]
+    >>> both = combined_provenance(meta, options={}, seed=0)
+    >>> both["model"]["id"], len(both["models"])
+    ('a, b, c and 3 more', 6)
+    """
+    if not sources:
+        raise BadInput("no models or reports were given; wanted at least one")
+    models = [dict(source.get("model", {})) for source in sources]
+    names = [str(model.get("id")) for model in models]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    text = json.dumps([model.get("sha256", model) for model in models], default=_plain)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {
+            "id": ", ".join(names[:SHOWN]) + more,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        },
+        "models": models,
+        **_made(options, seed),
+    }
+
+
+def _made(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What a report was made with, whatever it was made from."""
+    return {
+        "options": dict(options),
         "seed": seed,
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: _version(name) for name in PACKAGES},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

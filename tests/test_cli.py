@@ -309,7 +309,7 @@ def shell(monkeypatch, *arguments: str) -> list[Job]:
 
 def test_arguments_and_options_come_from_the_signature(monkeypatch):
     (job,) = shell(monkeypatch, "m", "some text", "--layers", "3, 4", "--exact", "--device", "cpu")
-    assert job.model == "m" and job.arguments == {"prompt": "some text"}
+    assert job.sources == ("m",) and job.arguments == {"prompt": "some text"}
     assert job.options == {"sites": ["z", "resid_post"], "layers": [3, 4], "exact": True}
     assert job.loading["device"] == "cpu" and job.out is None and not job.resume
 

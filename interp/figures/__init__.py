@@ -9,6 +9,10 @@ FIGURES: dict[str, dict[str, str]] = {
         "contributions": "interp.figures.contributions:contributions",
         "waterfall": "interp.figures.waterfall:waterfall",
     },
+    "clip_heads": {
+        "map": "interp.figures.clip_heads:text_map",
+        "parts": "interp.figures.clip_heads:part_shares",
+    },
     "repair": {"bars": "interp.figures.repair_bars:repair_bars"},
     "readout": {"words": "interp.figures.readout_words:readout_words"},
     "edges": {"graph": "interp.figures.circuit_graph:circuit_graph"},
@@ -36,6 +40,11 @@ FIGURES: dict[str, dict[str, str]] = {
         "tradeoff": "interp.figures.duo_gates:duo_tradeoff",
     },
     "massive": {"layers": "interp.figures.massive:massive_layers"},
+    "emergence": {
+        "trajectories": "interp.figures.emergence:trajectories",
+        "onsets": "interp.figures.emergence:onsets",
+        "beside": "interp.figures.emergence:beside",
+    },
     "lens": {"map": "interp.figures.lens_map:lens_map"},
     "tune_lens": {
         "curves": "interp.figures.lens_curves:lens_curves",
@@ -82,6 +91,13 @@ FIGURES: dict[str, dict[str, str]] = {
         "graph": "interp.figures.flow_graph:flow_graph",
         "relevance": "interp.figures.relevance_text:relevance_text",
     },
+    "compare": {
+        "roles": "interp.figures.compare:role_counts",
+        "depth": "interp.figures.compare:depth_profiles",
+        "matches": "interp.figures.compare:matched_heads",
+        "changes": "interp.figures.compare:change_map",
+    },
+    "compare_weights": {"changes": "interp.figures.compare:weight_changes"},
     "explain": {
         "waterfall": "interp.figures.waterfall:waterfall",
         "contributions": "interp.figures.contributions:contributions",
@@ -96,6 +112,7 @@ imported when first drawn."""
 
 PAGES: dict[str, str] = {
     "heads": "interp.figures.page:head_page",
+    "compare": "interp.figures.compare_page:compare_page",
     "edges": "interp.figures.circuit_page:circuit_page",
     "circuit_find": "interp.figures.circuit_page:circuit_page",
     "explain": "interp.figures.explain_page:explain_page",

@@ -1,7 +1,14 @@
 """What holds for every registered analysis, whatever it does."""
 
+import atexit
+import json
+import shutil
+from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
+from tempfile import mkdtemp
 
+import jsonschema
 import pandas as pd
 import pytest
 
@@ -14,7 +21,10 @@ from interp.figures import FIGURES
 from interp.models.load import weights_sha256
 from interp.registry import ANALYSES
 from interp.report import Report
+from interp.schemas import SCHEMA_VERSION, schema_of
 from probes.saes.model import SAE, SAEConfig
+from tests.ground_truth.clip_model import TEXTS as DESCRIPTIONS
+from tests.ground_truth.clip_model import tiny_clip, word_tokenizer
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
 
 for _entry in entry_points(group="interp.analyses"):
@@ -82,6 +92,8 @@ ARGUMENTS = {
         {"steps": 3, "batch_size": 40, "window": 16, "keep": False, "progress": False},
     ),
     "heads": ((), {"prompts": 4, "progress": False}),
+    "emergence": ((), {"prompts": 4, "progress": False}),
+    "compare_weights": ((), {"prompts": 4, "progress": False}),
     "head_groups": ((), {"prompts": 2, "progress": False}),
     "prune": ((), {"prompts": 2, "step": 0.25, "progress": False}),
     "shapley": ((), {"prompts": 2, "budget": 3.0, "progress": False}),
@@ -103,7 +115,13 @@ ARGUMENTS = {
     "path_patch": (("induction",), {"n": 4, "receiver": "all", "progress": False}),
     "recall": ((), {"facts": FACTS, "template": "the {subject} is ", "known_rank": 99}),
     "ioi_roles": ((NAMES,), {"progress": False}),
+    "clip_heads": (
+        (),
+        {"texts": DESCRIPTIONS, "tokenizer": word_tokenizer(), "n": 8, "progress": False},
+    ),
 }
+OTHERS = {"clip_heads": lambda: [tiny_clip()]}
+"""Models of analyses that a model of text cannot serve."""
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +130,25 @@ def model():
 
 
 def report_of(name: str, model) -> Report:
-    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
+    reads = ANALYSES[name].reads
+    positional, options = ARGUMENTS.get(name, ((PROMPT,) if reads == "model" else (), {}))
+    if reads == "models":
+        return ANALYSES[name].function(OTHERS.get(name, _folders)(), *positional, **options)
+    if reads == "reports":
+        heads = report_of("heads", model)
+        return ANALYSES[name].function([heads, heads], *positional, **options)
     return ANALYSES[name].function(model, *positional, **options)
+
+
+@cache
+def _folders() -> list[str]:
+    """The hand-built model twice, as a series of checkpoints on disk."""
+    series = Path(mkdtemp(prefix="interp-series-"))
+    atexit.register(shutil.rmtree, series, ignore_errors=True)
+    for step in (0, 1):
+        induction_model().save_pretrained(series / f"step-{step}")
+        character_tokenizer().save_pretrained(series / f"step-{step}")
+    return [str(series / f"step-{step}") for step in (0, 1)]
 
 
 @pytest.fixture(scope="module", params=sorted(ANALYSES))
@@ -146,7 +181,20 @@ def test_the_report_comes_back_from_disk(made, tmp_path):
     for table in report.tables:
         pd.testing.assert_frame_equal(report.tables[table], loaded.tables[table], check_dtype=False)
     assert loaded.meta["model"]["sha256"] == report.meta["model"]["sha256"]
-    assert "wall_time_s" in loaded.meta and loaded.meta["schema_version"] == 1
+    assert "wall_time_s" in loaded.meta and loaded.meta["schema_version"] == SCHEMA_VERSION
+
+
+def test_the_report_satisfies_its_schema(made):
+    """`python -m interp.schemas NAME` writes the schema anew after an analysis has changed."""
+    name, report, _ = made
+    described = json.loads(report.files(page=False)["report.json"])
+    schema = schema_of(name)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    errors = [e.message for e in jsonschema.Draft202012Validator(schema).iter_errors(described)]
+    assert not errors
+    for table, entry in described["tables"].items():
+        known = schema["properties"]["tables"]["properties"][table]["properties"]["columns"]
+        assert not set(entry["columns"]) - set(known["properties"]), "columns without a schema"
 
 
 def test_every_figure_renders_and_the_page_is_whole(made):

@@ -1,0 +1,146 @@
+"""What the command line prints: tables, summaries of reports, a model's map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from interp.sites import ranges
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.models.model import Model
+    from interp.report import Report
+
+
+def print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in rows.columns:
+        table.add_column(str(column), no_wrap=not wrap)
+    for row in rows.to_dict("records"):
+        table.add_row(*(escape(_short(value)) for value in row.values()))
+    Console().print(table)
+
+
+def print_summary(report: Report, rows: pd.DataFrame) -> None:
+    """The summary's table, then what the report wants to be known."""
+    print_table(rows)
+    console = Console()
+    for name, reason in report.meta.get("skipped", {}).items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    for note in report.meta.get("notes", []):
+        console.print(f"note: {note}", markup=False)
+
+
+def print_page(folder: Path) -> None:
+    """Where the page of a saved report is."""
+    page = str((folder / "report.html").resolve())
+    Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.0f}" if value == int(value) else f"{value:.3f}"
+    return repr(value) if isinstance(value, str) and value != value.strip() else str(value)
+
+
+def map_of(model: Model) -> dict[str, Any]:
+    """The spec as plain data."""
+    spec = model.spec
+    return {
+        "model": model.id,
+        **spec.facts,
+        "n_ctx": spec.n_ctx,
+        "causal": spec.causal,
+        "embedding": spec.embedding,
+        "final_norm": spec.final_norm,
+        "unembedding": spec.unembedding,
+        "logit_scale": spec.logit_scale,
+        "logit_softcap": spec.logit_softcap,
+        "blocks": [
+            {
+                "name": block.name,
+                "attention": block.attention,
+                "n_heads": block.n_heads,
+                "n_kv_heads": block.n_kv_heads,
+                "d_head": block.d_head,
+                "W_O": block.W_O,
+                "v": block.v and block.v.module,
+                "attn_write": block.attn_write
+                and [block.attn_write.module, block.attn_write.scale],
+                "d_mlp": block.d_mlp,
+                "W_out": block.W_out,
+                "mlp_out": block.mlp_out,
+                "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
+                "parallel": block.parallel,
+            }
+            for block in spec.blocks
+        ],
+        "checks": [
+            {
+                "name": c.name,
+                "passed": c.passed,
+                "error": c.error,
+                "allowed": c.allowed,
+                "detail": c.detail,
+            }
+            for c in spec.checks
+        ],
+        "refused": spec.refused,
+    }
+
+
+def print_map(model: Model) -> None:
+    """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
+    console = Console()
+    data = map_of(model)
+    facts = Table(show_header=False, title=escape(model.id), title_justify="left")
+    for key, value in data.items():
+        if key not in ("model", "blocks", "checks", "refused") and value is not None:
+            facts.add_row(key, escape(str(value)))
+    console.print(facts)
+
+    keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
+    keys += ("n_heads", "n_kv_heads", "d_mlp")
+    alike: dict[tuple, list[int]] = {}
+    for layer, block in enumerate(data["blocks"]):
+        row = tuple(_relative(block[key], block["name"] + ".") for key in keys)
+        alike.setdefault(row, []).append(layer)
+    for row, layers in alike.items():
+        shown = f"blocks {ranges(layers)} of {model.spec.stack}"
+        table = Table(show_header=False, title=escape(shown), title_justify="left")
+        for key, value in zip(keys, row, strict=True):
+            table.add_row(key, escape(value))
+        console.print(table)
+
+    checks = Table(
+        "identity",
+        "relative error",
+        "allowed",
+        "",
+        title="verified on a probe",
+        title_justify="left",
+    )
+    for check in model.spec.checks:
+        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
+        checks.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
+    console.print(checks)
+    reasons: dict[str, list[str]] = {}
+    for site, reason in model.spec.refused.items():
+        reasons.setdefault(reason, []).append(site)
+    for reason, sites in reasons.items():
+        console.print(f"refused {', '.join(sites)}: {reason}", markup=False)
+
+
+def _relative(value: Any, prefix: str) -> str:
+    """An address without its block's name."""
+    if isinstance(value, (list, tuple)):
+        name, scale = value
+        return name.removeprefix(prefix) + (f" × {scale:.4g}" if scale != 1 else "")
+    return "-" if value is None else str(value).removeprefix(prefix)
