@@ -252,27 +252,27 @@ def rows_at(
     With `attention`: `v` whole as well, and of every pattern the query row [batch n_heads key_pos].
     """
     kept: Kept = {}
-    rows = torch.arange(batch.size)
+    rows, home = torch.arange(batch.size), model.device
 
     def row(name: str) -> Callable[[Tensor, Seen], Tensor]:
         def keep(x: Tensor, seen: Seen) -> Tensor:
-            kept[name, seen.layer] = x[rows, places.to(x.device)]
+            kept[name, seen.layer] = x[rows, places.to(x.device)].to(home)
             return x
 
         return keep
 
     def whole(x: Tensor, seen: Seen) -> Tensor:
-        kept["v", seen.layer] = x
+        kept["v", seen.layer] = x.to(home)
         return x
 
     def query_row(x: Tensor, seen: Seen) -> Tensor:
         """Of a chunk of pattern rows, those that are read; keys it leaves out have weight 0."""
         key = "pattern", seen.layer
         if key not in kept:
-            kept[key] = x.new_zeros(*x.shape[:2], batch.ids.shape[1])
+            kept[key] = x.new_zeros(*x.shape[:2], batch.ids.shape[1], device=home)
         at = places - seen.start
         here = rows[(at >= 0) & (at < x.shape[2])]
-        kept[key][here, :, : x.shape[3]] = x[here, :, at[here].to(x.device)]
+        kept[key][here, :, : x.shape[3]] = x[here, :, at[here].to(x.device)].to(home)
         return x
 
     edits = [Edit.apply(site, row(site.partition(".")[0])) for site in sites]

@@ -134,7 +134,7 @@ def clip_heads(
         "parts": _shares(parts, vision.spec.heads),
         "ablation": _ablation(parts, directions, first, rebuilt),
     }
-    options = {"n": len(shown), "layers": layers, "k": k, "texts": len(bank)}
+    options: dict[str, Any] = {"n": len(shown), "layers": layers, "k": k, "texts": len(bank)}
     options["images"] = (
         "drawn" if images is None else "tensor" if isinstance(images, Tensor) else str(images)
     )

@@ -439,7 +439,7 @@ def with_float_input(args: tuple, kwargs: dict, new: Tensor) -> tuple[tuple, dic
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1).to(a.device))
 
 
 def _head_reads(model: Model, block: BlockMap, seen: _Seen) -> Reads:

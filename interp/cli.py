@@ -232,7 +232,7 @@ def batch(
     with Console(stderr=True).status("Checking the plan"):
         laid = lay_out(plan, out=out and str(out), **given)
     if dry_run:
-        rows = laid.table()
+        rows: Any = laid.table()
         print_table(rows[[name for name in rows if set(rows[name]) - {"", "-"}]], wrap=True)
         print(laid.needs())
         return
@@ -246,7 +246,7 @@ def batch(
         units="count", seconds="sum"
     )
     print_table(counts.reset_index())
-    failed = index[index["status"] == "failed"]
+    failed: Any = index[index["status"] == "failed"]
     for unit in failed.head(FAILURES_SHOWN).to_dict("records"):
         name = f"{unit['analysis']} of {unit['model']} {unit['revision']} {unit['data']}"
         print(f"failed: {name}: {unit['error']}; see {laid.plan.out / unit['folder']}")

@@ -36,7 +36,7 @@ def logit_direction(
 ) -> Direction:
     """The direction that logit[answer] (− logit[instead]) reads at the final residual `final`."""
     W_U, b_U = linear_map(
-        model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model
+        model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model, model.device
     )
     d, b = W_U.T[answer].float(), b_U[answer].float()
     if instead is not None:

@@ -224,7 +224,11 @@ class RemoteModel(Model):
         """Refused: weights do not leave that machine."""
         return self._refuse("weights")
 
-    b_O = W_out = b_out = W_V = unembed = W_O  # noqa: N815
+    b_O = W_out = b_out = W_V = W_O  # noqa: N815
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """Refused: weights do not leave that machine."""
+        return self._refuse("weights")
 
     @property
     def W_U(self) -> Tensor:
@@ -245,6 +249,7 @@ def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Te
     held = inspect.getclosurevars(edit.change).nonlocals
     where = edit._where(torch.zeros(()).expand(shape), seen)
     ones = torch.ones(shape[:2], dtype=torch.bool) if seen.mask is None else seen.mask
+    what: tuple[str, Any]
     if kind == "zero":
         what = ("set", torch.zeros(()))
     elif kind == "scale":
@@ -266,7 +271,7 @@ def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Te
             f"an edit of '{edit.site}' by a function of yours does not run remotely: use Edit.zero, "
             "scale, add, patch, mean or resample"
         )
-    return (*what, None if where is None else where.cpu())
+    return what[0], what[1], None if where is None else where.cpu()
 
 
 def _traced(

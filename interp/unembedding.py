@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.models.weights import linear_map
 
@@ -41,7 +42,7 @@ class Unembedding:
             return self.model.unembed(residual).float()
         spec = self.model.spec
         if spec.final_norm is not None:
-            residual = self.model.module.get_submodule(spec.final_norm)(residual)
+            residual = at_home(self.model.module.get_submodule(spec.final_norm), residual)
         W, b = self._wide
         logits = torch.addmm(b, residual.float().flatten(0, -2), W).unflatten(
             0, residual.shape[:-1]

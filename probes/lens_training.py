@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import BadInput, Refused
+from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.models.weights import linear_map
 from interp.ridge_lens import TOKENS_PER_FORWARD, Parts
@@ -266,7 +267,7 @@ class PartOfVocabulary:
     def target(self, final: Float[Tensor, "rows d_model"]) -> tuple[Tensor, Tensor]:
         """(p̂ [rows tokens], Σ p̂ log p̂ [rows]) of the final residuals."""
         final = final.to(self.model.dtype)
-        logits, _ = self._logits(final if self.norm is None else self.norm(final))
+        logits, _ = self._logits(final if self.norm is None else at_home(self.norm, final))
         logp = logits.log_softmax(-1)
         p = logp.exp()
         return p, torch.linalg.vecdot(p, logp)
@@ -277,7 +278,7 @@ class PartOfVocabulary:
         """(KL of each row, its gradient at y)."""
         leaf = y.detach().to(self.model.dtype).requires_grad_()
         with torch.enable_grad():
-            normed = leaf if self.norm is None else self.norm(leaf)
+            normed = leaf if self.norm is None else at_home(self.norm, leaf)
         p, own = target
         with torch.no_grad():
             logits, slope = self._logits(normed.detach())

@@ -51,7 +51,7 @@ def check_options(
 
 def summary(report: Report) -> pd.DataFrame:
     """Every onset, the earliest first."""
-    table = report.tables["onsets"]
+    table: Any = report.tables["onsets"]
     columns = ["series", "quantity", "layer", "head", "low", "step", "high", "before", "after"]
     return table[table["step"].notna()].sort_values("step")[columns].head(20).round(2)
 
@@ -337,5 +337,6 @@ def _onset_row(
 
 def _shifts(onsets: pd.DataFrame, reference: str) -> pd.Series:
     """log2 of every onset's step over the earliest one of its quantity in the reference series."""
-    first = onsets[onsets["series"] == reference].groupby("quantity")["step"].min()
-    return np.log2((1 + onsets["step"]) / (1 + onsets["quantity"].map(first)))
+    first: Any = onsets[onsets["series"] == reference].groupby("quantity")["step"].min()
+    shift: Any = np.log2((1 + onsets["step"]) / (1 + onsets["quantity"].map(first)))
+    return shift

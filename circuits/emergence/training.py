@@ -217,10 +217,11 @@ def _update(
 
 def _save(model: Model, folder: Path) -> None:
     """An ordinary Hugging Face folder, there whole or not at all."""
+    config: Any = model.module.config
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         # Not module.save_pretrained: it shows a progress bar of its own for every checkpoint.
-        model.module.config.save_pretrained(part)
+        config.save_pretrained(part)
         save_file(model.module.state_dict(), part / "model.safetensors", metadata={"format": "pt"})
         model.tokenizer.save_pretrained(part)
         part.chmod(0o755)

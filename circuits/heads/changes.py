@@ -124,7 +124,7 @@ def _rows(
     columns = ("before", "after", "change", "low", "high")
     found = place | {"score": np.tile(names, len(heads))}
     found |= {name: part.ravel() for name, part in zip(columns, parts, strict=False)}
-    return pd.DataFrame(found | {"p": p.ravel(), "changed": changed.ravel()})[SCORES]
+    return pd.DataFrame(found | {"p": p.ravel(), "changed": changed.ravel()}, columns=SCORES)
 
 
 def changes_by_head(
@@ -139,7 +139,7 @@ def changes_by_head(
         scores: from `changes_of_tables` or `changes_of_claims`; heads in the labels' order.
     """
     rows: list[dict[str, Any]] = []
-    groups = scores.groupby(["layer", "head"], sort=False)
+    groups: Any = scores.groupby(["layer", "head"], sort=False)
     for ((layer, head), mine), before, after in zip(
         groups, labels_before, labels_after, strict=True
     ):

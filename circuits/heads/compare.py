@@ -134,7 +134,8 @@ def compare_reports(
         place = {"model_a": a, "model_b": b}
         rows.append(place | row)
         for table, part in parts.items():
-            found.setdefault(table, []).append(part.assign(**place)[[*place, *part]])
+            named: Any = part.assign(**place)[[*place, *part]]
+            found.setdefault(table, []).append(named)
     pairs_table = pd.DataFrame(rows).astype({"changed_heads": "Int64"})
     made = {"compare": pairs_table, "models": _models(by_name, out)}
     made |= {
@@ -191,7 +192,7 @@ def _compared(
     squares = ((noise[0][rows] ** 2 + noise[1][partners] ** 2) * unit**2).mean(1)
     columns |= {"distance": found["distance"], "noise": np.sqrt(squares)}
     columns |= {name: found[name] for name in ("chance", "effect", "p", "matched")}
-    matches = pd.DataFrame(columns)
+    matches: Any = pd.DataFrame(columns)
     real: Any = matches[matches["matched"]]
     within = distances(x, x)
     np.fill_diagonal(within, np.inf)
@@ -221,7 +222,7 @@ def _compared(
             prompts=min(r.meta["options"]["prompts"] for r in sides),
             alpha=alpha,
         )
-        heads = changes_by_head(moved, list(a.table["labels"]), list(b.table["labels"]))
+        heads: Any = changes_by_head(moved, list(a.table["labels"]), list(b.table["labels"]))
         row["changed_heads"] = int((heads["changed_scores"] > 0).sum())
         parts |= {"changes": heads, "score_changes": moved}
     return row, parts
@@ -246,7 +247,8 @@ def _mean(values: pd.Series) -> float:
 def _unmatched(matches: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """A row a head without a match: model, against, layer, head, labels, why, distance (of its partner)."""
     rows = []
-    for (a, b), mine in matches.groupby(["model_a", "model_b"], sort=False):
+    groups: Any = matches.groupby(["model_a", "model_b"], sort=False)
+    for (a, b), mine in groups:
         for side, model, against in (("a", a, b), ("b", b, a)):
             places = zip(mine[f"layer_{side}"], mine[f"head_{side}"], strict=True)
             kept = dict(zip(places, mine[["matched", "distance"]].to_numpy(), strict=True))

@@ -287,7 +287,7 @@ def _compared(
     moved = changes_of_claims(a.claims, b.claims, a.heads, alpha=alpha, seed=seed)
     by_head = changes_by_head(moved, _labels(a), _labels(b)).drop(columns=["layer", "head"])
     moved.insert(0, "model", b.name)
-    return pd.concat([table, by_head], axis=1)[COLUMNS], moved
+    return pd.concat([table, by_head], axis=1).reindex(columns=COLUMNS), moved
 
 
 def _labels(read: _Read) -> list[str]:

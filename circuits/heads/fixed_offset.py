@@ -22,11 +22,12 @@ def _statistics(model: Model, prompts: Prompts) -> dict[str, Mass]:
     return {str(k): Mass(offset_key(prompts, k), rows) for k in offsets}
 
 
-def _combine(seen, control):
-    return tuple(
+def _combine(seen, _):
+    best, control = (
         strongest([value for k, value in seen.items() if abs(int(k)) in which])
         for which in (OFFSETS, CONTROL_OFFSETS)
     )
+    return best, control
 
 
 FIXED_OFFSET = Detector(

@@ -32,11 +32,12 @@ def _statistics(model: Model, images: Images) -> dict[str, Mass]:
     return found
 
 
-def _combine(seen, control):
-    return tuple(
+def _combine(seen, _):
+    best, null = (
         strongest([value for key, value in seen.items() if key.startswith(name)])
         for name in ("there", "null")
     )
+    return best, null
 
 
 def _table(seen: Mapping[str, np.ndarray]) -> dict[str, pd.DataFrame]:

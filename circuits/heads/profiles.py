@@ -192,7 +192,7 @@ def profile_distances(
                 distance, p = _moved(x, y, draws, seed)
                 rows.append((a, b, role, len(x), len(y), distance, p))
     columns = ["model_a", "model_b", "role", "heads_a", "heads_b", "distance", "p"]
-    found = pd.DataFrame(rows, columns=columns)
+    found: Any = pd.DataFrame(rows, columns=columns)
     tested = found["p"].notna()
     if tested.any():
         found.loc[tested, "p"] = false_discovery_control(found.loc[tested, "p"])

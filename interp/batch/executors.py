@@ -217,7 +217,7 @@ class Actor:
             max_restarts=0,
             max_task_retries=0,
         )(_Resident)
-        self._actor = remote.remote()
+        self._actor: Any = remote.remote()
 
     def submit(self, unit: Unit) -> Future[Outcome]:
         return self._actor.perform.remote(unit).future()

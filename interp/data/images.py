@@ -178,7 +178,7 @@ def _find_grid(model: Model) -> Grid:
     if not reads_images(model):
         raise Refused(f"{model.id} reads no images: it has no grid of patches")
     config: Any = model.module.config
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    size: Any = getattr(getattr(config, "vision_config", config), "patch_size", None)
     if (isinstance(size, (tuple, list)) and len(size) > 2) or size is None:
         raise Refused(
             f"{model.id} has no grid of patches: its config has no patch_size for one image"
@@ -285,7 +285,7 @@ def _read(path: Path) -> Float[Tensor, "channels height width"]:
             raise BadInput(f"'{path}' is {list(array.shape)}; wanted [height width channels]")
         return torch.from_numpy(array).permute(2, 0, 1)
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found]
     except ImportError as error:
         raise BadInput(
             f"reading '{path.name}' needs Pillow: pip install pillow, or give .npy arrays"

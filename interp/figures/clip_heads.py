@@ -17,7 +17,7 @@ SHOWN = 5
 
 def text_map(report: Report) -> go.Figure:
     """Described layers × heads: each head's share of the variance, its texts on hover."""
-    table = report.table
+    table: Any = report.table
     said: dict[tuple[int, int], list[str]] = {}
     for row in report.tables["texts"].to_dict("records"):
         line = f"{row['explained']:.0%} {visible(row['text'])}"

@@ -22,15 +22,16 @@ def plan_page(index: pd.DataFrame, plan: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(zip(*(index[key] for key in keys), strict=True)))
     pages = plan.get("plan", {}).get("pages", True)
     rows = []
-    for (model, revision), units in index.groupby(["model", "revision"], sort=False):
+    groups: Any = index.groupby(["model", "revision"], sort=False)
+    for (model, revision), units in groups:
         cells: list[list[dict[str, Any]]] = [[] for _ in columns]
         for unit in units.to_dict("records"):
             cells[columns.index(tuple(unit[key] for key in keys))].append(_cell(unit, pages))
         rows.append(
             {"model": model, "revision": "" if revision == NONE else revision, "cells": cells}
         )
-    counts = index["status"].value_counts()
-    failed = index[index["status"] == "failed"]
+    counts: Any = index["status"].value_counts()
+    failed: Any = index[index["status"] == "failed"]
     facts = {
         "created": plan.get("created"),
         "engine": plan.get("engine"),

@@ -83,6 +83,24 @@ def _in_need_of_masks(modules: list[nn.Module]) -> set[int | nn.Module]:
 
 
 @contextmanager
+def implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """The attention function called `name` in all configs of `model`; their own again afterwards."""
+    configs: dict[int, Any] = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+@contextmanager
 def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator[None]:
     """Route every attention call inside `model` to the Watch that `listener(module)` returns.
 
@@ -90,24 +108,15 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     an exception flies.
     """
     modules = list(model.modules())
-    configs: dict[int, Any] = {
-        id(config): config
-        for module in modules
-        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
-    }
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
     outer = {module: _listeners.get(module) for module in modules}
     explicit = _in_need_of_masks(modules) - _explicit
     try:
         _explicit.update(explicit)
-        for config in configs.values():
-            config._attn_implementation_internal = IMPLEMENTATION
         _listeners.update(dict.fromkeys(modules, listener))
-        yield
+        with implementation(model, IMPLEMENTATION):
+            yield
     finally:
         _explicit.difference_update(explicit)
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
         for module, listening in outer.items():
             if listening is None:
                 _listeners.pop(module, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.spec import Spec, first_tensor
+from interp.models.spec import Spec, first_tensor, module_device
 from interp.run.batch import Batch
 
 
@@ -60,7 +60,7 @@ def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     """Logits of a final residual [... d_model], exactly as the model makes them."""
     if spec.readout:
         for name in spec.readout:
-            residual = module.get_submodule(name)(residual)
+            residual = at_home(module.get_submodule(name), residual)
         return residual
     logits = uncapped_logits(spec, module, residual)
     if spec.logit_softcap is not None:
@@ -76,7 +76,12 @@ def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
         )
     if spec.unembedding is None:
         raise Refused("this model has no unembedding (no language-model head)")
-    normed = (
-        residual if spec.final_norm is None else module.get_submodule(spec.final_norm)(residual)
-    )
-    return module.get_submodule(spec.unembedding)(normed) * spec.logit_scale
+    if spec.final_norm is not None:
+        residual = at_home(module.get_submodule(spec.final_norm), residual)
+    return at_home(module.get_submodule(spec.unembedding), residual) * spec.logit_scale
+
+
+def at_home(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), computed where the module's weights are; weights not in memory are brought to x."""
+    place = module_device(module)
+    return module(x if place.type == "meta" else x.to(place)).to(x.device)

@@ -176,7 +176,7 @@ class Middle:
     def change(self, x: Tensor) -> Tensor:
         """Change of the output of the last module that writes before resid_mid."""
         assert self.pre.resid is not None
-        before = self.pre.resid
+        before = self.pre.resid.to(x.device)
         for write in self.earlier:
             before = before + write
         self.earlier.clear()

@@ -67,7 +67,11 @@ class Model:
         self.id = id
         self.notes = tuple(notes)
         self.spec = probe(self.module)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
+        # Positions are an index into the last hidden state, which may lie on another device than they.
+        self._keeps_logits = (
+            "logits_to_keep" in inspect.signature(type(module).forward).parameters
+            and len({parameter.device for parameter in module.parameters()}) == 1
+        )
 
     def __repr__(self) -> str:
         s = self.spec
@@ -499,7 +503,7 @@ class Model:
         logits: bool | Tensor,
         grad: bool = False,
     ) -> Run:
-        run = Run(batch)
+        run = Run(batch, cache=Cache(self.device))
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
             self._hook(stack, run, plan, stop_at, grad)
@@ -547,10 +551,11 @@ class Model:
                 return RunWatch(turns.now if turns else layers[0], plan, touch, run)
 
             stack.enter_context(window(self.module, watch))
-        for name in turns.layers if turns else ():
-            enter = partial(lambda name, module, args: turns.enter(name), name)
-            block = self.module.get_submodule(name)
-            stack.callback(block.register_forward_pre_hook(enter).remove)
+        if turns:
+            for name in turns.layers:
+                enter = partial(lambda of, name, module, args: of.enter(name), turns, name)
+                block = self.module.get_submodule(name)
+                stack.callback(block.register_forward_pre_hook(enter).remove)
         for layer, (block, where) in enumerate(zip(self.blocks, self.spec.blocks, strict=True)):
             if stop_at is not None and layer > stop_at:
                 break

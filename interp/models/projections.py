@@ -111,8 +111,10 @@ def _reads(call: ModuleCall, z: Tensor) -> bool:
 
 def elementwise(seen: Recording, name: str, call: ModuleCall, numbers: int = 2) -> bool:
     """Whether a module has no more parameters than a norm: gain and bias a channel, no mixing matrix."""
+    if call.output is None or (call.inputs and call.inputs[0].numel() != call.output.numel()):
+        return False
     width = sum(parameter.numel() for parameter in seen.module.get_submodule(name).parameters())
-    return call.output is not None and width <= numbers * call.output.shape[-1]
+    return width <= numbers * call.output.shape[-1]
 
 
 def by_channel(seen: Recording, name: str, call: ModuleCall) -> bool:

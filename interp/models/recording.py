@@ -18,7 +18,7 @@ from interp.run.batch import Batch
 
 @dataclass
 class ModuleCall:
-    """One module's call, its tensors cloned.
+    """One module's call, its tensors copied to the CPU.
 
     `keys` says where each of the inputs stood: an index of the arguments, or a keyword. `start` and
     `order` count the calls that had ended when this one began and when it ended.
@@ -51,17 +51,17 @@ class AttentionCall(Watch):
     needs_rows = True
 
     def inputs(self, q, k, v):
-        self.tensors |= {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        self.tensors |= {"q": _kept(q), "k": _kept(k), "v": _kept(v)}
         return q, k, v
 
     def pattern(self, pattern, start):
         missing = self.tensors["k"].shape[2] - pattern.shape[3]
-        self.rows.append(nn.functional.pad(pattern, (0, missing)).clone())
+        self.rows.append(_kept(nn.functional.pad(pattern, (0, missing))))
         return pattern
 
     def z(self, z):
-        self.tensors["z"] = z.clone()
-        return z if self.factor is None else z * self.factor
+        self.tensors["z"] = _kept(z)
+        return z if self.factor is None else z * self.factor.to(z)
 
 
 @dataclass
@@ -119,7 +119,7 @@ def record(
 
     def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
         found = {
-            key: x.clone()
+            key: _kept(x)
             for key, x in [*enumerate(args), *kwargs.items()]
             if isinstance(x, Tensor) and x.is_floating_point()
         }
@@ -133,7 +133,7 @@ def record(
         seen.calls.setdefault(names[submodule], []).append(
             ModuleCall(
                 kept,
-                None if out is None else out.clone(),
+                None if out is None else _kept(out),
                 order,
                 not isinstance(output, Tensor),
                 out,
@@ -153,10 +153,21 @@ def record(
             hook = _restoring(values)
             stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
         stack.enter_context(window(module, listen))
-        seen.output = output_tensor(call_model(module, batch)).clone()
+        seen.output = _kept(output_tensor(call_model(module, batch)))
     return seen
 
 
 def _restoring(values: list[Tensor]) -> Callable[..., Any]:
     left = iter(values)
-    return lambda module, args, output: with_first(output, next(left))
+
+    def restore(module: nn.Module, args: tuple, output: Any) -> Any:
+        made = first_tensor(output)
+        assert made is not None
+        return with_first(output, next(left).to(made.device))
+
+    return restore
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A copy on the CPU: a model may lie on several devices, and not every device has float64."""
+    return x.detach().to("cpu", copy=True)

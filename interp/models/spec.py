@@ -223,6 +223,10 @@ def with_first(value, tensor: Tensor):
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where a model's inputs go."""
+    """Where a model's inputs go: to its first weights, or where accelerate brings those that are offloaded."""
     parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    place = torch.device("cpu") if parameter is None else parameter.device
+    offloaded = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if place.type == "meta" and offloaded is not None:
+        return torch.device(offloaded)
+    return place

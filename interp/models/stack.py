@@ -95,9 +95,8 @@ def _hidden_key(layers: list[Layer]) -> int | str | None:
         shape = layers[0].hidden(key).shape
         linked = [(a.call.output, b.hidden(key)) for a, b in pairwise(layers)]
         if all(out is not None and out.shape == x.shape for out, x in linked):
-            if all(torch.equal(out, x) for out, x in linked) and (
-                linked or _same_shape(first, shape)
-            ):  # type: ignore[arg-type]
+            equal = all(out is not None and torch.equal(out, x) for out, x in linked)
+            if equal and (linked or _same_shape(first, shape)):
                 return key
     # Something may be done to the stream between blocks: `verify` says so; the shape still tells.
     return next(

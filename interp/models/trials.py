@@ -68,10 +68,10 @@ def works_by_position(
             def compare(module, args, output, name=name, calls=calls) -> Any:  # type: ignore[no-untyped-def]
                 wanted, got = next(calls).output, first_tensor(output)
                 assert wanted is not None and got is not None
-                error = (_reversed(got, rows).double() - wanted.double()).abs().max()
+                error = (_reversed(got, rows).cpu().double() - wanted.double()).abs().max()
                 same = float(error) <= 1e-2 * float(wanted.abs().max())
                 passed[name] = passed.get(name, True) and same
-                return with_first(output, wanted)
+                return with_first(output, wanted.to(got.device))
 
             stack.callback(module.register_forward_pre_hook(reverse, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(compare).remove)

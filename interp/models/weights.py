@@ -19,17 +19,17 @@ def linear_map(
     """
     weight = getattr(module, "weight", None)
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    if plain and isinstance(weight, Tensor) and weight.is_floating_point():
+    in_memory = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+    if plain and in_memory:
         W = (weight.T if isinstance(module, nn.Linear) else weight).detach()
-        bias = getattr(module, "bias", None)
-        return W, torch.zeros(
-            W.shape[1], dtype=W.dtype, device=W.device
-        ) if bias is None else bias.detach()
+        W, bias = W.to(device or W.device), getattr(module, "bias", None)
+        return W, W.new_zeros(W.shape[1]) if bias is None else bias.detach().to(W.device)
     some = next(module.parameters(), torch.zeros(0))
     dtype = some.dtype if some.is_floating_point() else torch.float32
-    zero = module(torch.zeros(1, d_in, dtype=dtype, device=device or some.device))
-    eye = torch.eye(d_in, dtype=dtype, device=device or some.device)
-    return module(eye) - zero, zero[0]
+    home = torch.device(device or "cpu") if some.is_meta else some.device
+    zero = module(torch.zeros(1, d_in, dtype=dtype, device=home))
+    W = module(torch.eye(d_in, dtype=dtype, device=home)) - zero
+    return W.to(device or home), zero[0].to(device or home)
 
 
 class FrozenNorm:
@@ -46,7 +46,9 @@ class FrozenNorm:
         like = (
             torch.ones(d_model)
             if some is None
-            else torch.ones(d_model, dtype=some.dtype, device=some.device)
+            else torch.ones(
+                d_model, dtype=some.dtype, device="cpu" if some.is_meta else some.device
+            )
         )
         self.gain, self.bias, self.centred = like, torch.zeros_like(like), False
         if module is None:
@@ -70,7 +72,7 @@ class FrozenNorm:
             return torch.ones_like(x[..., :1], dtype=torch.float32)
         gain = self.gain.to(x.device).float()
         inner = gain * self.centre(x.float())
-        out = self.module(x.to(self.gain.dtype)).float() - self.bias.to(x.device).float()
+        out = self.module(x.to(self.gain)).to(x.device).float() - self.bias.to(x.device).float()
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
 
     def pull_back(self, direction: Tensor, at: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ class FrozenNorm:
         `at` is the residual [... d_model] whose scale is held fixed; `direction` lies after the norm.
         """
         pulled = self.centre(direction.float() * self.gain.to(direction.device).float())
-        return pulled / self.scale(at)
+        return pulled.to(at.device) / self.scale(at)
 
     def centre(self, x: Tensor) -> Tensor:
         """x less its mean, where the norm takes it out."""

@@ -25,12 +25,13 @@ class Cache(Mapping[str, Tensor]):
     [batch n_layers n_heads query_pos key_pos].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._stored: dict[tuple[str, int], Tensor] = {}
+        self._device = device
 
     def put(self, name: str, layer: int, value: Tensor) -> None:
-        """Keep one layer of a site."""
-        self._stored[name, layer] = value
+        """Keep one layer of a site; of a model on several devices, all layers on the first of them."""
+        self._stored[name, layer] = value if self._device is None else value.to(self._device)
 
     def layers(self, name: str) -> list[int]:
         """The captured layers of a site."""
@@ -77,8 +78,7 @@ class Cache(Mapping[str, Tensor]):
             raise BadInput(
                 f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'"
             )
-        # a model may be spread over devices
-        return torch.stack([x.to(values[0].device) for x in values], dim=_layer_axis(site))
+        return torch.stack(values, dim=_layer_axis(site))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({name for name, _ in self._stored}))

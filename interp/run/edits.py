@@ -113,7 +113,7 @@ class Edit:
                 return x.mean(dim=0, keepdim=True).expand_as(x)
             if seen.mask is None:
                 return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
-            return x[seen.mask].mean(dim=0).expand_as(x)
+            return x[seen.mask.to(x.device)].mean(dim=0).expand_as(x)
 
         return Edit.apply(site, change, heads, positions)
 

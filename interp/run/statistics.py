@@ -88,6 +88,7 @@ class RowStatistics:
         rows = {name: statistic.rows for name, statistic in wanted.items()}
         if empty := [name for name, chosen in rows.items() if not chosen.any(dim=1).all()]:
             raise BadInput(f"statistic '{empty[0]}' has a prompt with no row to average over")
+        self._device = next(iter(rows.values())).device
         self._weights = {name: r / r.sum(dim=1, keepdim=True) for name, r in rows.items()}
         self._masses = {name: s for name, s in wanted.items() if isinstance(s, Mass)}
         self._entropies = {name: s for name, s in wanted.items() if isinstance(s, Entropy)}
@@ -128,6 +129,7 @@ class RowStatistics:
         self, layer: int, pattern: Float[Tensor, "batch heads rows keys"], start: int
     ) -> None:
         """Take in the rows from `start` on of one layer's pattern."""
+        pattern = pattern.to(self._device)  # the layers of a model may lie on several
         stop = start + pattern.shape[2]
         if self._masses:
             keys = self._keys[:, start:stop]

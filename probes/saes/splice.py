@@ -49,12 +49,12 @@ def splice(
 
     def edit(x: Tensor, seen: Seen) -> Tensor:
         here = x if site.head is None else x[:, :, site.head]
-        rows = here.flatten(2).to(sae.encoder.dtype)
+        rows = here.flatten(2).to(sae.encoder)
         f = sae.encode(rows)
         made = sae.decode(f if change is None else change(f, seen))
         if keep_error:
             made = made + (rows - sae.decode(f))
-        made = made.to(x.dtype).reshape(here.shape)
+        made = made.to(x).reshape(here.shape)
         # An edit of one head's site is given all heads, and what it gives back for others is left.
         return made if site.head is None else made[:, :, None].expand_as(x)
 
