@@ -598,7 +598,8 @@ def circuit_overlap(
     Each task's circuit is its `edges` highest edges by signed score, pruned. share_of_a is the share of
     a's heads that b's circuit has too (Merullo et al. report 78 % of the IOI heads for colored objects on
     GPT-2 medium); by_chance is what random sets of heads of these sizes would share. It depends strongly
-    on `edges`: large circuits share heads whatever they do. `faithfulness` is of a's circuit on b's task.
+    on `edges`: large circuits share heads whatever they do, and sharing a head does not show that it does
+    the same in both. `faithfulness` is of a's circuit on b's task.
 
     Args:
         tasks: names, separated by commas.

@@ -71,6 +71,8 @@ def perform(job: Job) -> None:
         first = _open(*job.sources, **job.loading)
     elif analysis.reads == "reports":
         first = [Report.load(folder) for folder in job.sources]
+        for each, folder in zip(first, job.sources, strict=True):
+            each.meta["folder"] = str(folder)
     known = signature(analysis.function).parameters
     ours = {"out": out, "checkpoint": out / PARTIAL, "resume": job.resume}
     given = {name: value for name, value in ours.items() if name in known}

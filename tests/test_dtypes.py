@@ -12,8 +12,10 @@ import torch
 import circuits
 import interp
 from interp.models.model import Model
+from interp.models.probe import probe
 from interp.registry import ANALYSES
 from tests.contracts.test_analyses import ARGUMENTS, PROMPT
+from tests.families import FAMILIES
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
 
 for _entry in entry_points(group="interp.analyses"):
@@ -40,6 +42,12 @@ def test_the_planted_heads_are_labelled(half: Model) -> None:
     report = circuits.classify_heads(half, prompts=8, ablate=False, evidence=0, progress=False)
     labels = report.table.set_index(["layer", "head"])["labels"]
     assert "previous_token" in labels[0, 1] and "induction" in labels[1, 2]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_seen_as_in_32_bits(name: str) -> None:
+    """Experts too, where the rounding of a kernel may send a token elsewhere."""
+    assert set(probe(FAMILIES[name]().to(torch.bfloat16)).refused) == FAMILIES[name].refused
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ def classify_heads(
 
     One pass over each prompt set (repeated random tokens, their control, English prose) feeds all
     detectors. A label needs effect size and significance; each labelled head is then mean-ablated on
-    the loss its role should serve. Labels describe these prompts: on other text a head may differ.
+    the loss its role should serve. Labels describe these prompts: on other text a head may differ. Nor
+    do they say that nothing else could do its job.
 
     An encoder gets its texts with CLS and separators as its tokenizer puts them; a model of images gets
     images, and its heads are read on the grid of their patches. Neither is ablated: they have no

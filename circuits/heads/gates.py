@@ -158,7 +158,9 @@ def optimise_gates(
             wanted = torch.cat([target(row) for row in rows])
             h = final_states(model, prompts.ids[rows], judged, edits=edits, grad=True)
             away = (h.float() - wanted).square().mean() / wanted.square().mean()
-            (gates.grad,) = torch.autograd.grad(away.to(gates) + weight * gates.abs().sum(), [gates])
+            (gates.grad,) = torch.autograd.grad(
+                away.to(gates) + weight * gates.abs().sum(), [gates]
+            )
             optimiser.param_groups[0]["lr"] = learning_rate * _warmth(step, steps)
             optimiser.step()
             with torch.no_grad():

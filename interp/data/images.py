@@ -183,7 +183,8 @@ def _find_grid(model: Model) -> Grid:
         raise Refused(
             f"{model.id} has no grid of patches: its config has no patch_size for one image"
         )
-    high, wide = size if isinstance(size, (tuple, list)) else (size, size)
+    sides: Any = size if isinstance(size, (tuple, list)) else (size, size)
+    high, wide = sides
     channels, height, width = _input_shape(model)
     rows, columns = height // high, width // wide
     pixels = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(

@@ -45,7 +45,7 @@ def plan_page(index: pd.DataFrame, plan: dict[str, Any]) -> str:
         styles=("page.css", "plan_page.css"),
         scripts=("plan_page.js",),
         data=packed({}),
-        n_models=int(index["model"].nunique()),
+        n_models=len(set(index["model"])),
         counts=[f"{counts[name]} {name}" for name in counts.index],
         columns=[
             (name, " ".join(part for part in (data, options) if part not in ("", NONE)))

@@ -19,8 +19,7 @@ def linear_map(
     """
     weight = getattr(module, "weight", None)
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    in_memory = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-    if plain and in_memory:
+    if plain and isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta:
         W = (weight.T if isinstance(module, nn.Linear) else weight).detach()
         W, bias = W.to(device or W.device), getattr(module, "bias", None)
         return W, W.new_zeros(W.shape[1]) if bias is None else bias.detach().to(W.device)

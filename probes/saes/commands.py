@@ -129,7 +129,7 @@ def sae_train(
     shard_mb: float = 256,
     field: str = "text",
     seed: int = 0,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
 ) -> Report:
@@ -194,6 +194,7 @@ def sae_train(
     features = d_sae or (nested[-1] if nested else expansion * width)
     config = SAEConfig(width, features, activation, k, nested)
     memory = check_memory(config, batch_size)
+    out = None if out is None else Path(out)
     with _folder(out) as folder:
         disk = check_disk(
             config, round(tokens * (1 + held_out)), DTYPES[store_dtype].itemsize, folder
@@ -286,8 +287,8 @@ def sae_eval(
 ) -> Report:
     """How well an SAE reconstructs, what the model loses by it, and what controls reach.
 
-    Judged on held-out documents; the numbers and what they do not show are those of
-    `probes.evaluate_sae`.
+    Judged on held-out documents, with the numbers of `probes.evaluate_sae`. A low FVU and a small loss
+    say that little is lost on the way; they do not say that the features mean anything.
 
     Args:
         sae: folder or file of the SAE (SAELens, sparsify, dictionary_learning, Kissane et al.), or
