@@ -162,7 +162,7 @@ def recall(
     >>> recall(tiny_model())
     Traceback (most recent call last):
     ...
-    interp.errors.BadInput: tiny was loaded without a tokenizer: facts are words; load it with tokenizer=
+    interp.errors.BadInput: tiny was loaded without a tokenizer: answers are words; load it with tokenizer=
 
     Source: Lv et al. 2024, arXiv 2403.19521; effects are estimated by attribution patching (Nanda 2023).
     """

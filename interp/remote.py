@@ -247,7 +247,7 @@ def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Te
     """An edit as (what, number or tensor, where): code of ours does not travel."""
     kind = edit.change.__qualname__.removeprefix("Edit.").partition(".")[0]
     held = inspect.getclosurevars(edit.change).nonlocals
-    where = edit._where(torch.zeros(()).expand(shape), seen)
+    where = edit.where(torch.zeros(()).expand(shape), seen)
     ones = torch.ones(shape[:2], dtype=torch.bool) if seen.mask is None else seen.mask
     what: tuple[str, Any]
     if kind == "zero":

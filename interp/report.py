@@ -188,7 +188,7 @@ def _made(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return {
         "options": dict(options),
         "seed": seed,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -199,7 +199,7 @@ def _named(address: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -395,7 +395,7 @@ class TestHubAnswers:
         [("GatedRepoError", "hf auth login"), ("RemoteEntryNotFoundError", "no config.json")],
     )
     def test_no_config(self, error: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub, "_reachable", lambda *_: True)
+        monkeypatch.setattr(hub, "reachable", lambda *_: True)
         self.answer(monkeypatch, "huggingface_hub.hf_hub_download", error)
         assert wanted in message(lambda: load_checkpoint("org/x"))
 
@@ -405,7 +405,7 @@ class TestHubAnswers:
 
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
-        assert not hub._reachable("org/x", None)
+        assert not hub.reachable("org/x", None)
         assert "cannot be reached" in message(lambda: load_checkpoint("org/x"))
 
     @staticmethod
@@ -738,5 +738,5 @@ class TestEmbeddedCache:
 
 
 def test_kinds(folder: Path) -> None:
-    assert load._kind("gpt2")[0] == "hub"
-    assert load._kind(str(folder))[0] == "folder"
+    assert load.kind_of("gpt2")[0] == "hub"
+    assert load.kind_of(str(folder))[0] == "folder"

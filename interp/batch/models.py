@@ -12,7 +12,7 @@ from typing import Any
 
 from interp.batch.arguments import file_sha256
 from interp.errors import BadInput
-from interp.models.load import _kind
+from interp.models.load import kind_of
 from interp.run.files import write_atomically
 
 TOKENS, VECTORS = 2048, 4
@@ -87,7 +87,7 @@ def described_source(source: Source, hashes: Hashes) -> Source:
     Raises:
         BadInput: there is no such model or revision, or its files are damaged or missing.
     """
-    kind, name, path = _kind(source.given)
+    kind, name, path = kind_of(source.given)
     dtype = source.loading.get("dtype")
     if kind == "hub":
         sha256, files, config = _hub(name, source.loading)
@@ -101,10 +101,10 @@ def described_source(source: Source, hashes: Hashes) -> Source:
 
 
 def _folder(folder: Path, shown: str, hashes: Hashes) -> tuple[str, list[Path], dict[str, Any]]:
-    from interp.models.sources.folder import _check_weights, read_config
+    from interp.models.sources.folder import check_weights, read_config
 
     config = read_config(folder / "config.json", shown)
-    _check_weights(folder, shown)
+    check_weights(folder, shown)
     files = [
         path
         for path in sorted(folder.iterdir())
@@ -119,14 +119,14 @@ def _folder(folder: Path, shown: str, hashes: Hashes) -> tuple[str, list[Path], 
 def _hub(repo: str, loading: Mapping[str, Any]) -> tuple[str, list[Path], dict[str, Any]]:
     """The commit that a branch or tag stands for now; weights are measured where they are here."""
     from interp.models.sources.folder import read_config
-    from interp.models.sources.hub import _config_file, _reachable
+    from interp.models.sources.hub import config_file_of, reachable
 
     revision = loading.get("revision")
     where = {
         "revision": revision or "main",
-        "local_files_only": not _reachable(repo, revision),
+        "local_files_only": not reachable(repo, revision),
     }
-    file = _config_file(repo, where)
+    file = config_file_of(repo, where)
     commit = file.parent.name if file.parent.parent.name == "snapshots" else where["revision"]
     digest = hashlib.sha256(f"{repo}@{commit}".encode()).hexdigest()
     return digest, sorted(file.parent.glob("*.safetensors")), read_config(file, repo)

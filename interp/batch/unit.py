@@ -95,13 +95,13 @@ def units_of(plan: Plan, sources: Iterable[Source]) -> list[Unit]:
 
 
 def _depends_on(task: Task) -> dict[str, Any]:
-    from interp.report import _version
+    from interp.report import installed_version
 
     return {
         "analysis": task.analysis.name,
         "arguments": contents(bound(task.analysis, task.arguments)),
         "schema_version": SCHEMA_VERSION,
-        "package": _version("interp-suite"),
+        "package": installed_version("interp-suite"),
     }
 
 

@@ -26,7 +26,7 @@ def begun(model: Model, prompt: str, answer: str, called: str = "answer") -> Beg
     """
     if model.tokenizer is None:
         raise BadInput(
-            f"{model.id} was loaded without a tokenizer, and the {called} is a word: load it with tokenizer="
+            f"{model.id} was loaded without a tokenizer: {called}s are words; load it with tokenizer="
         )
     ids = list(model.tokenizer(prompt)["input_ids"])
     joint = "" if prompt[-1].isspace() else " "

@@ -78,7 +78,7 @@ def load_checkpoint(
         check_finite(loaded.module, loaded.id)
         return loaded
 
-    kind, name, path = _kind(os.fspath(source))
+    kind, name, path = kind_of(os.fspath(source))
     if revision is not None and kind != "hub":
         raise BadInput(
             f"revision '{revision}' was given with '{name}'; only a hub id has revisions"
@@ -160,10 +160,10 @@ def _row(model: str, source: str, installed: bool | None, note: str) -> dict[str
     return {"model": model, "source": source, "installed": installed, "note": note}
 
 
-def _kind(given: str) -> tuple[str, str, Path]:
+def kind_of(given: str) -> tuple[str, str, Path]:
     """Which source a string means, its name for reports, and its path where it is one.
 
-    >>> _kind("smollm2-135m")[0], _kind("openai-community/gpt2")[0]
+    >>> kind_of("smollm2-135m")[0], kind_of("openai-community/gpt2")[0]
     ('embedded', 'hub')
     """
     if not given.strip():

@@ -185,10 +185,10 @@ class Edit:
                 f"edit of '{self.site}' gives values of shape {tuple(new.shape)} for an activation of "
                 f"shape {tuple(x.shape)} ({', '.join(self.site.axes)})"
             ) from error
-        where = self._where(x, seen)
+        where = self.where(x, seen)
         return new if where is None else torch.where(where, new, x)
 
-    def _where(self, x: Tensor, seen: Seen) -> Tensor | None:
+    def where(self, x: Tensor, seen: Seen) -> Tensor | None:
         """Mask, broadcastable to x, of what is edited; None for all of it."""
         masks = []
         if self.heads is not None:

@@ -33,7 +33,7 @@ def load_folder(
 ) -> Loaded:
     """The model of a folder with `config.json` and safetensors (or tensors-only pickle) weights."""
     config = read_config(folder / "config.json", shown)
-    _check_weights(folder, shown)
+    check_weights(folder, shown)
     check_config(config, shown=shown, trust_remote_code=trust_remote_code)
     module, notes = load_module(
         str(folder), config, shown=shown, trust_remote_code=trust_remote_code, **options
@@ -75,7 +75,7 @@ def read_config(path: Path, shown: str) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path, shown: str) -> None:
+def check_weights(folder: Path, shown: str) -> None:
     """Weights are there, in full and not cut short; safetensors preferred to pickles."""
     single = folder / "model.safetensors"
     if single.exists():

@@ -24,9 +24,9 @@ def load_hub(
     repo: str, *, tokenizer: Any, revision: str | None, trust_remote_code: bool, **options: Any
 ) -> Loaded:
     """The model of a hub repository at a branch, tag or commit."""
-    cached_only = not _reachable(repo, revision)
+    cached_only = not reachable(repo, revision)
     where = {"revision": revision or "main", "local_files_only": cached_only}
-    config_file = _config_file(repo, where)
+    config_file = config_file_of(repo, where)
     config = read_config(config_file, repo)
     code = {"trust_remote_code": trust_remote_code}
     check_config(config, shown=repo, **code)
@@ -71,7 +71,7 @@ def not_found(name: str) -> BadInput:
     )
 
 
-def _reachable(repo: str, revision: str | None) -> bool:
+def reachable(repo: str, revision: str | None) -> bool:
     """Whether the hub answers; what it says against this repository is raised at once."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -105,7 +105,7 @@ def _transport_error() -> type[Exception]:
     return getattr(client, "TransportError", OSError)
 
 
-def _config_file(repo: str, where: dict[str, Any]) -> Path:
+def config_file_of(repo: str, where: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
