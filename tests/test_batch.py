@@ -159,6 +159,10 @@ def test_an_argument_that_names_files_is_their_content(tmp_path):
         ({"analyses": [{"name": "z_norms", "options": {"scale": -1}}]}, ["scale=-1", "above 0"]),
         ({"analyses": [{"name": "z_norms", "options": {"ids": "ab"}}]}, ["ids"]),
         ({"analyses": [{"name": "z_norms", "data": ["shrt"]}]}, ["shrt", "did you mean 'short'"]),
+        (
+            {"data": {}, "analyses": [{"name": "z_norms", "data": ["a b"]}]},
+            ["'a b'", "the plan has none", "[data.a_b]"],
+        ),
         ({"analyses": [{"name": "z_norms", "data": ["short"]}]}, ["no analysis uses", "long"]),
         ({"analyses": [{"name": "trouble"}], "data": {}}, ["needs 'marks'"]),
         ({"data": {"short": {"idds": [1]}, "long": {}}}, ["idds", "did you mean 'ids'"]),

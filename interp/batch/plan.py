@@ -251,6 +251,11 @@ def _tasks(text: Mapping[str, Any]) -> Iterable[Task]:
         used |= set(map(str, chosen))
         for name in chosen or [None]:
             if name is not None and name not in sets:
+                if not sets:
+                    raise BadInput(
+                        f"'{analysis.name}' reads data called '{name}' and the plan has none; name its "
+                        f'arguments in a table: [data.{_bare(str(name))}] prompt = "…"'
+                    )
                 raise unknown("data set of the plan called", str(name), sets)
             given = {} if name is None else sets[name]
             if not isinstance(given, Mapping):
@@ -285,3 +290,8 @@ def _natural(name: str) -> list[Any]:
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
     ]
+
+
+def _bare(name: str) -> str:
+    """A key that TOML takes without quotes."""
+    return re.sub(r"\W+", "_", name).strip("_") or "mine"
