@@ -29,7 +29,7 @@ from circuits.stream import (
 )
 from interp.data.pairs import Pairs
 from interp.models.attention import Watch, window
-from interp.models.hooks import Stop, with_hidden
+from interp.models.hooks import Stop, hidden_of, with_hidden
 from interp.models.model import Model
 from interp.models.spec import first_tensor
 from interp.run.batch import Batch
@@ -217,7 +217,7 @@ def heads_of(
     """
     block, watch = model.blocks[layer], _Stopped()
     args, kwargs = call
-    old = args[0] if args else kwargs["hidden_states"]
+    old = hidden_of(args, kwargs, model.spec.hidden)
     size, times = old.shape[0], stream.shape[0] // old.shape[0]
 
     def again(x: Any) -> Any:
@@ -231,7 +231,7 @@ def heads_of(
         tuple(map(again, args)),
         {name: again(value) for name, value in kwargs.items()},
     )
-    args, kwargs = with_hidden(args, kwargs, stream)
+    args, kwargs = with_hidden(args, kwargs, stream, model.spec.hidden)
     # Some models hand their blocks a cache of keys even when told not to use one.
     kwargs = {name: None if name.startswith("past_key") else x for name, x in kwargs.items()}
     with window(block, lambda module: watch), suppress(Stop):

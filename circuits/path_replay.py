@@ -384,7 +384,7 @@ class PathReplay:
     # --- calling ---------------------------------------------------------------------------------
 
     def _call_block(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
-        args, kwargs = with_hidden(call.args, call.kwargs, hidden)
+        args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec.hidden)
         out = first_tensor(self.model.blocks[layer](*args, **kwargs))
         assert out is not None
         return out

@@ -22,7 +22,7 @@ from circuits.graph import Graph
 from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
-from interp.models.hooks import with_hidden
+from interp.models.hooks import hidden_of, with_hidden
 from interp.models.model import Model
 from interp.models.probe import probe_batch
 from interp.models.spec import BlockMap, first_tensor
@@ -374,10 +374,10 @@ def _probe(model: Model) -> list[_Seen]:
 
     def start(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            x = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            x = hidden_of(args, kwargs, model.spec.hidden).detach().requires_grad_()
             seen[layer].x = x
             # The block reads a view: an operation in place on a leaf would be refused.
-            return with_hidden(args, kwargs, x.view_as(x))
+            return with_hidden(args, kwargs, x.view_as(x), model.spec.hidden)
 
         return hook
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
-from interp.models.hooks import Stop, with_hidden
+from interp.models.hooks import Stop, hidden_of, with_hidden
 from interp.models.probe import probe_batch
 from interp.models.spec import Spec, module_device
 from interp.models.weights import linear_map
@@ -204,7 +204,7 @@ class Projections:
             raise Stop
 
         def same(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = args[key] if isinstance(key, int) else kwargs[key]
+            hidden = hidden_of(args, kwargs, key)
             return with_hidden(args, kwargs, hidden[-1:].expand_as(hidden).contiguous(), key)
 
         blocks = [self.module.get_submodule(block.name) for block in self.spec.blocks]

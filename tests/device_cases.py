@@ -15,12 +15,14 @@ from circuits.heads.detector import catalogue
 from interp.errors import BadInput
 from interp.generate import generate
 from interp.models.model import Model
+from interp.models.probe import probe
 from interp.registry import ANALYSES
 from interp.report import Report
 from interp.run.edits import Edit
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.splice import splice
 from tests.contracts.test_analyses import ARGUMENTS, PROMPT
+from tests.families import FAMILIES
 from tests.ground_truth.induction_model import character_tokenizer, induction_model
 from tests.other_device import Other, other_device
 
@@ -140,3 +142,10 @@ def test_an_autoencoder_elsewhere_is_told(there: Model) -> None:
     coder = SAE(SAEConfig(d_in=width, d_sae=8, k=2, site="resid_post.0"))
     with pytest.raises(BadInput, match=r"is on cpu.*sae.to\(model.device\)"):
         splice(coder, there)
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "MoE" not in f.traits])
+def test_a_family_is_seen_there_as_here(name: str) -> None:
+    """Without experts: off the CPU they use a kernel for whole numbers that the CPU has not got."""
+    with other_device():
+        assert set(probe(FAMILIES[name]().to("other")).refused) == FAMILIES[name].refused

@@ -113,7 +113,7 @@ class BlockInput:
         self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x = old = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+        x = old = hidden_of(args, kwargs, self.key)
         if self.grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
@@ -221,12 +221,13 @@ class Turns:
         return lambda *args: hook(*args) if self.now == layer else None
 
 
-def with_hidden(
-    args: tuple, kwargs: dict, hidden: Tensor, key: int | str | None = None
-) -> tuple[tuple, dict]:
-    """A block's arguments with another hidden state at `key`: by default its first argument."""
-    if key is None:
-        key = 0 if args else "hidden_states"
+def hidden_of(args: tuple, kwargs: dict, key: int | str) -> Tensor:
+    """The hidden state among a block's arguments, at `spec.hidden`."""
+    return args[key] if isinstance(key, int) else kwargs[key]
+
+
+def with_hidden(args: tuple, kwargs: dict, hidden: Tensor, key: int | str) -> tuple[tuple, dict]:
+    """A block's arguments with another hidden state at `spec.hidden`."""
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}

@@ -641,20 +641,21 @@ class Model:
         self, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
     ) -> Iterator[None]:
         """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
-        skipped: dict[nn.Module, list[Any]] = {block: [] for block in self.blocks[:start]}
-        for layer, block in enumerate(self.blocks):
-            rest = tuple(
-                _repeated(x, resid.shape[0] // times, times) for x in extras.get(layer, ())
-            )
+        blocks, size = self.blocks, resid.shape[0] // times
+        skipped: dict[nn.Module, list[Any]] = {}
+        for layer, block in enumerate(blocks[:start]):
+            rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
             output = (resid, *rest) if self.spec.tuple_blocks else resid
+            skipped.setdefault(block, []).append(output)
+        for block in blocks[start:]:  # a module that is called again later on works then
             if block in skipped:
-                skipped[block].append(output if layer < start else None)
+                skipped[block].append(None)
         before = {block: block.__dict__.get("forward") for block in skipped}
         try:
             for block, outputs in skipped.items():
                 block.forward = _returning(outputs, block.forward)
             if start == 0:
-                first = cycle([resid] + [None] * (self.blocks.count(self.blocks[0]) - 1))
+                first = cycle([resid] + [None] * (blocks.count(blocks[0]) - 1))
 
                 def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
                     given = next(first)
@@ -662,7 +663,7 @@ class Model:
                         return with_hidden(args, kwargs, given, self.spec.hidden)
                     return None
 
-                hook = self.blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+                hook = blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
             yield
         finally:
             if start == 0:

@@ -42,9 +42,9 @@ def smallest_sum(
     if not values:
         return None
     eps = torch.finfo(dtype).eps
-    before, after = (x.cpu().double().reshape(-1) for x in (pre, post))
+    before, after = (x.double().reshape(-1) for x in (pre, post))
     target = after - before
-    A = torch.stack([value.cpu().double().reshape(-1) for value in values], dim=1)
+    A = torch.stack([value.double().reshape(-1) for value in values], dim=1)
     A = torch.where(A.isfinite(), A, 0.0)
     size = before.abs() + after.abs()
     # Entries that are 0 on both sides would weigh without end.

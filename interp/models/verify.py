@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -105,7 +105,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         assert final is not None
         passed = check(
             "unembedding",
-            unembed(spec, seen.module, final).cpu(),
+            unembed(spec, seen.module, final),
             seen.output,
             "unembedding the final residual gives the logits",
             ("unembedding",),
@@ -148,7 +148,7 @@ def _check_writes(spec: Spec, layers: list[Layer], linked: bool, check: Check_) 
     if not any(block.norm_mid or block.norm_post for block in spec.blocks):
         total = layers[0].hidden(spec.hidden).double()
         for layer, block in zip(layers, spec.blocks, strict=True):
-            total = _added(total, layer, block.writes)
+            total = added(total, layer, block.writes)
         if linked:
             check("writes", total, final, "embedding plus writes equals the final residual", sites)
         return
@@ -156,11 +156,11 @@ def _check_writes(spec: Spec, layers: list[Layer], linked: bool, check: Check_) 
     for layer, block in zip(layers, spec.blocks, strict=True):
         x, before = layer.hidden(spec.hidden), block.before_mid
         if block.norm_mid is not None:
-            x = _normed(layer, block.norm_mid, _added(x.double(), layer, before).to(x))
+            x = _normed(layer, block.norm_mid, added(x.double(), layer, before).to(x))
         else:
             before = ()
         rest = tuple(write for write in block.writes if write not in before)
-        out = _added(x.double(), layer, rest)
+        out = added(x.double(), layer, rest)
         if block.norm_post is not None:
             out = _normed(layer, block.norm_post, out.to(x))
         assert layer.call.output is not None
@@ -175,7 +175,8 @@ def _check_writes(spec: Spec, layers: list[Layer], linked: bool, check: Check_) 
     )
 
 
-def _added(total: Tensor, layer: Layer, writes: tuple[Write, ...]) -> Tensor:
+def added(total: Tensor, layer: Layer, writes: Sequence[Write]) -> Tensor:
+    """`total` plus what these writes added on the probe, in float64."""
     for write in writes:
         out = layer.inside.call(write.module).output
         assert out is not None
@@ -195,7 +196,7 @@ def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:
 
 def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
     call, norm = layer.inside.call(name), layer.inside.module.get_submodule(name)
-    return at_home(norm, x.reshape(call.inputs[0].shape)).cpu().reshape(x.shape)
+    return at_home(norm, x.reshape(call.inputs[0].shape)).reshape(x.shape)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, str]:

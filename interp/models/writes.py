@@ -19,7 +19,7 @@ from interp.models.recording import Recording
 from interp.models.solve import smallest_sum
 from interp.models.spec import BlockMap, Write
 from interp.models.stack import Layer
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import RELATIVE_TOLERANCE, added, relative_error
 
 
 @dataclass(eq=False)
@@ -147,7 +147,7 @@ def _scaled(seen: Recording, block: str, candidates: list[Candidate]) -> list[Ca
 def _parameters(seen: Recording, block: str, like: Candidate) -> list[tuple[str, Tensor]]:
     """Parameters [d_model] held by modules that have modules of their own: layer scales, not norms."""
     return [
-        (f"{path}.{name}", parameter.detach().reshape(-1))
+        (f"{path}.{name}", parameter.detach().reshape(-1).cpu())
         for path, module in seen.module.get_submodule(block).named_modules(prefix=block)
         if any(True for _ in module.children())
         for name, parameter in module.named_parameters(recurse=False)
@@ -236,7 +236,7 @@ def write_map(
             "attn_write",
             f"'{block.name}' does not add its attention's output to the residual stream",
         )
-    return _with_mid(layer, block, sums, writes, candidates, key)
+    return _with_mid(layer, block, sums, writes, key)
 
 
 def _with_mid(
@@ -244,7 +244,6 @@ def _with_mid(
     block: BlockMap,
     sums: Sums,
     writes: list[Write],
-    candidates: list[Candidate],
     key: int | str,
 ) -> BlockMap:
     """The block with the writes that the MLP reads, and whether it reads attention's at all."""
@@ -258,10 +257,7 @@ def _with_mid(
     if not before:
         return block
     assert layer.call.output is not None
-    mid = layer.hidden(key).double()
-    for write in before:
-        value = next(c.value for c in candidates if write.module in c.modules)
-        mid = mid + value.double() * write.factor(layer.inside.module)
+    mid = added(layer.hidden(key).double(), layer, before)
     allowed = RELATIVE_TOLERANCE.get(layer.call.output.dtype, 6e-2)
     sequential = any(
         x.numel() == mid.numel() and relative_error(x.reshape(mid.shape), mid)[0] <= allowed
