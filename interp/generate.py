@@ -21,7 +21,7 @@ from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit, Seen
-from interp.sites import PATTERN_AXES
+from interp.sites import by_query
 
 DURING = {
     "all": "at the prompt's positions and at those of every new token",
@@ -184,7 +184,7 @@ def _followed(edit: Edit, reading: _Reading, during: str) -> Edit:
             f"the edit of '{edit.site}' names positions of the prompt, during='new' leaves the prompt "
             "alone: use during='all' or 'prompt'"
         )
-    rows = edit.site.axes == PATTERN_AXES
+    rows = by_query(edit.site.name)
     keys = edit.site.name in ("k", "v")
     axis = 2 if rows else 1
 

@@ -1,7 +1,9 @@
 """Sites: the named places of a transformer where an activation can be read or edited.
 
 A site is written `name`, `name.layer` or `name.layer.head`: `resid_post`, `resid_post.5`, `z.5.1`.
-TransformerLens names (`blocks.5.attn.hook_z`) are accepted and mean the same place.
+TransformerLens names (`blocks.5.attn.hook_z`) are accepted and mean the same place. In the decoder of an
+encoder-decoder the sites are those of the decoder's stack; its second attention, whose keys and values
+are made from the encoder's output (the source), has the sites `cross_…`.
 """
 
 from __future__ import annotations
@@ -32,12 +34,24 @@ AXES: dict[str, tuple[str, ...]] = {
     "z": HEAD_AXES,
     "scores": PATTERN_AXES,
     "pattern": PATTERN_AXES,
+    "cross_q": HEAD_AXES,
+    "cross_k": ("batch", "source_pos", "n_kv_heads", "d_head"),
+    "cross_v": ("batch", "source_pos", "n_kv_heads", "d_head"),
+    "cross_z": HEAD_AXES,
+    "cross_scores": ("batch", "n_heads", "query_pos", "source_pos"),
+    "cross_pattern": ("batch", "n_heads", "query_pos", "source_pos"),
+    "cross_out": RESIDUAL_AXES,
+    "cross_write": RESIDUAL_AXES,
 }
 """Axes of every site, one layer at a time. `attn_out` is what W_O returns, `attn_write` what enters
 the residual stream (they differ where a model normalises after attention); likewise for the MLP.
 `mlp_post` are the neurons: what the linear layer that makes `mlp_out` reads."""
 
-ATTENTION_SITES = ("q", "k", "v", "scores", "pattern", "z")
+SELF_SITES = ("q", "k", "v", "scores", "pattern", "z")
+CROSS = "cross_"
+"""Prefix of the sites of an attention whose keys and values are made from another sequence."""
+CROSS_SITES = tuple(name for name in AXES if name.startswith(CROSS))
+ATTENTION_SITES = SELF_SITES + tuple(CROSS + name for name in SELF_SITES)
 MODULE_SITES = tuple(name for name in AXES if name not in ATTENTION_SITES)
 
 TRANSFORMER_LENS = {
@@ -62,6 +76,14 @@ TRANSFORMER_LENS = {
     "attn.o.hook_in": "z",
     "attn.hook_attn_scores": "scores",
     "attn.hook_pattern": "pattern",
+    "cross_attn.hook_q": "cross_q",
+    "cross_attn.hook_k": "cross_k",
+    "cross_attn.hook_v": "cross_v",
+    "cross_attn.hook_z": "cross_z",
+    "cross_attn.hook_attn_scores": "cross_scores",
+    "cross_attn.hook_pattern": "cross_pattern",
+    "cross_attn.hook_out": "cross_out",
+    "hook_cross_attn_out": "cross_write",
 }
 """What TransformerLens calls our sites inside a block: the classic names, and those of its bridge.
 
@@ -156,8 +178,19 @@ def _from_transformer_lens(text: str) -> Site:
     """The site that TransformerLens calls `text`; without `blocks.N.`, that of every layer."""
     if text in ("hook_embed", "embed.hook_out"):
         return Site("embed")
-    inside = re.fullmatch(r"blocks\.(\d+)\.(.+)", text)
+    inside = re.fullmatch(r"(?:blocks|decoder)\.(\d+)\.(.+)", text)
     place, hook = (f"blocks.{inside[1]}.", inside[2]) if inside else ("", text)
+    if text.startswith("encoder."):
+        raise BadInput(
+            f"'{text}' is of the encoder: open it on its own, Model(module.get_encoder())"
+        )
+    if text.startswith("decoder.") and hook == "hook_resid_mid":
+        raise BadInput(
+            f"'{text}' lies before cross-attention and is no site; resid_mid, which the MLP reads, is "
+            f"'{text}_cross'"
+        )
+    if hook == "hook_resid_mid_cross":
+        return Site("resid_mid", int(inside[1]) if inside else None)
     if hook in TRANSFORMER_LENS:
         return Site(TRANSFORMER_LENS[hook], int(inside[1]) if inside else None)
     if hook in _NO_COUNTERPART:
@@ -190,7 +223,16 @@ def head_axis(name: str) -> int:
     >>> head_axis("z"), head_axis("pattern")
     (2, 1)
     """
-    return 1 if name in ("scores", "pattern") else 2
+    return 1 if by_query(name) else 2
+
+
+def by_query(name: str) -> bool:
+    """Whether a site has a number for each query and key: scores and patterns.
+
+    >>> by_query("cross_pattern"), by_query("z")
+    (True, False)
+    """
+    return "query_pos" in AXES[name]
 
 
 def ranges(numbers: Iterable[int]) -> str:

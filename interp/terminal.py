@@ -79,6 +79,11 @@ def map_of(model: Model) -> dict[str, Any]:
                 "mlp_out": block.mlp_out,
                 "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
                 "parallel": block.parallel,
+                "cross": block.cross and block.cross.attention,
+                "cross_W_O": block.cross and block.cross.W_O,
+                "cross_write": block.cross
+                and block.cross.write
+                and [block.cross.write.module, block.cross.write.scale],
             }
             for block in spec.blocks
         ],
@@ -108,6 +113,8 @@ def print_map(model: Model) -> None:
 
     keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
     keys += ("n_heads", "n_kv_heads", "d_mlp")
+    if any(block["cross"] for block in data["blocks"]):
+        keys += ("cross", "cross_W_O", "cross_write")
     alike: dict[tuple, list[int]] = {}
     for layer, block in enumerate(data["blocks"]):
         row = tuple(_relative(block[key], block["name"] + ".") for key in keys)

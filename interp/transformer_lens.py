@@ -20,7 +20,7 @@ from interp.errors import BadInput
 from interp.models.model import Model
 from interp.run.cache import Cache
 from interp.run.edits import Edit, Seen
-from interp.sites import AXES, PATTERN_AXES, Site, to_transformer_lens
+from interp.sites import AXES, Site, by_query, to_transformer_lens
 from interp.transformer_lens_weights import Weights
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class View(Weights):
         site = Site.parse(name)
 
         def change(x: Tensor, seen: Seen) -> Tensor:
-            if site.axes == PATTERN_AXES and (seen.start or x.shape[2] != x.shape[3]):
+            if by_query(site.name) and (seen.start or x.shape[2] != x.shape[3]):
                 raise BadInput(
                     f"'{name}' of a prompt this long comes in chunks of query rows: use Edit.apply, "
                     "whose function is told the first row"

@@ -15,7 +15,7 @@ from interp.data.labelled import LabelledTexts, word_span
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.progress import Progress
-from interp.sites import PATTERN_AXES, Site, has_heads, ranges
+from interp.sites import Site, by_query, has_heads, ranges
 
 TOKENS_PER_FORWARD = 1024
 """Every captured layer is held at every position of one forward: 70 MB for 30 layers of width 576."""
@@ -57,7 +57,7 @@ def site_list(sites: str | Sequence[str]) -> list[Site]:
     if not found:
         raise BadInput("no sites: name at least one, such as resid_post, z or mlp_out.5")
     for site in found:
-        if site.axes == PATTERN_AXES:
+        if by_query(site.name):
             raise BadInput(
                 f"'{site}' has one number a pair of tokens, not a vector a token: probe z or "
                 "resid_post instead"

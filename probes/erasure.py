@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.errors import BadInput
 from interp.run.edits import Edit, Positions
-from interp.sites import PATTERN_AXES, Site
+from interp.sites import Site, by_query
 
 Vectors = TypeVar("Vectors", Tensor, np.ndarray)
 
@@ -84,7 +84,7 @@ class Eraser:
         >>> bool(((x - eraser.centre) @ eraser.read).abs().max() < 1e-4)
         True
         """
-        if Site.parse(site).axes == PATTERN_AXES:
+        if by_query(Site.parse(site).name):
             raise BadInput(
                 f"site '{site}' holds attention weights, not vectors: nothing to erase there"
             )

@@ -8,8 +8,9 @@ import torch
 from interp.errors import BadInput
 from interp.models.model import Model
 from interp.run.cache import Cache
-from interp.sites import ATTENTION_SITES, AXES, Site
+from interp.sites import ATTENTION_SITES, AXES, CROSS_SITES, Site
 
+SITES = [name for name in AXES if name not in CROSS_SITES]
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 SIZES = {
     "batch": 2,
@@ -27,10 +28,10 @@ SIZES = {
 
 @pytest.fixture
 def cache(tiny: Model) -> Cache:
-    return tiny.run(IDS, capture=list(AXES)).cache
+    return tiny.run(IDS, capture=SITES).cache
 
 
-@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize("name", SITES)
 def test_shapes_follow_from_the_axes(name: str, cache: Cache) -> None:
     texts = [name] if name == "embed" else [name, f"{name}.1"]
     texts += [f"{name}.1.0"] if name in ATTENTION_SITES else []
@@ -57,7 +58,7 @@ def test_transformer_lens_names_and_sites_read_too(cache: Cache) -> None:
 
 
 def test_a_cache_is_a_mapping(cache: Cache) -> None:
-    assert list(cache) == sorted(AXES) and len(cache) == len(AXES)
+    assert list(cache) == sorted(SITES) and len(cache) == len(SITES)
     assert "z" in cache and "z.1" in cache and "z.2" not in cache and 3 not in cache
     assert set(cache.keys()) == {name for name, _ in cache.items()}
     assert cache.layers("z") == [0, 1]
@@ -88,7 +89,7 @@ def test_layers_of_different_shapes_are_read_singly() -> None:
 
 
 def test_a_later_run_does_not_change_what_was_kept(tiny: Model) -> None:
-    first = tiny.run(IDS, capture=list(AXES)).cache
+    first = tiny.run(IDS, capture=SITES).cache
     kept = {name: first[name].clone() for name in first}
-    tiny.run(IDS.flip(1), capture=list(AXES))
+    tiny.run(IDS.flip(1), capture=SITES)
     assert all(torch.equal(first[name], kept[name]) for name in first)

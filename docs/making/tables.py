@@ -34,6 +34,14 @@ SITES = {
     "z": "each head's mix of values, before W_O",
     "scores": "logits of attention, before the softmax",
     "pattern": "attention, after the softmax",
+    "cross_q": "queries of a decoder's attention to the encoder's output (the source)",
+    "cross_k": "its keys, one for each position of the source",
+    "cross_v": "its values, one for each position of the source",
+    "cross_z": "each of its heads' mix of values, before W_O",
+    "cross_scores": "its logits, before the softmax",
+    "cross_pattern": "what each position of the decoder attends to in the source",
+    "cross_out": "what its W_O returns, bias included",
+    "cross_write": "what it adds to the stream",
 }
 """What is read at every site of `interp.sites.AXES`."""
 

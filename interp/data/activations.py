@@ -28,7 +28,7 @@ from interp.run.batch import Batch
 from interp.run.files import write_atomically
 from interp.run.progress import Progress
 from interp.run.store import DTYPES, ActivationStore, write_store
-from interp.sites import PATTERN_AXES, Site, has_heads
+from interp.sites import Site, by_query, has_heads
 
 TOKENS_PER_FORWARD = 2048
 LOOK_AHEAD = 4
@@ -392,7 +392,7 @@ def site_shape(model: Model, site: Site) -> tuple[int, int]:
 
 def _site(model: Model, site: str | Site | None) -> Site:
     parsed = Site("z", model.n_layers * 2 // 5) if site is None else Site.parse(site)
-    if parsed.axes == PATTERN_AXES:
+    if by_query(parsed.name):
         raise BadInput(
             f"'{parsed}' has no width of its own (keys × queries): store z, v or resid_post"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.spec import Spec, first_tensor, module_device
 from interp.run.batch import Batch
 
@@ -25,14 +25,6 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
     `first_position` is what the model calls the position that a Batch calls 0.
     """
     parameters = inspect.signature(type(module).forward).parameters
-    if (
-        getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-        and "decoder_input_ids" in parameters
-    ):
-        raise Refused(
-            f"{type(module).__name__} is an encoder-decoder; load its encoder on its own, such as "
-            "interp.load(model.get_encoder())"
-        )
     inputs = {
         name: value
         for name, value in batch.inputs.items()
@@ -43,6 +35,49 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
     if "use_cache" in parameters:
         extra["use_cache"] = False
     return module(**inputs, **extra)
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model reads a source with an encoder and writes after it with a decoder."""
+    config: Any = getattr(module, "config", None)
+    return bool(
+        getattr(config, "is_encoder_decoder", False)
+        and "decoder_input_ids" in inspect.signature(type(module).forward).parameters
+    )
+
+
+def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
+    """The batch, where only an encoder's inputs are given with the token that `generate` begins with.
+
+    Raises:
+        BadInput: the model names no such token.
+    """
+    if batch.has_source or not is_encoder_decoder(module):
+        return batch
+    places = (getattr(module, "generation_config", None), module.config, text_config(module))
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for place in places:
+            if isinstance(start := getattr(place, name, None), int):
+                return batch.with_decoder_start(start)
+    raise BadInput(
+        f"{type(module).__name__} names no decoder_start_token_id: give decoder_input_ids besides the "
+        'source, model.run({"input_ids": …, "decoder_input_ids": …})'
+    )
+
+
+def check_source(module: Any, batch: Batch) -> None:
+    """BadInput for a source of tokens that are not in the encoder's vocabulary."""
+    ids = batch.inputs.get("input_ids")
+    if ids is None:
+        return
+    if ids.numel() == 0:
+        raise BadInput("the source has no tokens: give at least one")
+    d_vocab = getattr(module.get_encoder().get_input_embeddings(), "num_embeddings", None)
+    low, high = int(ids.min()), int(ids.max())
+    if d_vocab is not None and (high >= d_vocab or low < 0):
+        raise BadInput(
+            f"the source's token id {low if low < 0 else high} is outside the vocabulary of {d_vocab}"
+        )
 
 
 def output_tensor(output: Any) -> Tensor:

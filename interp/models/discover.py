@@ -6,13 +6,14 @@ member of the ModuleList that holds the attention module; what a block writes is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from interp.models.calls import text_config
 from interp.models.ends import with_ends
-from interp.models.projections import attention_map, gated_attention_map
+from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import Recording
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack
@@ -83,7 +84,14 @@ def _with_attention(
             else block
             for layer, again, block in zip(layers, changed, blocks, strict=True)
         ]
+    blocks = [
+        replace(block, cross=cross_attention(layer, key, batch)) if layer.cross else block
+        for layer, block in zip(layers, blocks, strict=True)
+    ]
     for block in blocks:
+        if block.cross and block.cross.out is None:
+            why = f"no module of '{block.name}' returns the output of '{block.cross.attention}'"
+            refused.setdefault("cross_out", why)
         if block.attention and block.attn_out is None:
             refused.setdefault(
                 "attn_out", f"no module of '{block.name}' returns the output of '{block.attention}'"
@@ -116,10 +124,11 @@ def _with_writes(
                 f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
                 "norms read (a rescaled stream)"
             )
-            for site in WRITE_SITES:
+            for site in (*WRITE_SITES, *(["cross_write"] if layer.cross else [])):
                 refused.setdefault(site, reason)
     hybrid = any(
-        sums is not None and len(sums.writes) - (layer.attention is not None) != 1
+        sums is not None
+        and len(sums.writes) - sum(x is not None for x in (layer.attention, layer.cross)) != 1
         for layer, (sums, _) in zip(layers, found, strict=True)
     ) or not all(layer.attention for layer in layers)
     by_position: set[str] | None = None

@@ -50,30 +50,34 @@ class Plan:
 class RunWatch(Watch):
     """Shows one attention call's tensors to `touch`, heads behind positions."""
 
-    def __init__(self, layer: int, plan: Plan, touch: Callable[..., Tensor], run: Run):
+    def __init__(
+        self, layer: int, plan: Plan, touch: Callable[..., Tensor], run: Run, prefix: str = ""
+    ):
         self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
-        self.needs_rows = plan.statistics is not None or plan.wants_any(
-            ("scores", "pattern"), layer
-        )
+        self.prefix = prefix
+        self.statistics = plan.statistics if prefix == "" else None
+        rows = (prefix + "scores", prefix + "pattern")
+        self.needs_rows = self.statistics is not None or plan.wants_any(rows, layer)
         self._whole: dict[str, list[Tensor]] = {}
         self._n_keys = 0
 
     def inputs(self, q, k, v):
         self._n_keys = k.shape[2]
         seen = []
-        for name, x in (("q", q), ("k", k), ("v", v)):
+        for which, x in (("q", q), ("k", k), ("v", v)):
+            name = self.prefix + which
             if self.plan.wants(name, self.layer):
                 x = self.touch(name, self.layer, x.transpose(1, 2)).transpose(1, 2)
             seen.append(x)
         return tuple(seen)
 
     def scores(self, scores, start):
-        return self._chunk("scores", scores, start, fill=-torch.inf)
+        return self._chunk(self.prefix + "scores", scores, start, fill=-torch.inf)
 
     def pattern(self, pattern, start):
-        pattern = self._chunk("pattern", pattern, start, fill=0.0)
-        if self.plan.statistics is not None:
-            self.plan.statistics.update(self.layer, pattern, start)
+        pattern = self._chunk(self.prefix + "pattern", pattern, start, fill=0.0)
+        if self.statistics is not None:
+            self.statistics.update(self.layer, pattern, start)
         return pattern
 
     def z(self, z):
@@ -81,11 +85,12 @@ class RunWatch(Watch):
             # A single chunk is kept as it is: a copy would have no gradient.
             whole = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
             self.run.cache.put(name, self.layer, whole)
-        return self.touch("z", self.layer, z) if self.plan.wants("z", self.layer) else z
+        name = self.prefix + "z"
+        return self.touch(name, self.layer, z) if self.plan.wants(name, self.layer) else z
 
     def _chunk(self, name: str, x: Tensor, start: int, fill: float) -> Tensor:
         for edit in self.plan.edits.get((name, self.layer), ()):
-            x = edit(x, Seen(self.layer, start, self.run.batch.mask))
+            x = edit(x, Seen(self.layer, start, self.run.batch.mask_of(name)))
         if (name, self.layer) in self.plan.capture:
             missing = self._n_keys - x.shape[-1]
             whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import call_model, output_tensor, unembed
+from interp.models.calls import (
+    call_model,
+    check_source,
+    is_encoder_decoder,
+    output_tensor,
+    unembed,
+    with_decoder_start,
+)
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
@@ -33,7 +40,7 @@ from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics, Statistic
-from interp.sites import ATTENTION_SITES, Site
+from interp.sites import ATTENTION_SITES, CROSS, CROSS_SITES, Site
 
 T = TypeVar("T")
 
@@ -109,6 +116,10 @@ class Model:
 
     def _has(self, name: str, layer: int) -> bool:
         block = self.spec.blocks[layer]
+        if name in CROSS_SITES:
+            cross = block.cross
+            address = {"cross_out": cross and cross.out, "cross_write": cross and cross.write}
+            return address.get(name, cross) is not None
         if name in ATTENTION_SITES:
             return block.attention is not None
         if name == "resid_mid":
@@ -124,14 +135,19 @@ class Model:
 
     # --- weights -------------------------------------------------------------------------------
 
-    def W_O(self, layer: int) -> Tensor:
-        """Output projection of a layer, one slice a head [n_heads d_head d_model]."""
-        block = self.spec.blocks[layer]
-        return self._attention_output(layer)[0].reshape(block.n_heads, block.d_head, -1)
+    def W_O(self, layer: int, *, cross: bool = False) -> Tensor:
+        """Output projection of a layer, one slice a head [n_heads d_head d_model].
 
-    def b_O(self, layer: int) -> Tensor:
+        `cross`: that of its attention to a source, which maps cross_z to cross_out.
+        """
+        W, _ = self._attention_output(layer, cross)
+        of = self.spec.blocks[layer].cross if cross else self.spec.blocks[layer]
+        assert of is not None
+        return W.reshape(of.n_heads, of.d_head, -1)
+
+    def b_O(self, layer: int, *, cross: bool = False) -> Tensor:
         """Bias of a layer's output projection [d_model]; zeros where it has none."""
-        return self._attention_output(layer)[1]
+        return self._attention_output(layer, cross)[1]
 
     def W_out(self, layer: int) -> Tensor:
         """What each neuron of a layer writes, before scale and norm [d_mlp d_model]."""
@@ -141,19 +157,20 @@ class Model:
         """Bias of the linear layer that reads a layer's neurons [d_model]; zeros where it has none."""
         return self._mlp_output(layer)[1]
 
-    def _attention_output(self, layer: int) -> tuple[Tensor, Tensor]:
-        self.layers_with("attn_out")
+    def _attention_output(self, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
+        self._layers_of("cross_out" if cross else "attn_out")
         block = self.spec.blocks[layer]
-        if block.W_O is None:
+        of = block.cross if cross else block
+        if of is None or of.W_O is None:
             raise Refused(f"layer {layer} of {self.id} has no attention output projection")
-        if block.between:
+        if block.between and not cross:
             what = "times a gate" if block.between == "gate" else "only through a function of it"
             raise Refused(
                 f"layer {layer} of {self.id}: '{block.W_O}' reads z {what}, so no head has a linear "
                 "map from z to its output; sites z and attn_out are there"
             )
-        width = block.n_heads * block.d_head
-        return linear_map(self.module.get_submodule(block.W_O), width, self.device)
+        width = of.n_heads * of.d_head
+        return linear_map(self.module.get_submodule(of.W_O), width, self.device)
 
     def _mlp_output(self, layer: int) -> tuple[Tensor, Tensor]:
         self.layers_with("mlp_post")
@@ -244,7 +261,8 @@ class Model:
         """Token ids, mask and positions of texts; padded on either side to the same result.
 
         `bos=True` puts a BOS token first where the tokenizer did not, `bos=False` leaves it out;
-        by default the tokenizer decides, as in Hugging Face.
+        by default the tokenizer decides, as in Hugging Face. For an encoder-decoder the texts are its
+        source, and its decoder has read its start token alone, as where `generate` begins.
         """
         if self.tokenizer is None:
             raise BadInput(
@@ -273,7 +291,7 @@ class Model:
         for i, row in enumerate(rows):
             where = slice(longest - len(row), None) if padding_side == "left" else slice(len(row))
             ids[i, where], mask[i, where] = torch.tensor(row), True
-        return Batch.of_ids(ids, mask)
+        return with_decoder_start(self.module, Batch.of_ids(ids, mask))
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each token's text, as it reads on its own; `#id` without a tokenizer."""
@@ -321,8 +339,18 @@ class Model:
             batch = Batch.of_inputs(data)
         else:
             batch = self.tokenize(data)
-        if "input_ids" in batch.inputs:
+        if not batch.has_source and is_encoder_decoder(self.module):
+            if isinstance(data, (Batch, Tensor)):
+                raise BadInput(
+                    f"{self.id} is an encoder-decoder and was given one sequence of token ids: give a "
+                    'source and what its decoder has read, {"input_ids": …, "decoder_input_ids": …}, '
+                    "or the source as a text"
+                )
+            batch = with_decoder_start(self.module, batch)
+        if batch.has_source or "input_ids" in batch.inputs:
             self._check_ids(batch.ids)
+        if batch.has_source:
+            check_source(self.module, batch)
         return batch.to(self.device)
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -355,7 +383,9 @@ class Model:
         """One forward pass: logits, captured activations, row statistics.
 
         Args:
-            data: text, token ids [batch pos], a Batch, or a mapping of model inputs.
+            data: text, token ids [batch pos], a Batch, or a mapping of model inputs. For an
+                encoder-decoder a text is the source, its decoder having read its start token alone; or
+                a mapping with `input_ids` (the source) and `decoder_input_ids`.
             capture: sites to keep, after edits. Captured tensors are views where they can be.
             edits: applied in order at their sites.
             statistics: row statistics by name (`interp.run.statistics`), streamed over the pattern.
@@ -458,6 +488,12 @@ class Model:
             return self.n_layers - 1
         return min(min(edit.layers(self.layers_with(edit.site.name))) for edit in edits)
 
+    def _layers_of(self, name: str) -> list[int]:
+        if layers := self.layers_with(name):
+            return layers
+        why = "no block attends to a source" if name in CROSS_SITES else "no layer has it"
+        raise Refused(f"{self.id} cannot give '{name}': {self.spec.refused.get('z', why)}")
+
     def _length(self, run: Run) -> int:
         layer = run.cache.layers("resid_pre")
         if not layer:
@@ -470,20 +506,21 @@ class Model:
         plan = Plan()
         for text in [capture] if isinstance(capture, (str, Site)) else capture:
             site = Site.parse(text)
-            layers = self.layers_with(site.name)
+            layers = self._layers_of(site.name)
             if site.layer is not None and site.layer not in layers:
                 raise BadInput(
                     f"no site '{site}' in {self.id}: layers are 0 to {self.n_layers - 1}"
                 )
             if site.head is not None:
                 block = self.spec.blocks[site.layer or 0]
-                n_heads = block.n_kv_heads if site.name in ("k", "v") else block.n_heads
+                of = block.cross if site.name in CROSS_SITES else block
+                n_heads = of.n_kv_heads if "n_kv_heads" in site.axes else of.n_heads
                 if site.head >= n_heads:
                     raise BadInput(f"no site '{site}' in {self.id}: heads are 0 to {n_heads - 1}")
             for layer in layers if site.layer is None else [site.layer]:
                 plan.capture.add((site.name, layer))
         for edit in edits:
-            for layer in edit.layers(self.layers_with(edit.site.name)):
+            for layer in edit.layers(self._layers_of(edit.site.name)):
                 plan.edits.setdefault((edit.site.name, layer), []).append(edit)
         if statistics:
             self.layers_with("pattern")
@@ -530,7 +567,7 @@ class Model:
 
         def touch(name: str, layer: int, x: Tensor, start: int = 0) -> Tensor:
             for edit in plan.edits.get((name, layer), ()):
-                x = edit(x, Seen(layer, start, run.batch.mask))
+                x = edit(x, Seen(layer, start, run.batch.mask_of(name)))
             if (name, layer) in plan.capture:
                 run.cache.put(name, layer, x)
             return x
@@ -539,16 +576,18 @@ class Model:
             raise BadInput("stop_at=0 runs no block: nothing to capture")
         turns = Turns([block.name for block in self.spec.blocks]) if self.spec.shared else None
         if any(name in ATTENTION_SITES for name, _ in plan.sites) or plan.statistics is not None:
-            layers_of: dict[nn.Module, list[int]] = {}
+            places: dict[nn.Module, tuple[int, str]] = {}
             for layer, block in enumerate(self.spec.blocks):
-                if block.attention:
-                    module = self.module.get_submodule(block.attention)
-                    layers_of.setdefault(module, []).append(layer)
+                for of, prefix in ((block, ""), (block.cross, CROSS)):
+                    if of is not None and of.attention:
+                        module = self.module.get_submodule(of.attention)
+                        places.setdefault(module, (layer, prefix))
 
             def watch(module: nn.Module) -> Watch:
-                if not (layers := layers_of.get(module)):
+                if module not in places:
                     return Watch()
-                return RunWatch(turns.now if turns else layers[0], plan, touch, run)
+                layer, prefix = places[module]
+                return RunWatch(turns.now if turns else layer, plan, touch, run, prefix)
 
             stack.enter_context(window(self.module, watch))
         if turns:
@@ -581,10 +620,15 @@ class Model:
 
     def _outputs(self, block: BlockMap) -> Iterator[tuple[str, str, float | Tensor]]:
         """(site, module, factor) of the sites that are a module's output times a factor."""
-        for name, module in (("attn_out", block.attn_out), ("mlp_out", block.mlp_out)):
+        cross = block.cross
+        outs = [("attn_out", block.attn_out), ("mlp_out", block.mlp_out)]
+        outs += [("cross_out", cross.out)] if cross else []
+        for name, module in outs:
             if module is not None:
                 yield name, module, 1.0
-        for name, write in (("attn_write", block.attn_write), ("mlp_write", block.mlp_write)):
+        writes = [("attn_write", block.attn_write), ("mlp_write", block.mlp_write)]
+        writes += [("cross_write", cross.write)] if cross else []
+        for name, write in writes:
             if write is not None:
                 yield name, write.module, write.factor(self.module)
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.attention import implementation
-from interp.models.calls import call_model, output_tensor, text_config
+from interp.models.calls import call_model, is_encoder_decoder, output_tensor, text_config
 from interp.models.discover import discover
 from interp.models.recording import record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, verify
 from interp.run.batch import Batch
 
-PROBE_ROWS, PROBE_LENGTH = 2, 7
+PROBE_ROWS, PROBE_LENGTH, PROBE_TARGET = 2, 7, 5
 ANY_IMAGE = 64
 """Pixels a side for models whose config names no size, since they take any."""
 
@@ -77,7 +77,9 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
     Padded rows need to be told positions, and in the numbers of the model.
     """
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    if "input_ids" not in batch.inputs or not isinstance(pad, int) or pad < 0:
+    if batch.has_source or "input_ids" not in batch.inputs:
+        return 0
+    if not isinstance(pad, int) or pad < 0:
         return 0
     positions = torch.arange(batch.ids.shape[1])[None].to(batch.ids)
     told = Batch({**batch.inputs, "position_ids": positions})
@@ -88,7 +90,16 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
 
 
 def probe_batch(module: nn.Module) -> Batch:
-    """Random inputs of the kind the model takes."""
+    """Random inputs of the kind the model takes; for an encoder-decoder a source and a shorter target."""
+    source = _source(module)
+    if not is_encoder_decoder(module):
+        return source
+    generator = torch.Generator().manual_seed(1)
+    target = _random_ids(module, PROBE_TARGET, generator)
+    return Batch.of_inputs({**source.inputs, "decoder_input_ids": target})
+
+
+def _source(module: nn.Module) -> Batch:
     config: Any = getattr(module, "config", None)
     kind = getattr(module, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +121,11 @@ def probe_batch(module: nn.Module) -> Batch:
             f"{type(module).__name__} takes '{kind}' and only token and image models can be probed; "
             "pass its text or vision part"
         )
+    return Batch.of_ids(_random_ids(module, PROBE_LENGTH, generator))
+
+
+def _random_ids(module: nn.Module, length: int, generator: torch.Generator) -> Tensor:
+    """Token ids [PROBE_ROWS length] that are no special token's."""
     d_vocab = text_config(module).vocab_size
     special = {
         value
@@ -117,5 +133,4 @@ def probe_batch(module: nn.Module) -> Batch:
         if key.endswith("token_id") and isinstance(value, int)
     }
     usable = torch.tensor([i for i in range(d_vocab) if i not in special] or [0])
-    picks = torch.randint(len(usable), (PROBE_ROWS, PROBE_LENGTH), generator=generator)
-    return Batch.of_ids(usable[picks])
+    return usable[torch.randint(len(usable), (PROBE_ROWS, length), generator=generator)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.recording import AttentionCall, ModuleCall, Recording
-from interp.models.spec import BlockMap, Source
+from interp.models.spec import BlockMap, CrossAttention, Source
 from interp.models.stack import Layer
 from interp.run.batch import Batch
 
@@ -42,6 +42,16 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
         name for name in readers if not any(other.startswith(name + ".") for other in readers)
     ]
     return with_output(layer, replace(block, W_O=innermost[0]), key)
+
+
+def cross_attention(layer: Layer, key: int | str, batch: Batch) -> CrossAttention:
+    """Heads and W_O of one layer's attention to a source."""
+    own = replace(layer, attention=layer.cross)
+    found = attention_map(own, BlockMap(layer.name), key, batch)
+    found = found if found.attn_out else with_output(own, found, key)
+    assert found.attention is not None
+    sizes = (found.n_heads, found.n_kv_heads, found.d_head)
+    return CrossAttention(found.attention, *sizes, found.W_O, found.attn_out)
 
 
 def gated_attention_map(

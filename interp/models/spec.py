@@ -41,13 +41,32 @@ class Source:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """A block's attention over another sequence (the source): where it is, and what it writes.
+
+    `out`: the module that returns its output, W_O in most models; `W_O` is None where something stands
+    between z and it.
+    """
+
+    attention: str
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    W_O: str | None
+    out: str | None
+    write: Write | None = None
+
+
+@dataclass(frozen=True)
 class BlockMap:
     """Addresses inside one block; None where the block has no such thing or it was not found.
 
     A block computes `resid_mid = norm_mid(resid_pre + before_mid)` and `resid_post = norm_post(resid_mid
     + the rest)`, where the norms are the identity if None (BERT has both, most models neither), and
     `before_mid` are the writes made before the MLP reads. Writes are attn_write, mlp_write and `others`:
-    a state-space layer or a convolution, a second attention, what comes besides an MLP.
+    a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
+    attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
+    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`.
 
     `parallel`: attention and MLP read the same input. `direct`: the attention output is written as
     it is (times `attn_write.scale`), with no norm in between. `attn_out`: the module that returns the
@@ -71,7 +90,10 @@ class BlockMap:
     d_mlp: int = 0
     mlp_out: str | None = None
     mlp_write: Write | None = None
+    cross: CrossAttention | None = None
     others: tuple[Write, ...] = ()
+    before_first: tuple[Write, ...] = ()
+    norm_first: str | None = None
     before_mid: tuple[Write, ...] = ()
     norm_mid: str | None = None
     norm_post: str | None = None
@@ -82,8 +104,9 @@ class BlockMap:
     @property
     def writes(self) -> tuple[Write, ...]:
         """Everything the block adds to the residual stream."""
-        main = tuple(write for write in (self.attn_write, self.mlp_write) if write is not None)
-        return main + self.others
+        cross = None if self.cross is None else self.cross.write
+        main = (self.attn_write, cross, self.mlp_write)
+        return tuple(write for write in main if write is not None) + self.others
 
 
 @dataclass(frozen=True)
@@ -167,6 +190,11 @@ class Spec:
             if norm := block.norm_mid or block.norm_post:
                 return (
                     f"'{block.name}' normalises the residual stream after adding to it ('{norm}')"
+                )
+            if block.cross is not None:
+                return (
+                    f"'{block.name}' writes its attention to the source ('{block.cross.attention}') to "
+                    "the residual stream besides (site cross_write)"
                 )
             if block.others:
                 return (

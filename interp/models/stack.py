@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,17 +11,18 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models.recording import AttentionCall, ModuleCall, Recording
-from interp.sites import AXES
+from interp.sites import AXES, CROSS_SITES
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of a block: what happened during it, and its attention call if it has one."""
+    """One call of a block: what happened during it, its attention call and the one to a source, if any."""
 
     name: str
     call: ModuleCall
     inside: Recording
     attention: AttentionCall | None
+    cross: AttentionCall | None = None
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given."""
@@ -31,13 +32,14 @@ class Layer:
 def find_stack(seen: Recording, refused: dict[str, str]) -> tuple[str, list[Layer], int | str]:
     """The name of the list of blocks, its layers, and where their calls have the hidden state."""
     placed, outside = _place(seen)
+    placed = _decoder(seen, placed) or placed
     if not placed:
         why = (
             f"{type(seen.module).__name__} does not call transformers' attention interface"
             if not outside
             else f"attention module '{outside[0]}' stands in no ModuleList of blocks"
         )
-        for site in set(AXES) - {"embed", "resid_pre", "resid_post"}:
+        for site in set(AXES) - {"embed", "resid_pre", "resid_post", *CROSS_SITES}:
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         stack = _largest_chain(seen)
     elif len(placed) > 1:
@@ -59,14 +61,58 @@ def find_stack(seen: Recording, refused: dict[str, str]) -> tuple[str, list[Laye
         raise Refused(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
+    layers = [with_cross(layer, key) for layer in layers]
     for layer in layers:
-        if (several := len(layer.inside.attention)) > 1:
-            again = "one module " if len({c.module for c in layer.inside.attention}) == 1 else ""
+        own = [call for call in layer.inside.attention if call is not layer.cross]
+        if (several := len(own)) > 1:
+            again = "one module " if len({call.module for call in own}) == 1 else ""
             raise Refused(
-                f"block '{layer.name}' attends {several} times ({again or 'cross-attention or several '}"
-                "branches); one attention a block can be addressed"
+                f"block '{layer.name}' attends {several} times ({again or 'several '}branches); one "
+                "attention a block, and one to a source, can be addressed"
             )
     return stack, layers, key
+
+
+def _decoder(seen: Recording, placed: list[str]) -> list[str]:
+    """Of several lists the one whose blocks attend to a source besides, where it is the last to be called."""
+    if len(placed) < 2:
+        return []
+    stacks = {name: layers_of(seen, name) for name in placed}
+    last = max(placed, key=lambda name: stacks[name][-1].call.order)
+    key = _hidden_key(stacks[last])
+    attends = key is not None and any(with_cross(layer, key).cross for layer in stacks[last])
+    return [last] if attends else []
+
+
+def with_cross(layer: Layer, key: int | str) -> Layer:
+    """The layer with its attention to a source told apart: its keys or values are made of something else
+    that the block was given than the hidden state at `key`. A block's only attention stays `attention`.
+    """
+    given = [
+        x
+        for at, x in zip(layer.call.keys, layer.call.inputs, strict=True)
+        if at != key and x.ndim == 3
+    ]
+    calls = layer.inside.attention
+    cross = [call for call in calls if given and _reads_any(layer.inside, call, given)]
+    own = [call for call in calls if not any(call is other for other in cross)]
+    if len(cross) != 1 or not own:
+        return layer
+    return replace(layer, attention=own[0], cross=cross[0])
+
+
+def _reads_any(seen: Recording, attention: AttentionCall, given: list[Tensor]) -> bool:
+    """Whether a linear layer that an attention module calls before it attends reads one of these."""
+    name = seen.names[attention.module]
+    outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
+    return any(
+        len(call.inputs) > 0 and any(torch.equal(call.inputs[0], x) for x in given)
+        for path, calls in seen.calls.items()
+        if path.startswith(name + ".")
+        and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
+        for call in calls
+        if outer and outer[0].start <= call.start and call.order <= attention.order
+    )
 
 
 def layers_of(seen: Recording, stack: str) -> list[Layer]:
@@ -120,8 +166,10 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
     """
     levels: list[list[str]] = []
     outside = []
+    around = []
     for call in seen.attention:
         places = _lists_around(seen.module, seen.names[call.module])
+        around.append(places)
         if not places:
             outside.append(seen.names[call.module])
         for level, name in enumerate(places):
@@ -130,7 +178,9 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
             if name not in levels[level]:
                 levels[level].append(name)
     single = [level for level in levels if len(level) == 1]
-    return (single or levels or [[]])[0], outside
+    # Two stacks of blocks that are lists: the fewest lists that hold every call.
+    whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
+    return (single or sorted(whole, key=len) or levels or [[]])[0], outside
 
 
 def _lists_around(module: nn.Module, name: str) -> list[str]:

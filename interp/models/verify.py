@@ -13,8 +13,9 @@ from interp.errors import BadInput
 from interp.models.calls import at_home, unembed
 from interp.models.recording import Recording
 from interp.models.spec import Check, Spec, Write, module_device
-from interp.models.stack import Layer, layers_of
+from interp.models.stack import Layer, layers_of, with_cross
 from interp.models.weights import linear_map
+from interp.sites import ATTENTION_SITES, SELF_SITES
 
 Check_ = Callable[..., bool]
 """Tries one identity: (name, got, wanted, detail, the sites it vouches for)."""
@@ -34,7 +35,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     may be twice as far from them.
     """
     checks, refused = [], dict(spec.refused)
-    layers = layers_of(seen, spec.stack)
+    layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
     dtype = seen.output.dtype
     relative = RELATIVE_TOLERANCE.get(dtype, 6e-2)
 
@@ -65,30 +66,10 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
             seen.output,
             plain,
             "logits under the window equal the model's own",
-            ("q", "k", "v", "scores", "pattern", "z"),
+            ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
             max(relative, 2 * between_kernels),
         )
-    outs, sums = [], []
-    for layer, block in zip(layers, spec.blocks, strict=True):
-        if block.W_O and block.between == "":
-            assert layer.attention is not None
-            z = layer.attention.tensors["z"]
-            W, b = _linear(seen, block.W_O, block.n_heads * block.d_head)
-            heads = torch.einsum(
-                "bphd,hdm->bpm", z.double(), W.reshape(block.n_heads, block.d_head, -1)
-            )
-            out = layer.inside.call(block.attn_out or block.W_O).output
-            assert out is not None
-            outs.append(out.reshape(heads.shape))
-            sums.append(heads + b)
-    if outs:
-        check(
-            "heads",
-            torch.cat(sums, -1),
-            torch.cat(outs, -1),
-            "head outputs plus bias sum to the attention output",
-            ("attn_out",),
-        )
+    _check_heads(spec, layers, check)
     _check_linear(spec, layers, check)
     linked = True
     if len(layers) > 1:
@@ -113,6 +94,33 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         if spec.readout and not passed:
             spec = replace(spec, readout=(), absent=spec.absent - {"unembedding"})
     return replace(spec, checks=tuple(checks), refused=refused)
+
+
+def _check_heads(spec: Spec, layers: list[Layer], check: Check_) -> None:
+    """Head outputs, of the attention and of that to a source, sum to what W_O returns."""
+    for name, what, site in (
+        ("heads", "the attention output", "attn_out"),
+        ("cross heads", "the output of the attention to a source", "cross_out"),
+    ):
+        outs, sums = [], []
+        for layer, block in zip(layers, spec.blocks, strict=True):
+            if site == "cross_out":
+                of, call, returns = block.cross, layer.cross, block.cross and block.cross.out
+            else:
+                of, call, returns = block, layer.attention, block.attn_out
+            if of is None or of.W_O is None or (block.between and site == "attn_out"):
+                continue
+            assert call is not None
+            z = call.tensors["z"]
+            W, b = _linear(layer.inside, of.W_O, of.n_heads * of.d_head)
+            heads = torch.einsum("bphd,hdm->bpm", z.double(), W.reshape(of.n_heads, of.d_head, -1))
+            out = layer.inside.call(returns or of.W_O).output
+            assert out is not None
+            outs.append(out.reshape(heads.shape))
+            sums.append(heads + b)
+        if outs:
+            made, wanted = torch.cat(sums, -1), torch.cat(outs, -1)
+            check(name, made, wanted, f"head outputs plus bias sum to {what}", (site,))
 
 
 def _check_linear(spec: Spec, layers: list[Layer], check: Check_) -> None:
@@ -143,6 +151,8 @@ def _check_writes(spec: Spec, layers: list[Layer], linked: bool, check: Check_) 
     if not all(block.writes for block in spec.blocks):
         return
     sites = ("attn_write", "mlp_write", "resid_mid")
+    if any(block.cross for block in spec.blocks):
+        sites += ("cross_write",)
     final = layers[-1].call.output
     assert final is not None
     if not any(block.norm_mid or block.norm_post for block in spec.blocks):
@@ -156,7 +166,11 @@ def _check_writes(spec: Spec, layers: list[Layer], linked: bool, check: Check_) 
     for layer, block in zip(layers, spec.blocks, strict=True):
         x, before = layer.hidden(spec.hidden), block.before_mid
         if block.norm_mid is not None:
-            x = _normed(layer, block.norm_mid, added(x.double(), layer, before).to(x))
+            if block.norm_first is not None:
+                first = added(x.double(), layer, block.before_first).to(x)
+                x = _normed(layer, block.norm_first, first)
+            second = tuple(write for write in before if write not in block.before_first)
+            x = _normed(layer, block.norm_mid, added(x.double(), layer, second).to(x))
         else:
             before = ()
         rest = tuple(write for write in block.writes if write not in before)

@@ -44,6 +44,9 @@ class Sums:
     norm_post: str | None = None
     n_before_mid: int | None = None
     """How many of the writes norm_mid reads; None where there is no norm_mid."""
+    norm_first: str | None = None
+    n_before_first: int = 0
+    """A norm before norm_mid, and how many of the writes it reads."""
 
     @property
     def is_plain(self) -> bool:
@@ -78,12 +81,34 @@ def _sums(
         for order, norm_mid, x_mid, mid in norms:
             if norm_mid == norm_post:
                 continue
-            first = _solve(pre, x_mid.double(), [c for c in inside if c.order < order], dtype)
-            if first is None:
-                continue
             later = [c for c in inside if c.order > order]
-            if rest := _solve(mid.double(), x.double(), later, dtype):
+            rest = _solve(mid.double(), x.double(), later, dtype)
+            if rest is None:
+                continue
+            before = [c for c in inside if c.order < order]
+            if first := _solve(pre, x_mid.double(), before, dtype):
                 return Sums(first + rest, norm_mid, norm_post, len(first))
+            if layer.cross and (found := _twice(pre, x_mid, before, norms, dtype)):
+                first, second, norm = found
+                n = len(first) + len(second)
+                return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
+    return None
+
+
+def _twice(
+    pre: Tensor,
+    x_mid: Tensor,
+    candidates: list[Candidate],
+    norms: list[tuple[int, str, Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> tuple[list[tuple[Candidate, float]], list[tuple[Candidate, float]], str] | None:
+    """Writes before and after a norm that stands before x_mid, and that norm: attention, then to a source."""
+    for order, norm, x, out in norms:
+        earlier = [c for c in candidates if c.order < order]
+        later = [c for c in candidates if c.order > order]
+        first = _solve(pre, x.double(), earlier, dtype)
+        if first and (second := _solve(out.double(), x_mid.double(), later, dtype)):
+            return first, second, norm
     return None
 
 
@@ -194,7 +219,15 @@ def write_map(
     `by_position` are the branches that may be an MLP, None where every one that is not attention may.
     """
     gains = [gain for _, gain in _parameters(layer.inside, layer.name, candidates[0])]
-    from_attention = _downstream(layer.inside, block, candidates, gains)
+    cross = block.cross
+    from_attention = _downstream(
+        layer.inside, (block.W_O, block.attn_out, block.attention), candidates, gains
+    )
+    from_source = (
+        _downstream(layer.inside, (cross.W_O, cross.out, cross.attention), candidates, gains)
+        if cross
+        else []
+    )
     others: list[Write] = []
     writes: list[Write] = []
     for candidate, scale in sums.writes:
@@ -208,6 +241,8 @@ def write_map(
             block = replace(
                 block, attn_write=write, direct=plain and block.W_O in candidate.modules
             )
+        elif cross and cross.write is None and any(c is candidate for c in from_source):
+            cross = replace(cross, write=write)
         elif block.mlp_write is None and (
             by_position is None
             or branch_of(layer.name, candidate, layer, candidates) in by_position
@@ -226,7 +261,10 @@ def write_map(
     ]
     block = replace(
         block,
+        cross=cross,
         others=tuple(others),
+        before_first=tuple(writes[: sums.n_before_first]),
+        norm_first=sums.norm_first,
         norm_mid=sums.norm_mid,
         norm_post=sums.norm_post,
         convolved=convolved[0] if convolved else None,
@@ -236,6 +274,11 @@ def write_map(
             "attn_write",
             f"'{block.name}' does not add its attention's output to the residual stream",
         )
+    if cross and cross.write is None:
+        why = (
+            f"'{block.name}' does not add the output of '{cross.attention}' to the residual stream"
+        )
+        refused.setdefault("cross_write", why)
     return _with_mid(layer, block, sums, writes, key)
 
 
@@ -272,17 +315,20 @@ def _with_mid(
 
 def _downstream(
     seen: Recording,
-    block: BlockMap,
+    addresses: tuple[str | None, str | None, str | None],
     candidates: list[Candidate],
     gains: list[Tensor],
 ) -> list[Candidate]:
-    """Candidates that are the attention output, passed through dropout, scaling or a norm or not."""
-    starts = [name for name in (block.W_O, block.attn_out, block.attention) if name]
+    """Candidates that are an attention's output, passed through dropout, scaling or a norm or not.
+
+    `addresses`: its W_O, the module that returns its output, and its module.
+    """
+    starts = [name for name in addresses if name]
     reached = [
         candidate
         for candidate in candidates
         if any(
-            name in starts or (block.attention or "?").startswith(name + ".")
+            name in starts or (addresses[-1] or "?").startswith(name + ".")
             for name in candidate.modules
         )
     ]

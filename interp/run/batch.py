@@ -9,10 +9,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from interp.sites import AXES
+
 
 @dataclass(frozen=True)
 class Batch:
     """Model inputs by name, with a mask of the positions that hold a real token (or patch).
+
+    Of an encoder-decoder, `ids` and `mask` are those of the decoder, whose positions the sites have;
+    the encoder's are `inputs["input_ids"]` (or an image, or sound) and `source_mask`.
 
     >>> batch = Batch.of_ids(torch.tensor([[5, 6, 7], [8, 9, 1]]))
     >>> batch.size, batch.repeat(2).ids.shape, bool(batch.padded)
@@ -36,6 +41,8 @@ class Batch:
     @staticmethod
     def of_inputs(inputs: Mapping[str, Tensor]) -> Batch:
         """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns."""
+        if "decoder_input_ids" in inputs:
+            return Batch._of_decoder(inputs)
         mask = inputs.get("attention_mask")
         mask = None if mask is None else mask.bool()
         if "input_ids" not in inputs or "position_ids" in inputs:
@@ -44,10 +51,38 @@ class Batch:
         rest = {name: x for name, x in inputs.items() if name != "attention_mask"}
         return Batch({**rest, **batch.inputs}, batch.mask)
 
+    @staticmethod
+    def _of_decoder(inputs: Mapping[str, Tensor]) -> Batch:
+        ids, mask = inputs["decoder_input_ids"], inputs.get("decoder_attention_mask")
+        target = Batch.of_ids(ids, mask)
+        told = {f"decoder_{name}": x for name, x in target.inputs.items()}
+        rest = {name: x for name, x in inputs.items() if name != "decoder_attention_mask"}
+        return Batch({**rest, **told}, target.mask)
+
+    def with_decoder_start(self, start: int) -> Batch:
+        """The batch of these inputs of an encoder, with a decoder that has read the token `start` alone."""
+        first = torch.full((self.size, 1), start, device=next(iter(self.inputs.values())).device)
+        return Batch.of_inputs({**self.inputs, "decoder_input_ids": first})
+
+    @property
+    def has_source(self) -> bool:
+        """Whether this is a batch of an encoder-decoder."""
+        return "decoder_input_ids" in self.inputs
+
     @property
     def ids(self) -> Int[Tensor, "batch pos"]:
-        """Token ids; KeyError for a batch of images."""
-        return self.inputs["input_ids"]
+        """Token ids, of an encoder-decoder the decoder's; KeyError for a batch of images."""
+        return self.inputs["decoder_input_ids" if self.has_source else "input_ids"]
+
+    @property
+    def source_mask(self) -> Bool[Tensor, "batch source_pos"] | None:
+        """Which positions of an encoder-decoder's source are real; None where all are."""
+        mask = self.inputs.get("attention_mask") if self.has_source else None
+        return None if mask is None else mask.bool()
+
+    def mask_of(self, site: str) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of a site's second axis are real: of the source, for cross_k and cross_v."""
+        return self.source_mask if AXES[site][1] == "source_pos" else self.mask
 
     @property
     def size(self) -> int:

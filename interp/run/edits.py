@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
-from interp.sites import PATTERN_AXES, Site, has_heads, head_axis, ranges
+from interp.sites import Site, by_query, has_heads, head_axis, ranges
 
 Positions = Sequence[int] | Tensor | None
 
@@ -100,7 +100,7 @@ class Edit:
 
         Scores and patterns are averaged over rows alone, each query and key by itself.
         """
-        of_pattern = Site.parse(site).axes == PATTERN_AXES
+        of_pattern = by_query(Site.parse(site).name)
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             if mean is not None:
@@ -137,7 +137,7 @@ class Edit:
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             new = value[seen.layer] if isinstance(value, Mapping) else value
-            if Site.parse(site).axes == PATTERN_AXES and new.ndim == 4:
+            if by_query(Site.parse(site).name) and new.ndim == 4:
                 new = new[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]]
             return new.to(x)
 
@@ -206,7 +206,7 @@ class Edit:
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
     def _position_mask(self, x: Tensor, seen: Seen) -> Tensor:
-        axis = 2 if self.site.axes == PATTERN_AXES else 1
+        axis = 2 if by_query(self.site.name) else 1
         here = torch.arange(seen.start, seen.start + x.shape[axis], device=x.device)
         positions = torch.as_tensor(self.positions, device=x.device)
         # A chunk has not all queries, and in a causal model not all keys.

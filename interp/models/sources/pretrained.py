@@ -136,9 +136,12 @@ def _named_class(config: Mapping[str, Any]) -> Any:
 
 
 def _model_class(config: Mapping[str, Any], trust_remote_code: bool, gguf_class: str | None) -> Any:
-    """The class to load with: what the checkpoint names, else a causal LM, else the bare model."""
+    """The class to load with: what the checkpoint names, else a language model, else the bare model."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
 
     if gguf_class:
         return getattr(transformers, gguf_class)
@@ -151,7 +154,10 @@ def _model_class(config: Mapping[str, Any], trust_remote_code: bool, gguf_class:
         auto.sort(key=lambda key: (key != "AutoModelForCausalLM", key == "AutoModel", key))
         if auto and hasattr(transformers, auto[0]):
             return getattr(transformers, auto[0])
-    if config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder") and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModel
 
