@@ -3,10 +3,14 @@
 
 const on = (id, type, listener) => $(id).addEventListener(type, listener);
 
-const PALETTE = { // Okabe and Ito; the commonest role gets the grey
+const PALETTE = { // begins with Okabe and Ito; the commonest role gets the grey
   previous_token: "#56b4e9", fixed_offset: "#0072b2", current_token: "#cc79a7",
   first_token_sink: "#999999", duplicate_token: "#f0e442", induction: "#d55e00",
-  recency: "#009e73", broad: "#e69f00", delimiter: "#8c6bb1", rare_token: "#a6761d", later_sink: "#606060",
+  recency: "#009e73", broad: "#e69f00", delimiter: "#8c6bb1", rare_token: "#8a7a1c", later_sink: "#606060",
+  retrieval: "#8b1020", episodic: "#e0208a", copying: "#22d3b6", suppression: "#2426a8", no_op: "#e3a8ff", switching: "#5cb81e",
+  // of encoders and image models: never beside the role that has the same colour above
+  next_token: "#d55e00", separator: "#009e73", cls: "#999999", cls_reads: "#8b1020",
+  patch_offset: "#0072b2", patch_window: "#009e73", register: "#606060", patch_sink: "#d55e00",
 };
 const RAMPS = {
   light: ["#eef2f4", "#c5dfe4", "#7dbccb", "#3a8fb0", "#1f5c93", "#1c2a5c"],
@@ -45,7 +49,7 @@ function indexHeads() {
   detectors = report.detectors;
   heads = columns.layer.map((_, i) => i);
   if (!report.labels.length) report.labels = heads.map(() => []);
-  const spare = Object.values(PALETTE).filter((colour) => !detectors.some((d) => PALETTE[d.name] === colour));
+  const spare = [...new Set(Object.values(PALETTE))].filter((colour) => !detectors.some((d) => PALETTE[d.name] === colour));
   roles = {};
   for (const d of detectors) {
     if (d.labels === false) continue;
