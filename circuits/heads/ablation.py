@@ -1,7 +1,7 @@
-"""Does it matter: the change in loss when a head's output is replaced by its mean.
+"""Does it matter: the change in loss when a head's output is replaced by its mean, by zero, or by another prompt's.
 
 Each labelled head is mean-ablated on the prompts its role serves, beside as many unlabelled heads of
-the same layers. Blocks before the head are not computed again, and many heads share one forward.
+the same layers. Blocks before the head are not computed again, and all heads of a layer share forwards.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from circuits.heads.claims import INTERVAL, resampling
+from circuits.heads.judge import Judge, judge_of
+from interp.data.images import Images
 from interp.data.prompts import Prompts
-from interp.metrics import loss
+from interp.errors import Refused, unknown
 from interp.models.model import Model
 from interp.run.cache import Run
 from interp.run.edits import Edit
@@ -26,17 +28,18 @@ from interp.run.resume import Checkpoint
 
 Head = tuple[int, int]
 
-METRICS = {
-    "repeated": "loss on the second half of repeated sequences",
-    "text": "loss on prose",
-}
+KINDS = {"mean": Edit.mean, "zero": Edit.zero, "resample": Edit.resample}
+"""What stands in place of a head's z: its mean over prompts and positions, zero, or z of another prompt."""
+
+TOKENS_PER_FORWARD = 8192
+"""All heads of a layer together where the prompts are few: large products cost less a token than small ones."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which heads are ablated on one prompt set, and which of them are controls."""
 
-    prompts: Prompts
+    judge: Judge
     labelled: tuple[Head, ...]
     controls: tuple[Head, ...]
 
@@ -60,7 +63,7 @@ def matched_heads(
 
 
 def plan_ablations(
-    table: pd.DataFrame, serves: dict[str, str], sets: dict[str, Prompts], seed: int
+    table: pd.DataFrame, serves: dict[str, str], sets: dict[str, Judge], seed: int
 ) -> dict[str, Plan]:
     """For each metric, the labelled heads whose role it serves, and their controls.
 
@@ -75,7 +78,7 @@ def plan_ablations(
     }
     kinds = {head: {serves[role] for role in mine} for head, mine in roles.items()}
     plans = {}
-    for metric, prompts in sets.items():
+    for metric, judge in sets.items():
         heads = [
             head
             for head, kind in kinds.items()
@@ -92,61 +95,74 @@ def plan_ablations(
             pool.sort(key=lambda head: len(roles[head]) > 0)  # unlabelled first
             controls += sorted(pool[:wanted])
         if heads:
-            plans[metric] = Plan(prompts, tuple(heads), tuple(controls))
+            plans[metric] = Plan(judge, tuple(heads), tuple(controls))
     return plans
 
 
 def ablation_effects(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | Images | Judge,
     heads: Sequence[Head],
     *,
+    kind: str = "mean",
     checkpoint: Checkpoint | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
-    """Change in each prompt's loss when a head's z is replaced by its mean over all prompts and positions.
+    """Change in each prompt's loss when a head's z is replaced: exact, every head alone.
 
     Args:
-        prompts: repeated tokens (loss on the second half) or text (loss on all of it).
+        prompts: repeated tokens (loss on the second half), text (loss on all of it), images (KL of class
+            probabilities), or what else judges (`circuits.heads.judge`).
         heads: (layer, head) pairs.
+        kind: "mean" over all prompts and positions, "zero", or "resample": the same positions of another
+            prompt, drawn so that every prompt gets another's.
 
-    Returns: [len(heads) n_prompts], nats a token; positive where the head lowers the loss.
+    Returns: [len(heads) n_prompts], nats (a token); positive where the head lowers the loss.
+
+    Raises:
+        BadInput: an unknown kind. Refused: a model without a loss to judge by.
 
     What it does not show: that other heads could not make up for this one (a small effect), or that
     its role is why it matters (a large one).
     """
+    if kind not in KINDS:
+        raise unknown("kind of ablation", kind, list(KINDS))
+    judge = prompts if isinstance(prompts, Judge) else judge_of(model, prompts)
+    if judge is None:
+        raise Refused(f"{model.id} predicts neither tokens nor classes: nothing to judge heads by")
     checkpoint = Checkpoint() if checkpoint is None else checkpoint
     if not heads:
-        return np.zeros((0, len(prompts)))
-    read = prompts.judged
-    targets = prompts.ids[:, read + 1]
+        return np.zeros((0, len(judge)))
     layers = sorted({layer for layer, _ in heads})
 
     def measure(run: Run) -> Tensor:
         assert run.logits is not None
-        return loss(run.logits, targets).cpu()
+        return judge.score(run.logits).cpu()
 
     @cache
     def clean() -> tuple[Run, Tensor]:
         """The clean run and its loss, made only if some unit is not stored yet."""
         sites = [f"resid_pre.{layer}" for layer in layers]
-        run = model.run(prompts.batch, capture=sites, logits=read)
+        run = model.run(judge.batch, capture=sites, logits=judge.read)
         return run, measure(run)
 
-    effects = np.empty((len(heads), len(prompts)))
+    effects = np.empty((len(heads), len(judge)))
     for layer in layers:
         places = [i for i, (at, _) in enumerate(heads) if at == layer]
 
         def unit(places: list[int] = places) -> dict[str, np.ndarray]:
             run, clean_loss = clean()
-            variants = [[Edit.mean("z", heads=[heads[i]])] for i in places]
-            losses = torch.stack(model.replay(run, variants, measure, logits=read))
-            return {"effect": (losses - clean_loss).numpy()}
+            variants = [[KINDS[kind]("z", heads=[heads[i]])] for i in places]
+            losses = model.replay(
+                *(run, variants, measure),
+                logits=judge.read,
+                tokens_per_forward=TOKENS_PER_FORWARD,
+            )
+            return {"effect": (torch.stack(losses) - clean_loss).numpy()}
 
         names = "-".join(str(heads[i][1]) for i in places)
-        effects[places] = checkpoint.compute(f"ablate.{prompts.name}.{layer}.{names}", unit)[
-            "effect"
-        ]
+        done = checkpoint.compute(f"ablate.{kind}.{judge.name}.{layer}.{names}", unit)
+        effects[places] = done["effect"]
         advance(len(places))
     return effects
 
@@ -173,7 +189,7 @@ def ablation_columns(
             row = row_of[plan.labelled[i]]
             same = [mean[n + j] for j, (at, _) in enumerate(plan.controls) if at == layer]
             values = (mean[i], low[i], high[i], np.mean(same) if same else np.nan)
-            table.loc[row, "ablation_metric"] = METRICS[metric]
+            table.loc[row, "ablation_metric"] = plan.judge.title
             table.loc[
                 row, ["ablation_effect", "ablation_low", "ablation_high", "ablation_control"]
             ] = values

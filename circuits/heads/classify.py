@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from circuits.heads.ablation import METRICS, ablation_columns, ablation_effects, plan_ablations
+from circuits.heads.ablation import ablation_columns, ablation_effects, plan_ablations
 from circuits.heads.claims import MIN_PROMPTS, Claim, agreement, claims, heads_table
 from circuits.heads.clusters import head_clusters
 from circuits.heads.detector import Detector, choose
@@ -21,7 +21,9 @@ from circuits.heads.evidence import (
     evidence_patterns,
     evidence_prompts,
 )
-from circuits.heads.prompt_sets import TOKENS
+from circuits.heads.judge import judge_of
+from circuits.heads.power import power_notes, power_table
+from circuits.heads.prompt_sets import IMAGES, TOKENS
 from circuits.heads.scan import Sets, passes, prompt_sets, scan
 from circuits.heads.summary import strongest_heads
 from circuits.heads.usable import usable
@@ -38,6 +40,8 @@ from interp.run.resume import Checkpoint
 MIN_TOKENS = 16
 ABLATION_PROMPTS, ABLATION_TOKENS = 4, 64
 """Prompts a head is ablated on, and how many of prose's tokens each keeps after its lead."""
+JUDGED_ON = ("repeated", "text", IMAGES.name)
+"""Prompt sets on which heads are ablated."""
 
 
 def check_options(
@@ -86,8 +90,9 @@ def classify_heads(
     do they say that nothing else could do its job.
 
     An encoder gets its texts with CLS and separators as its tokenizer puts them; a model of images gets
-    images, and its heads are read on the grid of their patches. Neither is ablated: they have no
-    next-token loss. Detectors that make no sense on a model are listed as skipped, with the reason.
+    images, and its heads are read on the grid of their patches. Where a model predicts no next token, the
+    loss is that of masked tokens, or how far class probabilities move (KL); without such a head nothing is
+    ablated. Detectors that make no sense on a model are listed as skipped, with the reason.
 
     Args:
         model: from `interp.load`.
@@ -110,7 +115,8 @@ def classify_heads(
         progress: show progress bars; by default in a terminal or a notebook.
 
     Returns: a Report with tables "heads" (one row a head), "clusters" (heads whose scores are alike:
-        `circuits.heads.clusters`), "ov_tokens", and array "pattern".
+        `circuits.heads.clusters`), "power" (whether the prompts were enough: `circuits.heads.power`),
+        "ov_tokens", and array "pattern".
 
     Raises:
         BadInput: unknown detector, too few prompts. Refused: the model's patterns cannot be seen.
@@ -162,9 +168,11 @@ def classify_heads(
             advance(evidence)
         draws = 1 if given else seeds
         stability = _stability(model, verdicts, prompts, tokens, seed, draws, alpha, units, bars)
-    notes = _notes(model, sets, tokens)
+    power = power_table(verdicts, alpha)
+    notes = _notes(model, sets, tokens) + power_notes(power) + _stability_notes(stability)
     table["cluster"], clusters = head_clusters(table, [d.name for d in chosen])
     tables = {"heads": table} | ({"clusters": clusters} if len(clusters) else {})
+    tables |= {"power": power} if len(power) else {}
     tables |= _ov_tables(model, notes)
     for scores in found:
         if scores.detector.tables is not None:
@@ -253,6 +261,16 @@ def _stability(
     return {"seeds": seeds, **agreement(all_claims)}
 
 
+def _stability_notes(stability: dict[str, Any] | None) -> list[str]:
+    if stability is None:
+        return []
+    return [
+        f"Labels were made {stability['seeds']} times on prompts drawn anew: {stability['in_all']} of "
+        f"{stability['labels']} came back every time; mean agreement of two draws "
+        f"{stability['agreement']:.2f} (shared labels over all that either gave)."
+    ]
+
+
 def _ablated(
     model: Model,
     table: pd.DataFrame,
@@ -262,25 +280,21 @@ def _ablated(
     seed: int,
     bars: Progress,
 ) -> pd.DataFrame:
-    few = {
-        name: prompts.rows(slice(ABLATION_PROMPTS))
-        for name, (prompts, _) in sets.items()
-        if name in METRICS and isinstance(prompts, Prompts)
+    few: dict[str, Prompts | Images] = {
+        name: sets[name][0].rows(slice(ABLATION_PROMPTS)) for name in JUDGED_ON if name in sets
     }
-    if "text" in few:
-        few["text"] = few["text"].first(few["text"].lead + ABLATION_TOKENS)
-    causal_lm = (
-        model.spec.causal and model.spec.d_vocab is not None and model.spec.unembedding is not None
-    )
-    plans = (
-        plan_ablations(table, {d.name: d.serves for d in chosen}, few, seed) if causal_lm else {}
-    )
+    if isinstance(text := few.get("text"), Prompts) and text.causal:
+        few["text"] = text.first(text.lead + ABLATION_TOKENS)
+    judges = {name: judge for name, part in few.items() if (judge := judge_of(model, part))}
+    on_images = reads_images(model)
+    serves = {d.name: IMAGES.name if on_images else d.serves for d in chosen}
+    plans = plan_ablations(table, serves, judges, seed)
     advance = bars.stage(
         "Ablating heads", sum(len(p.labelled) + len(p.controls) for p in plans.values())
     )
     effects = {
         metric: ablation_effects(
-            model, plan.prompts, plan.labelled + plan.controls, checkpoint=units, advance=advance
+            model, plan.judge, plan.labelled + plan.controls, checkpoint=units, advance=advance
         )
         for metric, plan in plans.items()
     }

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from circuits.heads.ablation import ablation_effects
-from circuits.heads.detector import Detector, PerPrompt
+from circuits.heads.claims import INTERVAL, resampling
+from circuits.heads.detector import Detector, PerPrompt, head_table
 from circuits.heads.prompt_sets import REPEATED
+from circuits.heads.shapley import layer_relative
 from interp.data.prompts import repeated_tokens
 from interp.models.model import Model
 
@@ -36,6 +39,19 @@ def _by_layer(values: Mapping[int, Tensor]) -> Tensor:
 def _dot(z: Mapping[int, Tensor], grad: Mapping[int, Tensor]) -> Tensor:
     """Σ_t z_t · dL/dz_t of every prompt and head."""
     return _by_layer({layer: (z[layer] * grad[layer]).sum((1, 3)).float() for layer in z})
+
+
+def _relative(values: np.ndarray) -> np.ndarray:
+    """Each head's value over the root of its layer's sum of squares (`layer_relative`) [n_layers n_heads]."""
+    layers = np.arange(len(values)).repeat(values.shape[1])
+    relative = layer_relative(np.nan_to_num(values).ravel(), layers).reshape(values.shape)
+    return np.where(np.isnan(values), np.nan, relative)
+
+
+def _gradient_table(seen: Mapping[str, np.ndarray]) -> dict[str, pd.DataFrame]:
+    importance = seen["score"].mean(0)
+    table = head_table(importance=importance, layer_relative=_relative(importance))
+    return {"gradient_importance": table}
 
 
 def _gradient(z: Mapping[int, Tensor], grad: Mapping[int, Tensor]) -> dict[str, Tensor]:
@@ -64,7 +80,8 @@ GRADIENT = Detector(
     description="|Σ_t z_t · dL/dz_t|, L the loss (nats a token) on the second copy of repeated random "
     "tokens: how fast the loss changes as the head's output is scaled. For triage only: heads that matter "
     "can have small gradients.",
-    source="Michel et al. 2019, Are Sixteen Heads Really Better than One, eq. 2 (not normalised by layer)",
+    source="Michel et al. 2019, Are Sixteen Heads Really Better than One, eq. 2; the table "
+    "gradient_importance has it normalised by layer too, as there (§4.1)",
     reads=REPEATED,
     null="the same where the second half is fresh tokens (no repeat)",
     threshold=None,
@@ -72,6 +89,7 @@ GRADIENT = Detector(
     rank=20,
     unit="nats a token",
     from_gradient=_gradient,
+    tables=_gradient_table,
     serves="repeated",
     needs_logits=True,
     causal_only=True,
@@ -101,15 +119,31 @@ FIRST_ORDER = Detector(
 
 
 def _ablate_every_head(model: Model, n: int, seed: int) -> dict[str, np.ndarray]:
+    """Effects of every kind of ablation [n n_layers n_heads]; "score" and "null" are of mean ablation."""
     prompts, control = repeated_tokens(model, min(n, ROWS), seed=seed)
     heads = model.spec.heads
     found = {}
-    for key, rows in (("score", prompts), ("null", control)):
-        effects = ablation_effects(model, rows, heads)
+    for key, rows, kind in (
+        ("score", prompts, "mean"),
+        ("zero", prompts, "zero"),
+        ("resample", prompts, "resample"),
+        ("null", control, "mean"),
+    ):
+        effects = ablation_effects(model, rows, heads, kind=kind)
         found[key] = np.full((len(rows), model.n_layers, model.spec.n_heads), np.nan)
         for effect, (layer, head) in zip(effects, heads, strict=True):
             found[key][:, layer, head] = effect
     return found
+
+
+def _ablation_table(seen: Mapping[str, np.ndarray]) -> dict[str, pd.DataFrame]:
+    """Each kind's mean effect with its interval, and the mean ablation's over its layer's."""
+    draws = resampling(len(seen["score"]), 0)
+    columns = {}
+    for name, key in (("mean", "score"), ("zero", "zero"), ("resample", "resample")):
+        low, high = np.quantile(np.tensordot(draws, seen[key], 1), INTERVAL, axis=0)
+        columns |= {name: seen[key].mean(0), f"{name}_low": low, f"{name}_high": high}
+    return {"exact_ablation": head_table(**columns, layer_relative=_relative(columns["mean"]))}
 
 
 EXACT = Detector(
@@ -117,11 +151,13 @@ EXACT = Detector(
     title="Ablation, exact",
     letter="X",
     description="Change in loss (nats a token) on the second copy of repeated random tokens when this "
-    "head alone is replaced by its mean: exact, every head, four prompts. It does not show what several "
-    "heads do together: one can make up for another.",
+    "head alone is replaced by its mean: exact, every head, four prompts. The table exact_ablation has zero "
+    "and another prompt's output in its place too. It does not show what several heads do together: one can "
+    "make up for another.",
     source="mean ablation as in Wang et al. 2022, §2; exact by replay",
     reads=None,
     observe=_ablate_every_head,
+    tables=_ablation_table,
     null="the same where the second half is fresh tokens (no repeat)",
     threshold=None,
     margin=0.0,
