@@ -117,8 +117,9 @@ def test_notebook_frame_holds_the_page() -> None:
     document = page.head_page(head_report(2, 2, lengths=(4,)))
     frame = page.notebook_frame(document, height=500)
     assert 'sandbox="allow-scripts allow-downloads"' in frame
-    found = re.fullmatch(r'<iframe [^>]*srcdoc="([^"]*)"></iframe>', frame)
+    found = re.fullmatch(r'<iframe [^>]*srcdoc="([^"]*)">([^<]*)</iframe>', frame)
     assert found and html.unescape(found[1]) == document
+    assert "not trusted" in found[2]  # what is left where a notebook's frames are taken out
     assert "height:500px" in frame
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from interp.report import Report
 
 SCRIPTS = ("head_claims.js", "page.js")
+WITHOUT_FRAME = (
+    "The report is not shown here: this notebook is not trusted, or what shows it leaves frames out. "
+    "Trust the notebook, run the cell again, or save the report and open its report.html."
+)
 
 
 def head_page(report: Report) -> str:
@@ -50,7 +54,10 @@ def head_page(report: Report) -> str:
 
 
 def notebook_frame(page: str, *, height: int = 900) -> str:
-    """`page` in a sandboxed frame: the form that JupyterLab, nbconvert and other pages can show.
+    """`page` in a sandboxed frame: the form that JupyterLab, VS Code, Colab and nbconvert can show.
+
+    Notebooks that are not trusted are shown without frames. What stands inside the tag, and is never seen
+    beside a frame, is then all that is left.
 
     Example:
         >>> notebook_frame("<p>hello</p>", height=100)[:64]
@@ -59,7 +66,7 @@ def notebook_frame(page: str, *, height: int = 900) -> str:
     return (
         '<iframe title="interp report" sandbox="allow-scripts allow-downloads" '
         f'style="width:100%;height:{int(height)}px;border:0" '
-        f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
+        f'srcdoc="{html.escape(page, quote=True)}">{WITHOUT_FRAME}</iframe>'
     )
 
 

@@ -1,7 +1,7 @@
 // Opens one page in Chromium with the network blocked, plays the steps given on stdin as JSON, and
 // prints what it saw. stdin: {url, browser, viewport, dark, frame, serve, init, steps: [[name, ...arguments], ...]}
-// stdout: {results, errors, requests}. `frame` names an iframe in which the steps are played; `serve` maps
-// addresses to local files that stand in for the network.
+// stdout: {results, errors, requests}. `frame` names an iframe in which the steps are played, or the
+// way to it from frame to frame; `serve` maps addresses to local files that stand in for the network.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { chromium } from "playwright-core";
@@ -36,7 +36,8 @@ try {
   page.on("dialog", (dialog) => { seen.errors.push(`dialog: ${dialog.message()}`); dialog.dismiss(); });
   if (job.init) await page.addInitScript(job.init);
   await page.goto(job.url, { timeout: job.timeout ?? 30000 });
-  const target = job.frame ? await (await page.waitForSelector(job.frame)).contentFrame() : page;
+  let target = page;
+  for (const frame of [job.frame ?? []].flat()) target = await (await target.waitForSelector(frame)).contentFrame();
   const play = {
     ready: () => target.waitForSelector("html[data-ready]", { state: "attached" }).then(() => target.evaluate(() => Number(document.documentElement.dataset.ready))),
     click: (selector) => target.click(selector),
