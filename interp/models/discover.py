@@ -151,12 +151,20 @@ def _with_writes(
 def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:
     """Sites that the architecture does not have, added to `refused` with the reason."""
     absent = {}
+    attending = [block for block in blocks if block.attention]
     if not any(block.W_out for block in blocks):
         absent["mlp_post"] = "no one linear layer makes an MLP's output (experts, or a gate)"
     if not any(block.before_mid for block in blocks):
         parallel = any(block.parallel for block in blocks)
         why = "attention and MLP are parallel" if parallel else "no block writes twice"
         absent["resid_mid"] = f"{why}: nothing lies between them"
+    if without := [block for block in attending if block.attn_write is None and block.writes]:
+        adds = " and ".join(f"'{write.module}'" for write in without[0].writes)
+        why = (
+            f"'{without[0].name}' does not add its attention's output to the residual stream: all that "
+            f"it adds is the output of {adds}"
+        )
+        (absent if without == attending else refused).setdefault("attn_write", why)
     new = {site: why for site, why in absent.items() if site not in refused}
     refused.update(new)
     return set(new)

@@ -60,7 +60,7 @@ def smallest_sum(
         ones = torch.where((scales - 1).abs() < max(1e-4, 4 * eps), 1.0, scales)
         for tried in (ones, scales):
             parts = A[:, index] * tried
-            off = (target - parts.sum(1)) / (eps * (size + parts.abs().sum(1)) + floor)
+            off = off_by(before, after, parts.unbind(1), eps)
             if float(off.abs().max()) <= SLACK and float(tried.abs().min()) > 1e-6:
                 return Fit(index, tried.tolist(), float(off.square().mean().sqrt()))
         return None
@@ -83,6 +83,16 @@ def smallest_sum(
             return closest.pairs
         best = closest
     return None if best is None else best.pairs
+
+
+def off_by(pre: Tensor, post: Tensor, parts: Sequence[Tensor], eps: float) -> Tensor:
+    """|post − pre − Σ parts| of every entry, in units of eps · (|pre| + |post| + Σ |part|)."""
+    size = pre.abs() + post.abs()
+    floor = eps * float(size.max()) * eps + torch.finfo(torch.float64).tiny
+    left, bound = post - pre, size
+    for part in parts:
+        left, bound = left - part, bound + part.abs()
+    return left.abs() / (eps * bound + floor)
 
 
 @dataclass(frozen=True)

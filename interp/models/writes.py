@@ -269,11 +269,6 @@ def write_map(
         norm_post=sums.norm_post,
         convolved=convolved[0] if convolved else None,
     )
-    if block.attention and block.attn_write is None:
-        refused.setdefault(
-            "attn_write",
-            f"'{block.name}' does not add its attention's output to the residual stream",
-        )
     if cross and cross.write is None:
         why = (
             f"'{block.name}' does not add the output of '{cross.attention}' to the residual stream"
