@@ -1,9 +1,10 @@
 """How many model types of the installed transformers verify: a tiny random model of each, probed.
 
-For every causal language model, encoder and vision model type that transformers' auto classes know (and
-the text part of multimodal ones, listed apart), the default config is shrunk by the names of its fields,
-a random model is built from it, and the probe makes and verifies its map. No model type has code of its
-own here. A model type is
+For every causal language model, encoder, encoder-decoder and vision model type that transformers' auto
+classes know (and the text part of multimodal ones, listed apart), the default config is shrunk by the
+names of its fields, a random model is built from it, and the probe makes and verifies its map. No model
+type has code of its own here. An encoder-decoder has a row of its own for its decoder, with the attention
+to the source, besides the row of its encoder or of its decoder without a source. A model type is
 
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
@@ -34,6 +35,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from benchmarks.tiny_configs import Unbuildable, tiny_model
 from interp.errors import InterpError, Refused
-from interp.models.calls import call_model, output_tensor
+from interp.models.calls import call_model, is_encoder_decoder, output_tensor
 from interp.models.model import Model
 from interp.models.probe import probe_batch
 from interp.sites import AXES
@@ -55,7 +57,8 @@ SECONDS, GIGABYTES = 60, 8
 """What one model may take."""
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
-KINDS = ("decoder", "encoder", "vision", "multimodal")
+WHOLE = "encoder-decoder"
+KINDS = ("decoder", "encoder", WHOLE, "vision", "multimodal")
 ROUNDING = 1e-4
 """float32, a few blocks deep: a capturing pass may form patterns where the plain one called SDPA."""
 
@@ -74,8 +77,8 @@ class Row:
     reason: str = ""
 
 
-def model_types() -> dict[str, tuple[str, list[str]]]:
-    """By model type: its kind, and the classes to try, the most telling first."""
+def model_types() -> list[tuple[str, str, list[str]]]:
+    """(model type, kind, classes to try, the most telling first); encoder-decoders stand twice."""
     mappings = (
         ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
         ("decoder", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -91,7 +94,14 @@ def model_types() -> dict[str, tuple[str, list[str]]]:
             classes = [classes] if isinstance(classes, str) else list(classes)
             before, others = found.get(model_type, (kind, []))
             found[model_type] = (before or kind, others + [c for c in classes if c not in others])
-    return {name: found[name] for name in sorted(found) if name in CONFIG_MAPPING_NAMES}
+    rows = [(name, *what) for name, what in found.items()]
+    for mapping in (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    ):
+        known = {name for name, kind, _ in rows if kind == WHOLE}
+        rows += [(name, WHOLE, [of]) for name, of in mapping.items() if name not in known]
+    return sorted(row for row in rows if row[0] in CONFIG_MAPPING_NAMES)
 
 
 def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
@@ -100,11 +110,13 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
     reasons = []
     for name in classes[:3]:
         try:
-            module = _part(tiny_model(model_type, name, runs))
+            module = _part(tiny_model(model_type, name, partial(runs, kind=kind)), kind)
         except Unbuildable as error:
             reasons.append(f"{name}: {error}")
             continue
         if not kind and (kind := _kind(module)) == "":
+            return None
+        if kind == WHOLE and not is_encoder_decoder(module):
             return None
         return _verified(replace(row, kind=kind, model=type(module).__name__), module)
     if not kind:
@@ -112,9 +124,9 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
     return replace(row, reason="; ".join(reasons[:1]))
 
 
-def runs(module: nn.Module) -> None:
+def runs(module: nn.Module, kind: str = "") -> None:
     """Raise what the model's own forward raises on random inputs of its kind, or for NaN."""
-    module = _part(module)
+    module = _part(module, kind)
     with suppress(Refused), torch.no_grad():
         if not output_tensor(call_model(module, probe_batch(module))).isfinite().all():
             raise ArithmeticError("its random weights give NaN")
@@ -131,6 +143,8 @@ def _verified(row: Row, module: nn.Module) -> Row:
     if "z" in refused and not spec.attention_layers:
         return replace(row, outcome="residual stream only", reason=refused["z"])
     sites = [site for site in AXES if site not in spec.refused and model.layers_with(site)]
+    if row.kind == WHOLE and not model.layers_with("cross_z"):
+        refused["cross_z"] = "no attention of the decoder to the source was found"
     batch = probe_batch(module)
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
@@ -146,10 +160,11 @@ def _verified(row: Row, module: nn.Module) -> Row:
     return replace(row, outcome=outcome, refused=shown, reason="; ".join(reasons))
 
 
-def _part(module: nn.Module) -> nn.Module:
-    """The encoder of an encoder-decoder, else the model itself."""
+def _part(module: nn.Module, kind: str) -> nn.Module:
+    """The encoder of an encoder-decoder in an encoder's row, else the model itself."""
     config: Any = module.config
-    return module.get_encoder() if getattr(config, "is_encoder_decoder", False) else module  # type: ignore
+    encoder = kind != WHOLE and getattr(config, "is_encoder_decoder", False)
+    return module.get_encoder() if encoder else module  # type: ignore
 
 
 def _kind(module: nn.Module) -> str:
@@ -189,7 +204,7 @@ def _child(connection: Connection, model_type: str, kind: str, classes: list[str
 
 def sweep(only: list[str], jobs: int) -> Iterator[Row]:
     """The rows of all model types (or of those named), as they come."""
-    waiting = [(name, *what) for name, what in model_types().items() if not only or name in only]
+    waiting = [row for row in model_types() if not only or row[0] in only]
     context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[Any, Row, float]] = {}
     while waiting or running:
@@ -225,16 +240,19 @@ def sweep(only: list[str], jobs: int) -> Iterator[Row]:
 def counts(rows: list[Row]) -> str:
     """How many model types came out how, by kind, and the total of those asked for."""
     count = Counter((row.kind, row.outcome) for row in rows)
-    lines = [f"{'':12}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
+    lines = [f"{'':16}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
     for kind in KINDS:
-        lines.append(f"{kind:12}" + "".join(f"{count[kind, outcome]:>22}" for outcome in OUTCOMES))
-    asked = [row for row in rows if row.kind != "multimodal"]
-    full = sum(row.outcome == "in full" for row in asked)
-    built = sum(row.outcome != "not built" for row in asked)
-    more = sum(row.outcome == "in full" for row in rows) - full
+        lines.append(f"{kind:16}" + "".join(f"{count[kind, outcome]:>22}" for outcome in OUTCOMES))
+    asked: dict[str, list[str]] = {}
+    for row in rows:
+        if row.kind != "multimodal":
+            asked.setdefault(row.model_type, []).append(row.outcome)
+    full = sum(set(outcomes) == {"in full"} for outcomes in asked.values())
+    built = sum(set(outcomes) != {"not built"} for outcomes in asked.values())
+    more = count["multimodal", "in full"]
     lines.append(
-        f"{full} model types verified in full (decoders, encoders, vision), of {built} built and "
-        f"{len(asked)} known; {more} multimodal ones besides, by their text"
+        f"{full} model types verified in full (decoders, encoders, vision; of encoder-decoders every "
+        f"row), of {built} built and {len(asked)} known; {more} multimodal ones besides, by their text"
     )
     return "\n".join(lines)
 
@@ -272,7 +290,7 @@ def main() -> None:
     rows = []
     for row in sweep(only, options.jobs):
         rows.append(row)
-        print(f"{row.model_type:28}{row.kind:11}{row.outcome:21}{row.refused}  {row.reason}"[:300])
+        print(f"{row.model_type:28}{row.kind:16}{row.outcome:21}{row.refused}  {row.reason}"[:300])
         sys.stdout.flush()
     rows.sort(key=lambda row: (row.kind, row.model_type))
     print(counts(rows))

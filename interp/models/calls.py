@@ -54,6 +54,7 @@ def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
     """
     if batch.has_source or not is_encoder_decoder(module):
         return batch
+    _check_main(module, batch)
     places = (getattr(module, "generation_config", None), module.config, text_config(module))
     for name in ("decoder_start_token_id", "bos_token_id"):
         for place in places:
@@ -65,8 +66,17 @@ def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
     )
 
 
+def _check_main(module: Any, batch: Batch) -> None:
+    name = getattr(module, "main_input_name", "input_ids")
+    if name not in batch.inputs:
+        raise BadInput(
+            f"{type(module).__name__} reads '{name}' as its source; given: {', '.join(batch.inputs)}"
+        )
+
+
 def check_source(module: Any, batch: Batch) -> None:
-    """BadInput for a source of tokens that are not in the encoder's vocabulary."""
+    """BadInput where there is no source, or one of tokens that are not in the encoder's vocabulary."""
+    _check_main(module, batch)
     ids = batch.inputs.get("input_ids")
     if ids is None:
         return

@@ -28,6 +28,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     embedding = _name_of(seen, "get_input_embeddings") if "input_ids" in batch.inputs else None
     unembedding = _name_of(seen, "get_output_embeddings")
     final = seen.once(unembedding)
+    if final is not None and not final.inputs:  # an embedding, multiplied with outside any module
+        final = None
     after = {
         name: late[0]
         for name, calls in seen.calls.items()

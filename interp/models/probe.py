@@ -116,6 +116,10 @@ def _source(module: nn.Module) -> Batch:
         )
         dtype = next(module.parameters()).dtype
         return Batch({"pixel_values": torch.randn(shape, generator=generator).to(dtype)})
+    bins, positions = (getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions"))
+    if kind == "input_features" and bins and positions:  # sound: the encoder halves its frames
+        features = torch.randn(PROBE_ROWS, bins, 2 * positions, generator=generator)
+        return Batch({kind: features.to(next(module.parameters()).dtype)})
     if kind != "input_ids" or config is None:
         raise Refused(
             f"{type(module).__name__} takes '{kind}' and only token and image models can be probed; "
