@@ -197,6 +197,8 @@ def _from_transformer_lens(text: str) -> Site:
         last = "k" if ".k." in hook or hook.endswith("k") else "q"
         reason = _NO_COUNTERPART[hook].format(place=place, last=last)
         raise BadInput(f"'{text}' {reason}")
+    if inner := [name for name in TRANSFORMER_LENS if name.endswith(f".{hook}")]:
+        raise BadInput(f"no site '{text}'; write '{place or 'blocks.0.'}{inner[0]}'")
     raise unknown("TransformerLens site", hook, TRANSFORMER_LENS)
 
 

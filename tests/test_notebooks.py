@@ -247,6 +247,12 @@ def test_the_heads_lesson_runs_on_ones_own_model_and_shows_every_name_it_uses(
             tree.body = [node for node in tree.body if "MODEL" not in ast.unparse(node)]
             scope["MODEL"] = given(checkpoint)
         cells += 1
+        used += [
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in OURS
+            for alias in node.names
+        ]
         strings |= {
             node.value
             for node in ast.walk(tree)
@@ -260,3 +266,26 @@ def test_the_heads_lesson_runs_on_ones_own_model_and_shows_every_name_it_uses(
         assert not untold, f"used before any words about them: {untold}, in\n{cell.source}"
     assert cells > 8 and {"load", "capture", "classify_heads", "Edit"} <= set(used)
     assert "induction_null" in strings & columns
+    assert all(exists(name, scope) for name in ours_in_tables("heads_and_roles"))
+
+
+def ours_in_tables(name: str) -> set[str]:
+    """`model.run`, `interp.Edit.zero` …: what the right column of a lesson's tables calls ours."""
+    rows = re.findall(
+        r"^\|[^|]*\|([^|]*)\|$", "\n".join(sources(read(name), "markdown")), re.MULTILINE
+    )
+    named = {
+        found for row in rows for found in re.findall(r"\b(?:model|run|interp)(?:\.\w+)+", row)
+    }
+    assert {"interp.load", "interp.Edit.mean", "model.tokens", "model.run"} <= named
+    return named
+
+
+def exists(name: str, scope: dict[str, Any]) -> bool:
+    first, *rest = name.split(".")
+    value = scope[first]
+    for part in rest:
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True

@@ -10,6 +10,7 @@ weights, 1e-4 for the three blocks of a tiny model; weights are equal bit for bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,47 @@ def test_a_cache_without_its_model_is_indexed_and_stacked(tiny: Model) -> None:
 
 
 # --- bridges with processed weights, and what is no bridge of a Hugging Face model --------------------
+
+
+HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
+    "method": (lambda model, ids: model.run_with_cache(ids), "view(model).run_with_cache"),
+    "config": (lambda model, ids: model.cfg, "view(model).cfg"),
+    "weights": (lambda model, ids: model.W_Q, "view(model).W_Q"),
+    "filter": (lambda model, ids: model.run(ids, capture=lambda name: True), "list of sites"),
+    "hook": (lambda model, ids: model.run(ids, capture=["hook_z"]), "'blocks.0.attn.hook_z'"),
+    "pair": (
+        lambda model, ids: model.run(ids, capture=["z"]).cache["z", 0],
+        "write 'z.0', or index cache.to_transformer_lens()",
+    ),
+    "fwd_hooks": (
+        lambda model, ids: model.run(ids, edits=[("z.0", lambda z, hook: z)]),
+        "Edit.apply(name, function)",
+    ),
+    "in place": (
+        lambda model, ids: model.run(ids, edits=[Edit.apply("z.0", lambda z, hook: None)]),
+        "return the new activation",
+    ),
+    "one edit": (lambda model, ids: model.run(ids, edits=Edit.zero("z.0")), "edits=[edit]"),
+    "one head": (lambda model, ids: Edit.zero("z", heads=(0, 1)), "heads=[(5, 1)]"),
+    "rows": (lambda model, ids: model.tokens(ids), "tokenize(text).ids[0]"),
+}
+"""What a user of TransformerLens writes, and what the answer must hold."""
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_habit_is_told_where_to_go(tiny: Model, habit: str) -> None:
+    monkeypatch.setattr(tiny, "tokenizer", object())
+    write, wanted = HABITS[habit]
+    with pytest.raises((BadInput, AttributeError)) as raised:
+        write(tiny, torch.tensor([[5, 6, 7]]))
+    assert wanted in str(raised.value)
+    assert not hasattr(tiny, "z") and "view" not in str(no_attribute(tiny, "zz"))
+
+
+def no_attribute(value: Any, name: str) -> AttributeError:
+    with pytest.raises(AttributeError) as raised:
+        getattr(value, name)
+    return raised.value
 
 
 @torch.no_grad()

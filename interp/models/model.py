@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,15 @@ class Model:
     def __repr__(self) -> str:
         s = self.spec
         return f"Model({self.id!r}, {s.family}, n_layers={s.n_layers}, n_heads={s.n_heads}, d_model={s.d_model})"
+
+    if not TYPE_CHECKING:  # checkers shall go on finding misspelled names
+
+        def __getattr__(self, name: str) -> Any:
+            from interp.transformer_lens import View
+
+            theirs = name == "cfg" or (name[:1] != "_" and hasattr(View, name))
+            view = f"; as in TransformerLens: interp.transformer_lens.view(model).{name}"
+            raise AttributeError(f"Model has no '{name}'{view * theirs}", name=name, obj=self)
 
     # --- facts ---------------------------------------------------------------------------------
 
@@ -295,6 +304,8 @@ class Model:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each token's text, as it reads on its own; `#id` without a tokenizer."""
+        if isinstance(ids, str) or getattr(ids, "ndim", 1) != 1:
+            raise BadInput("tokens of one row of ids: model.tokens(model.tokenize(text).ids[0])")
         if self.tokenizer is None:
             return [f"#{int(i)}" for i in ids]
         return [self.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
@@ -504,6 +515,8 @@ class Model:
 
     def _plan(self, capture, edits: Sequence[Edit], statistics) -> Plan:
         plan = Plan()
+        if callable(capture):
+            raise BadInput("capture is a list of sites, not a function: capture=['z', 'pattern.3']")
         for text in [capture] if isinstance(capture, (str, Site)) else capture:
             site = Site.parse(text)
             layers = self._layers_of(site.name)
@@ -519,7 +532,7 @@ class Model:
                     raise BadInput(f"no site '{site}' in {self.id}: heads are 0 to {n_heads - 1}")
             for layer in layers if site.layer is None else [site.layer]:
                 plan.capture.add((site.name, layer))
-        for edit in edits:
+        for edit in Edit.several(edits):
             for layer in edit.layers(self._layers_of(edit.site.name)):
                 plan.edits.setdefault((edit.site.name, layer), []).append(edit)
         if statistics:

@@ -64,6 +64,13 @@ class Cache(Mapping[str, Tensor]):
         return (*site.axes[:where], "n_layers", *site.axes[where:])
 
     def __getitem__(self, text: str | Site) -> Tensor:
+        if isinstance(
+            text, tuple
+        ):  # theirs and ours differ: their "q" is the one before rotary positions
+            raise BadInput(
+                f"{text} is TransformerLens' form: write '{'.'.join(map(str, text))}', or index "
+                "cache.to_transformer_lens()"
+            )
         site = Site.parse(text)
         layers = self.layers(site.name)
         if not layers or (site.layer is not None and site.layer not in layers):

@@ -60,7 +60,12 @@ class Edit:
         """An edit by any function of the activation (all heads of a layer, see `interp.sites`)."""
         site = Site.parse(site)
         if heads is not None:
-            heads = tuple((int(layer), int(head)) for layer, head in heads)
+            try:
+                heads = tuple((int(layer), int(head)) for layer, head in heads)
+            except TypeError:
+                raise BadInput(
+                    f"heads={heads!r} are no (layer, head) pairs; one head is heads=[(5, 1)]"
+                ) from None
             if not has_heads(site.name):
                 raise BadInput(f"site '{site}' has no heads; leave out heads={list(heads)}")
             if site.layer is not None:
@@ -143,6 +148,18 @@ class Edit:
 
         return Edit.apply(site, change, heads, positions)
 
+    @staticmethod
+    def several(edits: Sequence[Edit]) -> Sequence[Edit]:
+        """`edits`, or BadInput where that is something else than a list of them."""
+        for edit in [edits] if isinstance(edits, Edit) else edits:
+            if isinstance(edit, tuple):
+                raise BadInput(
+                    "a (name, function) pair is no edit; write interp.Edit.apply(name, function)"
+                )
+        if isinstance(edits, Edit):
+            raise BadInput("edits is a list: edits=[edit]")
+        return edits
+
     def layers(self, existing: Iterable[int]) -> list[int]:
         """The layers this edit touches, out of the `existing` ones."""
         if self.heads is not None:
@@ -177,6 +194,10 @@ class Edit:
 
     def _changed(self, x: Tensor, seen: Seen) -> Tensor:
         new = self.change(x, seen)
+        if new is None:
+            raise BadInput(
+                f"the function of the edit of '{self.site}' returned nothing; return the new activation"
+            )
         new = torch.as_tensor(new, dtype=x.dtype, device=x.device)
         try:
             new = new.expand_as(x)
