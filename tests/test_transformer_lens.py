@@ -268,7 +268,6 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
 
 @pytest.mark.parametrize("habit", HABITS)
 def test_a_habit_is_told_where_to_go(tiny: Model, habit: str) -> None:
-    monkeypatch.setattr(tiny, "tokenizer", object())
     write, wanted = HABITS[habit]
     with pytest.raises((BadInput, AttributeError)) as raised:
         write(tiny, torch.tensor([[5, 6, 7]]))
