@@ -59,12 +59,11 @@ class Norm:
         sign[1::2] = -1
         inner = (frozen.gain * sign).double() * small
         made = (module(sign[None] * small)[0] - frozen.bias).double()
-        # The gain was read at mean square 1, so it lacks a factor √(1 + eps); asked again at small²,
-        # the norm gives ratio² = (1 + eps) / (small² + eps).
+        # At mean square small² the norm multiplies by ratio · gain, with ratio² = 1 / (small² + eps).
         ratio = float((inner * made).sum() / (inner * inner).sum()) ** 2
-        eps = max((1 - ratio * small**2) / (ratio - 1), 0.0) if ratio > 1 else 0.0
-        gain = frozen.gain.float() * (1 + eps) ** 0.5
-        return Norm(gain, frozen.bias.float(), frozen.centred, eps)
+        # A module that keeps its input's size would pass for a norm with a huge epsilon.
+        eps = 1 / ratio - small**2 if ratio > 1 else 0.0
+        return Norm(frozen.gain.float(), frozen.bias.float(), frozen.centred, max(eps, 0.0))
 
     def centre(self, x: Tensor) -> Tensor:
         """x less its mean, where the norm takes it out."""

@@ -31,6 +31,10 @@ def linear_map(
     return W.to(device or home), zero[0].to(device or home)
 
 
+LARGE = 128.0
+"""Size of the vectors that a norm's gain is read at: an epsilon of 1e-5 is 6e-10 of its square."""
+
+
 class FrozenNorm:
     """A norm with its scale held fixed: norm(x) = gain · (x [− mean x]) / σ(x) + bias.
 
@@ -54,14 +58,15 @@ class FrozenNorm:
             return
         if d_model % 2:
             raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
-        # ±1 in equal numbers has mean 0 and mean square 1: LayerNorm and RMSNorm both leave it alone.
+        # ±c in equal numbers has mean 0 and size c: LayerNorm and RMSNorm both make ±1 of it. A large c
+        # drowns epsilon, and c² is still a number in float16.
         sign = like.clone()
         sign[1::2] = -1
-        plus, minus = module(sign[None])[0], module(-sign[None])[0]
+        plus, minus = module(LARGE * sign[None])[0], module(-LARGE * sign[None])[0]
         self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
         # A constant vector has nothing left once its mean is taken out.
         self.centred = bool(
-            ((module(like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all()
+            ((module(LARGE * like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all()
         )
 
     @torch.no_grad()
