@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "interp.registry",
         "interp.resampling",
         "interp.nnsight",
+        "interp.quiet_direction",
         "interp.transformer_lens",
         "interp.unembedding",
     ),

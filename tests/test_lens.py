@@ -23,7 +23,9 @@ from interp.errors import BadInput, Refused
 from interp.figures.lens_map import QUANTITIES, lens_map
 from interp.lens import logit_lens, read
 from interp.metrics import kl
+from interp.models.calls import uncapped_logits
 from interp.models.model import Model
+from interp.quiet_direction import quiet_direction
 from interp.report import Report
 from interp.ridge_lens import (
     AffineLens,
@@ -340,6 +342,59 @@ def test_it_is_nearer_to_the_end_and_is_read(tiny: Model, stream: Tensor) -> Non
     assert (report.table.query("site == 'resid_post' and layer == 1")["kl"] == 0).all()
     plain = logit_lens(tiny, ids, lens="logit")
     assert "held_out" not in plain.tables and set(plain.table["lens"]) == {"logit"}
+
+
+def with_quiet_direction(name: str) -> tuple[Model, Tensor]:
+    """A model whose unembedding, gain included, is made deaf to one direction, and is loud elsewhere."""
+    model = Model(FAMILIES[name](), id=name)
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randn(model.spec.d_model, generator=generator)
+    planted = torch.nn.functional.normalize(planted - planted.mean(), dim=0)
+    unread = torch.nn.functional.normalize(planted * model.final_norm.gain, dim=0)
+    with torch.no_grad():
+        weight = model.module.get_submodule(model.spec.unembedding).weight  # type: ignore[arg-type]
+        weight.copy_(20 * (weight - torch.outer(weight @ unread, unread)))  # type: ignore[operator]
+    return model, planted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_quiet_direction_takes_size_and_says_nothing(name: str) -> None:
+    model, planted = with_quiet_direction(name)
+    v = quiet_direction(model, towards=planted)
+    assert float(v @ planted) > 1 - 1e-5
+    assert torch.equal(quiet_direction(model, towards=-planted), -v)
+    x = torch.randn(5, model.spec.d_model, generator=torch.Generator().manual_seed(1))
+    norm, moved = model.final_norm, x + 3 * v
+    cap = model.spec.logit_softcap
+    before, after = (unembedded(model, y, cap) for y in (x, moved))
+    smaller = norm.scale(x) / norm.scale(moved)
+    # Logits reach 100 here: float32 products of 32 terms.
+    torch.testing.assert_close(after, before * smaller, rtol=1e-3, atol=1e-2)
+    assert float(smaller.max()) < 1
+
+
+def unembedded(model: Model, x: Tensor, cap: float | None) -> Tensor:
+    """Logits before a soft-cap and without the final norm's bias, less their mean."""
+    logits = uncapped_logits(model.spec, model.module, x) if cap else model.unembed(x)
+    logits = logits - model.final_norm.bias @ model.W_U
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def test_a_ridge_lens_that_would_be_too_sure_is_quietened(
+    stream: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its predictions are unsure, its logits large: without the quiet direction the norm makes it sure."""
+    model, _ = with_quiet_direction("llama")
+
+    def fitted() -> AffineLens:
+        return fit_ridge_lens(model, text=stream, window=32, keep=False, progress=False)
+
+    lens = fitted()
+    monkeypatch.setattr("interp.ridge_lens.QUIETS", (0.0,))
+    plain = fitted()
+    assert (lens.held_out["quiet"] > 0).all() and (plain.held_out["quiet"] == 0).all()
+    assert (lens.held_out["kl_ridge"] < 0.6 * plain.held_out["kl_ridge"]).all()
 
 
 def test_a_cached_lens_is_the_same_lens(tiny: Model, stream: Tensor) -> None:
