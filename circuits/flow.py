@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from circuits.flow_cuts import PLACE, UNREAD, edge_effects, strongest_edges, unread_edges
 from circuits.flow_parts import MASS, SITES, Columns, Kept, Rule, Sum, kept_parts, sums
 from circuits.flow_words import READ, neuron_layers, route_neurons, route_words
 from circuits.relevance import (
@@ -35,10 +35,8 @@ from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.batch import Batch
 from interp.run.cache import Run
-from interp.run.edits import Edit
 from interp.sites import ranges
 
-EDGE_PLACE = ["layer", "position", "source_position"]
 EDGE_COLUMNS = {
     "kind": object,
     "layer": int,
@@ -49,7 +47,9 @@ EDGE_COLUMNS = {
     "weight": float,
     "through": float,
 }
-HEAD_COLUMNS = {**dict.fromkeys([*EDGE_PLACE, "head"], int), "weight": float, "through": float}
+CUT = 32
+"""Attention edges that are tried for being read at all, by default."""
+HEAD_COLUMNS = {**dict.fromkeys([*PLACE, "head"], int), "weight": float, "through": float}
 
 
 # --- the graph ---------------------------------------------------------------------------------
@@ -210,67 +210,39 @@ def _passed_on(
 # --- does an edge matter for the prediction? ---------------------------------------------------
 
 
-def edge_effects(
-    model: Model, batch: Batch, target: Target, heads: pd.DataFrame
-) -> Float[np.ndarray, " edges"]:
-    """What each attention edge is worth to the target, in logits: the target minus it without the edge.
-
-    An edge is cut by setting its kept heads' attention from that position to that source to zero, the
-    rest of the row as it was: exactly its part is gone from the sum, and everything after is
-    computed anew. Other edges may stand in for a cut one, so effects do not add up.
-
-    Args:
-        heads: rows layer, position, source_position, head (a FlowGraph's); an edge is the rows that
-            share the first three.
-
-    Returns: one number for each edge, ordered by (layer, position, source_position).
-    """
-    groups = heads.groupby(["layer", "position", "source_position"], sort=True)["head"]
-    variants = [[_cut(*map(int, place), sorted(some))] for place, some in groups]  # type: ignore[misc]
-    if not variants:
-        return np.zeros(0)
-    at = torch.tensor([target.position])
-    clean = model.run(batch, capture=["resid_pre"], logits=at)
-    assert clean.logits is not None
-    with torch.no_grad():
-        whole = float(target.of(clean.logits[:, 0])[0])
-        without = model.replay(clean, variants, lambda run: _value(target, run), logits=at)
-    return np.array([whole - float(value) for value in without])
-
-
-def _value(target: Target, run: Run) -> Tensor:
-    assert run.logits is not None
-    return target.of(run.logits[:, 0])[0]
-
-
-def _cut(layer: int, query: int, key: int, heads: list[int]) -> Edit:
-    def change(x: Tensor, seen: Any) -> Tensor:
-        row = query - seen.start
-        if not 0 <= row < x.shape[2] or key >= x.shape[3]:
-            return x
-        x = x.clone()
-        x[:, heads, row, key] = 0
-        return x
-
-    return Edit.apply(f"pattern.{layer}", change)
-
-
 def _with_effects(
     model: Model, batch: Batch, target: Target, graph: FlowGraph, strongest: int | None
 ) -> pd.DataFrame:
     """The edges with a column `effect` (logits; NaN where nothing was cut), of the strongest or all."""
-    edges = graph.edges.loc[graph.edges["kind"] == "attention"]
-    edges = edges.sort_values(by="through", ascending=False, kind="stable").iloc[:strongest]
-    places = edges.loc[:, EDGE_PLACE].sort_values(by=EDGE_PLACE)
-    cut = graph.heads.merge(places, on=EDGE_PLACE)
+    places = strongest_edges(graph.edges, strongest)
+    cut = graph.heads.merge(places, on=PLACE)
     effects = places.assign(effect=edge_effects(model, batch, target, cut), kind="attention")
-    return graph.edges.merge(effects, on=["kind", *EDGE_PLACE], how="left")
+    return graph.edges.merge(effects, on=["kind", *PLACE], how="left")
+
+
+def _without_unread(
+    model: Model, batch: Batch, target: Target, graph: FlowGraph, edges: pd.DataFrame, looked: int
+) -> tuple[pd.DataFrame, str]:
+    """The edges less those that nothing reads, of the `looked` strongest; and what to say of it."""
+    cut = graph.heads.merge(strongest_edges(edges, looked), on=PLACE)
+    try:
+        unread = unread_edges(model, batch, target, cut)
+    except Refused as refused:
+        return edges, f"Edges that nothing reads are not looked for: {refused}"
+    if not len(unread):
+        return edges, ""
+    note = (
+        f"{len(unread)} attention edges are left out: with norm scales held, cutting them changes the "
+        f"target by less than {UNREAD:.1%} of what the strongest does (unread=0 keeps them)."
+    )
+    found = edges.merge(unread.assign(kind="attention"), how="left", indicator=True)
+    return edges.loc[(found["_merge"] == "left_only").to_numpy()], note
 
 
 def _reached(edges: pd.DataFrame) -> pd.DataFrame:
     """The attention edges' places, and the share of the chosen token at their ends (as `through`)."""
     some = edges.loc[edges["kind"] == "attention"]
-    return some[EDGE_PLACE].assign(through=some["through"] / some["weight"])
+    return some[PLACE].assign(through=some["through"] / some["weight"])
 
 
 def _leading_to(graph: FlowGraph, edges: pd.DataFrame, n_layers: int) -> pd.DataFrame:
@@ -295,9 +267,19 @@ def _leading_to(graph: FlowGraph, edges: pd.DataFrame, n_layers: int) -> pd.Data
 # --- the analysis ------------------------------------------------------------------------------
 
 
-def check_options(*, mass: float = MASS, threshold: float | None = None) -> None:
+def check_options(
+    *,
+    mass: float = MASS,
+    threshold: float | None = None,
+    effects: int = 0,
+    unread: int = CUT,
+    **_: Any,
+) -> None:
     """Raise BadInput for options that no model could satisfy."""
     _rule(mass, threshold)
+    for name, value in (("effects", effects), ("unread", unread)):
+        if value < 0:
+            raise BadInput(f"{name}={value}: give a number of edges, 0 for none")
 
 
 @analysis(
@@ -320,6 +302,7 @@ def information_flow(
     exclude_sink: bool = False,
     min_effect: float | None = None,
     effects: int = 0,
+    unread: int = CUT,
     max_flow: bool = True,
     integrate: bool = False,
     words: int = READ,
@@ -346,7 +329,11 @@ def information_flow(
         min_effect: cut every attention edge in turn (one replay of the model each) and drop those that
             are worth less to the target, in logits; edges that lower it are worth less than nothing.
         effects: how many attention edges, those with the most `through` first, are cut to fill the
-            column "effect" (logits; NaN where not cut); every edge is kept.
+            column "effect" (logits; NaN where not cut).
+        unread: of this many attention edges, those with the most `through`, leave out what nothing on
+            the way to the target reads: cut with the scale of every norm held, it changes the target
+            by less than a thousandth of what the strongest does. 0: leave nothing out. Not looked at
+            with `min_effect`.
         max_flow: whether to compute attention flow (seconds on long prompts of deep models).
         integrate: whether to compute integrated gradients (some hundred gradients on deep models; meta
             says how far from complete they are).
@@ -367,7 +354,7 @@ def information_flow(
     Source: Ferrando & Voita 2024; Abnar & Zuidema 2020; Chefer et al. 2021; Sundararajan et al. 2017.
     """
     started = time.perf_counter()
-    check_options(mass=mass, threshold=threshold)
+    check_options(mass=mass, threshold=threshold, effects=effects, unread=unread)
     _require_writes(model)
     batch = one_prompt(model, prompt)
     target = target_of(model, batch, position=position, answer=answer, instead=instead)
@@ -388,13 +375,18 @@ def information_flow(
         edges = _with_effects(
             model, batch, target, graph, None if min_effect is not None else effects
         )
+    notes = [*model.notes]
     if min_effect is not None:
         weak = (edges["kind"] == "attention") & (edges["effect"] < min_effect)
-        edges = _leading_to(graph, edges.loc[~weak], model.n_layers)
-        heads = heads.drop(columns="through").merge(_reached(edges), on=EDGE_PLACE)
+        edges = edges.loc[~weak]
+    elif unread > 0:
+        edges, note = _without_unread(model, batch, target, graph, edges, unread)
+        notes += [note] if note else []
+    if len(edges) < len(graph.edges):
+        edges = _leading_to(graph, edges, model.n_layers)
+        heads = heads.drop(columns="through").merge(_reached(edges), on=PLACE)
         heads["through"] *= heads["weight"]
     neurons = route_neurons(model, run, edges)
-    notes = [*model.notes]
     if without := sorted(set(model.layers_with("resid_post")) - set(neurons_in)):
         why = model.spec.refused.get("mlp_post", "no one linear layer makes the MLP's output there")
         notes.append(f"FFN edges are not split into neurons in layers {ranges(without)}: {why}.")
@@ -411,7 +403,8 @@ def information_flow(
         found = integrated_gradients(model, batch, target)
         scores["integrated_gradients"] = found.scores.cpu().numpy()
         extra["integrated_gradients"] = found.about
-    value = _value(target, run)
+    assert run.logits is not None
+    value = target.of(run.logits[:, 0])[0]
     options = {
         "position": position,
         "answer": answer,
@@ -421,6 +414,7 @@ def information_flow(
         "exclude_sink": exclude_sink,
         "min_effect": min_effect,
         "effects": effects,
+        "unread": unread,
         "max_flow": max_flow,
         "integrate": integrate,
         "words": words,

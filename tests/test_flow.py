@@ -9,6 +9,7 @@ import itertools
 
 import networkx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import interp
 from circuits.flow import flow_graph, information_flow
-from circuits.flow_parts import SITES, Rule, Sum, kept_parts, sums
+from circuits.flow_cuts import held_effects, unread_edges
+from circuits.flow_parts import SITES, Rule, Sum, attention_parts, kept_parts, sums
 from circuits.flow_words import route_neurons
 from circuits.relevance import (
     Target,
@@ -322,7 +324,7 @@ def test_a_model_without_neurons_says_so() -> None:
 
 
 def test_the_induction_circuit_is_the_route() -> None:
-    """Of the attention edges that matter to the predicted token, exactly the two of the circuit.
+    """The attention edges are exactly the two of the circuit.
 
     By proximity alone there is one more, the previous-token head at the last position itself: it is
     as large a part of the residual stream there, and nothing reads it.
@@ -340,8 +342,14 @@ def test_the_induction_circuit_is_the_route() -> None:
     unread = (PREVIOUS_TOKEN_HEAD[0], again, again - 1, PREVIOUS_TOKEN_HEAD[1])
     place = ["layer", "position", "source_position", "head"]
     heads = found.tables["flow_heads"][place]
-    assert set(heads.itertuples(index=False, name=None)) == circuit | {unread}
+    assert set(heads.itertuples(index=False, name=None)) == circuit
+    into = found.table.query("kind == 'attention'")
+    assert set(into[place[:3]].itertuples(index=False, name=None)) == {e[:3] for e in circuit}
+    assert (found.table["kind"] == "residual").any()
+    assert any("1 attention edges are left out" in note for note in found.meta["notes"])
 
+    every = information_flow(model, ids, answer="n", unread=0).tables["flow_heads"][place]
+    assert set(every.itertuples(index=False, name=None)) == circuit | {unread}
     matters = information_flow(model, ids, answer="n", min_effect=1.0)
     heads = matters.tables["flow_heads"][place]
     assert set(heads.itertuples(index=False, name=None)) == circuit
@@ -367,9 +375,38 @@ def test_an_edge_effect_is_what_cutting_it_does(tiny: Model) -> None:
     assert edge["effect"] == pytest.approx(clean - float(without[0, -1, answer]), abs=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_with_norms_held_an_edge_of_the_last_layer_is_worth_what_it_writes(name: str) -> None:
+    """Its part · the logit's direction, where no MLP stands behind it; what it wrote elsewhere: nothing."""
+    model = Model(FAMILIES[name](), id=name)
+    last = model.n_layers - 1
+    for module in model.blocks[last].modules():
+        if type(module).__name__.endswith("MLP"):
+            for weight in module.parameters():
+                weight.zero_()
+    run = captured(model, IDS)
+    batch = one_prompt(model, IDS)
+    target = target_of(model, batch, position=-1, answer=3, instead=7)
+    final = run.cache[f"resid_post.{last}"][:, -1]
+    d = logit_direction(model, final, torch.tensor([3]), torch.tensor([7])).vector[0]
+    weights, v, W_O, _ = attention_parts(model, run, last)
+    places = [(6, 5), (8, 6), (8, 7)]  # (to, from): nothing reads the first one's position
+    heads = [(last, *place, head) for place in places for head in (0, 1)]
+    table = pd.DataFrame(heads, columns=["layer", "position", "source_position", "head"])
+    found = held_effects(model, batch, target, table)
+    wanted = [
+        sum(float((weights[h, i, j] * v[h, j] @ W_O[h]) @ d) for h in (0, 1)) for i, j in places
+    ]
+    wanted[0] = 0.0
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    unread = unread_edges(model, batch, target, table)
+    assert unread.values.tolist() == [[last, 6, 5]]
+
+
 def test_the_strongest_edges_are_cut_and_all_are_kept(tiny: Model) -> None:
     every = information_flow(tiny, IDS, mass=0.9, min_effect=-1e6, words=0).table
-    some = information_flow(tiny, IDS, mass=0.9, effects=3, words=0).table
+    some = information_flow(tiny, IDS, mass=0.9, effects=3, unread=0, words=0).table
     assert len(some) == len(every)
     attention = some[some["kind"] == "attention"]
     cut = attention.dropna(subset="effect")
@@ -552,6 +589,8 @@ def test_bad_input_is_told_in_one_line(tiny: Model, smollm: Model) -> None:
         information_flow(tiny, torch.tensor([IDS, IDS]))
     with pytest.raises(BadInput, match="mass=0"):
         information_flow(tiny, IDS, mass=0)
+    with pytest.raises(BadInput, match="unread=-1"):
+        information_flow(tiny, IDS, unread=-1)
     with pytest.raises(BadInput, match="threshold=2"):
         information_flow(tiny, IDS, threshold=2)
 

@@ -66,7 +66,9 @@ class FrozenNorm:
         self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
         # A constant vector has nothing left once its mean is taken out.
         self.centred = bool(
-            ((module(LARGE * like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6).all()
+            (
+                (module(LARGE * like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6
+            ).all()
         )
 
     @torch.no_grad()

@@ -20,9 +20,7 @@ NORMS = {
     "RMSNorm": lambda eps: LlamaRMSNorm(WIDTH, eps=eps),
     "Gemma's 1 + weight": lambda eps: GemmaRMSNorm(WIDTH, eps=eps),
     "LayerNorm": lambda eps: nn.LayerNorm(WIDTH, eps=eps),
-    "LayerNorm without weights": lambda eps: nn.LayerNorm(
-        WIDTH, eps=eps, elementwise_affine=False
-    ),
+    "LayerNorm without weights": lambda eps: nn.LayerNorm(WIDTH, eps=eps, elementwise_affine=False),
 }
 
 
@@ -56,7 +54,7 @@ def test_gain_and_bias_are_the_norms_own(name: str, eps: float) -> None:
 def test_a_folded_norm_is_the_norm(name: str, size: float) -> None:
     """x/σ times the gain, wherever the gain is folded, and σ with epsilon in it."""
     eps = 1e-3
-    norm, gain, bias = made(name, eps)
+    norm, gain, _ = made(name, eps)
     generator = torch.Generator().manual_seed(1)
     x = size * torch.randn(5, WIDTH, generator=generator)
     W = torch.randn(WIDTH, 7, generator=generator)
