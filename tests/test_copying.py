@@ -270,6 +270,26 @@ def test_eigenvalues_agree_with_the_independent_table_and_do_not_single_out_copy
     assert by_head[23, 3] < -0.9  # the strongest suppressor
 
 
+@pytest.mark.slow
+def test_heads_that_attend_to_copies_of_their_token_match_it_by_their_weights(smollm):
+    """Attention to duplicates is from the independent table, of whole prompts; this is of weights alone.
+
+    All five heads with a fifth of their attention on the earlier copy have queries that prefer a token's own
+    key by two standard deviations and more. Induction heads, which attend to the successor of that copy
+    with up to 0.9, do not: what they match is not the token itself.
+    """
+    own, other = (x.mean(0).numpy() for x in own_key_z(smollm, token_samples(smollm, 8, 0, 8)))
+    table = REFERENCE.set_index(["layer", "head"])
+    duplicates = table.index[table["duplicate_token"] > 0.2]
+    inductive = table.index[table["induction"] > 0.4]
+    assert len(duplicates) == 5 and len(inductive) >= 5
+    assert min(own[head] for head in duplicates) > 1.5
+    assert max(own[head] for head in inductive) < 1.2
+    assert np.median(own) < 0.6 and np.abs(other).max() < 0.5
+    ranks = np.argsort(np.argsort(-own, axis=None)).reshape(own.shape)
+    assert max(ranks[head] for head in duplicates) < 27  # within the first tenth of 270
+
+
 def test_copying_and_suppression_are_observed_once(tiny_model, monkeypatch):
     calls = []
     monkeypatch.setattr(

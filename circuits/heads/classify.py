@@ -29,7 +29,7 @@ from circuits.heads.summary import strongest_heads
 from circuits.heads.usable import usable
 from circuits.weights import ov_tokens
 from interp.data.images import Images, image_prompts, reads_images
-from interp.data.prompts import Prompts, frame, text_tokens
+from interp.data.prompts import Prompts, frame, lead_notes, text_tokens
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.registry import analysis
@@ -314,10 +314,8 @@ def _ov_tables(model: Model, notes: list[str]) -> dict[str, pd.DataFrame]:
 
 def _notes(model: Model, sets: Sets, tokens: int) -> list[str]:
     notes = list(model.notes)
-    if any(prompts.lead == 0 and isinstance(prompts, Prompts) for prompts, _ in sets.values()):
-        notes.append(
-            "The tokenizer has no BOS, CLS or EOS token: prompts begin with ordinary text."
-        )
+    if any(isinstance(prompts, Prompts) for prompts, _ in sets.values()):
+        notes += lead_notes(model)
     for prompts, _ in sets.values():
         if isinstance(prompts, Images):
             height, width = prompts.grid.places.shape

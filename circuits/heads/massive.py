@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.heads.detector import head_table
-from interp.data.prompts import lead_token, repeated_tokens, text_windows
+from interp.data.prompts import lead_notes, lead_token, repeated_tokens, text_windows
 from interp.errors import BadInput, Refused
 from interp.metrics import loss
 from interp.models.model import Model
@@ -184,11 +184,7 @@ def _batches(
         if not texts:
             raise BadInput("no prompts: give at least one text, or leave them out")
         return [model.as_batch(text) for text in texts], []
-    lead, notes = len(lead_token(model)), []
-    if not lead:
-        notes.append(
-            "The tokenizer has no BOS, CLS or EOS token: the first token is ordinary text."
-        )
+    lead, notes = len(lead_token(model)), lead_notes(model)
     if model.tokenizer is None:
         _, plain = repeated_tokens(model, n, length=-(-(length - lead) // 2), seed=seed)
         notes.append("No tokenizer: prompts are random tokens.")

@@ -47,7 +47,8 @@ def usable(
             skipped[detector.name] = reason
         elif n_layers < detector.min_layers:
             skipped[detector.name] = (
-                f"needs {detector.min_layers} attention layers, the model has {n_layers}"
+                f"needs {detector.min_layers} attention layers, one head reading what an earlier one "
+                f"wrote; the model has {n_layers}"
             )
         elif detector.needs_logits and model.spec.unembedding is None:
             skipped[detector.name] = "needs a language-model head, which this model lacks"

@@ -209,12 +209,32 @@ def prose() -> str:
 
 def lead_token(model: Model) -> Int[Tensor, " lead"]:
     """BOS, or CLS, or EOS, whichever the tokenizer (or config) has first; empty if none."""
+    _, ids = _lead(model)
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def lead_notes(model: Model) -> list[str]:
+    """What a reader of first-token scores has to know where prompts do not begin with BOS."""
+    kind, ids = _lead(model)
+    stands = len(frame(model)[0]) > 0
+    if stands and (kind == "BOS" or not model.spec.causal):
+        return []
+    if not stands:
+        said = "has no BOS, CLS or EOS token: prompts begin with ordinary text"
+    else:
+        said = f"has no BOS token: prompts begin with {kind} ({model.tokens(ids)[0]}) instead"
+    sink = ", and it is that token which a first-token sink attends to" if model.spec.causal else ""
+    return [f"The tokenizer {said}{sink}."]
+
+
+def _lead(model: Model) -> tuple[str, list[int]]:
+    """What the lead token is, and its id; "" and nothing without one."""
     for source in (model.tokenizer, getattr(model.module, "config", None)):
-        for name in ("bos_token_id", "cls_token_id", "eos_token_id"):
-            token = getattr(source, name, None)
+        for kind in ("BOS", "CLS", "EOS"):
+            token = getattr(source, f"{kind.lower()}_token_id", None)
             if isinstance(token, int) and 0 <= token < (model.spec.d_vocab or 0):
-                return torch.tensor([token])
-    return torch.empty(0, dtype=torch.long)
+                return kind, [token]
+    return "", []
 
 
 def frame(model: Model) -> tuple[Int[Tensor, " lead"], Int[Tensor, " tail"]]:
