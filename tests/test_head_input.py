@@ -46,7 +46,11 @@ def heads(model, *detectors: str):
 @pytest.mark.parametrize(
     ("bos", "eos", "said"),
     [
-        (None, None, "no BOS, CLS or EOS token: prompts begin with ordinary text, and it is that token"),
+        (
+            None,
+            None,
+            "no BOS, CLS or EOS token: prompts begin with ordinary text, and it is that token",
+        ),
         (None, 2, "no BOS token: prompts begin with EOS (a) instead, and it is that token"),
     ],
 )

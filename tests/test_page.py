@@ -75,6 +75,20 @@ def test_numbers_keep_six_digits_and_nan_is_null() -> None:
     assert data["columns"]["ablation_effect"].count(None) == heads["ablation_effect"].isna().sum()
 
 
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([3], "L3"),
+        ([2, 5, 9], "L2–L9"),
+        ([0, *[20] * 4, *[21] * 4, 29], "L0–L29, half of them in L20–L21"),
+        ([0, *[20] * 8, 29], "L0–L29, half of them in L20"),
+        (list(range(30)), "L0–L29"),  # spread evenly: the middle half says no more
+    ],
+)
+def test_a_role_is_said_to_lie_where_its_heads_do(layers: list[int], said: str) -> None:
+    assert page._depth(pd.Series(layers)) == said
+
+
 def test_summary_counts_come_from_the_table() -> None:
     report = head_report(2, 4, lengths=())
     heads = report.tables["heads"]

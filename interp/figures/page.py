@@ -176,12 +176,11 @@ def _summary(meta: dict[str, Any], heads: Any) -> dict[str, Any]:
         if rows.empty:
             continue
         score = rows[name] if name in rows else rows["confidence"]
-        first, last = int(rows["layer"].min()), int(rows["layer"].max())
         roles.append(
             {
                 "count": len(rows),
                 "title": _lower_first(detector.get("title", name)),
-                "layers": f"L{first}" if first == last else f"L{first}–L{last}",
+                "layers": _depth(rows["layer"]),
                 "best": _head_name(rows.loc[score.idxmax()]) if score.notna().any() else None,
             }
         )
@@ -194,6 +193,19 @@ def _summary(meta: dict[str, Any], heads: Any) -> dict[str, Any]:
         "roles": sorted(roles, key=lambda role: -role["count"]),
         "ablation": _largest_effect(heads),
     }
+
+
+def _depth(layers: pd.Series) -> str:
+    """The layers that heads of a role lie in, and those of the middle half where that says more."""
+
+    def span(low: float, high: float) -> str:
+        return f"L{int(low)}" if low == high else f"L{int(low)}–L{int(high)}"
+
+    low, high = layers.min(), layers.max()
+    inner = [layers.quantile(q, interpolation="nearest") for q in (0.25, 0.75)]
+    if len(layers) < 8 or inner[1] - inner[0] > 0.4 * (high - low):
+        return span(low, high)
+    return f"{span(low, high)}, half of them in {span(*inner)}"
 
 
 def _largest_effect(heads: Any) -> dict[str, Any] | None:
