@@ -27,6 +27,7 @@ from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model, text_config
 from interp.models.hooks import Stop, with_hidden
+from interp.models.layout import shown
 from interp.models.model import Model
 from interp.models.spec import first_tensor, with_first
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
@@ -384,10 +385,10 @@ class PathReplay:
     # --- calling ---------------------------------------------------------------------------------
 
     def _call_block(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
-        args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec.hidden)
+        args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec)
         out = first_tensor(self.model.blocks[layer](*args, **kwargs))
         assert out is not None
-        return out
+        return shown(out, self.model.spec.hidden_axes)
 
     @contextmanager
     def _attention_returns(self, layer: int, call: Call, value: Tensor) -> Iterator[None]:

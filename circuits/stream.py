@@ -373,10 +373,10 @@ def _probe(model: Model) -> list[_Seen]:
 
     def start(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            x = hidden_of(args, kwargs, model.spec.hidden).detach().requires_grad_()
+            x = hidden_of(args, kwargs, model.spec).detach().requires_grad_()
             seen[layer].x = x
             # The block reads a view: an operation in place on a leaf would be refused.
-            return with_hidden(args, kwargs, x.view_as(x), model.spec.hidden)
+            return with_hidden(args, kwargs, x.view_as(x), model.spec)
 
         return hook
 

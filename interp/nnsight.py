@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
+from interp.models.layout import PLAIN
 from interp.models.model import Model
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import Recording, record
@@ -185,6 +186,8 @@ class Addresses:
         path, side, scale, cut = places.get(site.name, (None, "", 1.0, None))
         if site.name in ("embed", "resid_pre") and self.spec.hidden != 0:
             path = None  # nnsight's `input` is the first argument
+        if path == block.name and self.spec.hidden_axes != PLAIN:
+            path = None  # shown in another shape than the block's
         if path is None or self.spec.shared:
             inside = site.name in ("q", "k", "v", "scores", "pattern")
             reason = INSIDE_ATTENTION if inside else "no one module's input or output is this site"

@@ -198,14 +198,13 @@ class Projections:
             raise Refused("layers share their modules: projections are not told apart by layer")
         prompt = probe_batch(self.module).ids[:1, :length]
         batch = Batch.of_ids(prompt.repeat(rows, 1)).to(module_device(self.module))
-        key = self.spec.hidden
 
         def stop(module: nn.Module, args: tuple, output: object) -> None:
             raise Stop
 
         def same(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = hidden_of(args, kwargs, key)
-            return with_hidden(args, kwargs, hidden[-1:].expand_as(hidden).contiguous(), key)
+            hidden = hidden_of(args, kwargs, self.spec)
+            return with_hidden(args, kwargs, hidden[-1:].expand_as(hidden).contiguous(), self.spec)
 
         blocks = [self.module.get_submodule(block.name) for block in self.spec.blocks]
         with ExitStack() as stack:

@@ -139,6 +139,9 @@ class RemoteModel(Model):
             where = self.addresses[Site(name, layer)]
             rows, length = batch.size, batch.ids.shape[1]
             width = {"z": where.heads, "mlp_post": (self.spec.blocks[layer].d_mlp,)}
+            width |= dict.fromkeys(
+                ("attn_out", "mlp_out"), (self.spec.d_model // self.spec.n_streams,)
+            )
             shape = (rows, length, *(width.get(name) or (self.spec.d_model,)))
             seen = Seen(layer, mask=batch.mask)
             changes = [_plain(edit, shape, seen) for edit in plan.edits.get((name, layer), ())]

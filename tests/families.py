@@ -53,6 +53,7 @@ GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97, "n_positions"
 PARALLEL = frozenset({"resid_mid"})
 EXPERTS = frozenset({"mlp_post"})
 TRANSFORM = frozenset({"unembedding"})
+SEVERAL_STREAMS = frozenset({"attn_write", "mlp_write", "resid_mid"})
 NO_WINDOW = frozenset(
     [
         "q",
@@ -71,7 +72,12 @@ NO_WINDOW = frozenset(
 )
 
 NOT_A_SUM = {"norm after adding", "hybrid", "layer scale as a parameter", "a third write"}
-NOT_A_SUM |= {"gated attention", "norm between z and W_O", "convolution behind attention"}
+NOT_A_SUM |= {
+    "several streams",
+    "gated attention",
+    "norm between z and W_O",
+    "convolution behind attention",
+}
 """Traits of models whose final residual is something else than embedding, heads' and MLPs' writes."""
 
 
@@ -96,7 +102,9 @@ class Family:
         """ "full", "partly" or "no window"."""
         if "z" in self.refused:
             return "no window"
-        return "full" if self.refused <= PARALLEL | EXPERTS | TRANSFORM else "partly"
+        absent = PARALLEL | EXPERTS | TRANSFORM
+        absent |= SEVERAL_STREAMS if "several streams" in self.traits else frozenset()
+        return "full" if self.refused <= absent else "partly"
 
     @property
     def sums(self) -> bool:
@@ -193,6 +201,37 @@ FAMILIES: dict[str, Family] = {
         "indexer",
         "MoE",
     ),
+    "deepseek_v4": _text(
+        "DeepseekV4",
+        {
+            **TEXT,
+            **DEEPSEEK_EXPERTS,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+            "hc_mult": 3,
+            "sliding_window": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_topk": 2,
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+            ],
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        },
+        "grouped heads",
+        "several streams",
+        "compressed keys",
+        "sinks",
+        "sliding window",
+        "MoE",
+        "head with a transform",
+        refused=SEVERAL_STREAMS | EXPERTS | TRANSFORM,
+    ),
     "dots1": _text("Dots1", {**GROUPED, **DEEPSEEK_EXPERTS}, "grouped heads", "MoE"),
     "ernie4_5": _text("Ernie4_5", {**GROUPED, **HEAD_8}, "grouped heads"),
     "exaone4": _text(
@@ -251,6 +290,28 @@ FAMILIES: dict[str, Family] = {
         "a third write",
         config="Gemma4TextConfig",
     ),
+    "gemma3n": _text(
+        "Gemma3n",
+        {
+            **GROUPED,
+            **HEAD_8,
+            **WINDOW_4,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 3,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "grouped heads",
+        "several streams",
+        "sliding window",
+        "softcap",
+        "head with a transform",
+        config="Gemma3nTextConfig",
+        refused=SEVERAL_STREAMS | TRANSFORM,
+    ),
     "glm": _text("Glm", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads"),
     "glm4": _text("Glm4", {**GROUPED, **HEAD_8, "pad_token_id": 0}, "grouped heads", "post-norm"),
     "gpt2": Family(
@@ -277,6 +338,28 @@ FAMILIES: dict[str, Family] = {
         refused=EXPERTS,
     ),
     "helium": _text("Helium", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "hy_v4": _text(
+        "HYV4",
+        {
+            **TEXT,
+            **DEEPSEEK_EXPERTS,
+            **LATENT,
+            "hc_mult": 3,
+            "index_topk": 3,
+            "index_head_dim": 8,
+            "index_n_heads": 8,
+            "pad_token_id": 0,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        "several streams",
+        "gated attention",
+        "MLA",
+        "indexer",
+        "sinks",
+        "MoE",
+        "head with a transform",
+        refused=SEVERAL_STREAMS | TRANSFORM,
+    ),
     "inkling": _text(
         "Inkling",
         {

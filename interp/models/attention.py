@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 IMPLEMENTATION = "interp_window"
 CHUNK_BYTES = 24 * 2**20
@@ -61,13 +62,14 @@ _listeners: dict[nn.Module, Callable[[nn.Module], Watch]] = {}
 _explicit: set[int | nn.Module] = set()
 """Ids of configs, and modules, of models that know no kernel but their own and do not say everywhere
 that they are causal: they are used to a mask that hides what is hidden, and get one."""
+needs_masks: WeakSet[nn.Module] = WeakSet()
+"""Models that were wrong without such a mask on their probe: they make something of it (more keys, say)."""
 
 
 def window_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask, left out where a kernel knows it without being told, except for `_explicit` models."""
-    if id(config) in _explicit:
-        kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, config=config, **kwargs)
+    """SDPA's mask, left out where a kernel knows it without being told; `_explicit` models get eager's."""
+    mask = eager_mask if id(config) in _explicit else sdpa_mask
+    return mask(*args, config=config, **kwargs)
 
 
 def _in_need_of_masks(modules: list[nn.Module]) -> set[int | nn.Module]:
@@ -77,7 +79,7 @@ def _in_need_of_masks(modules: list[nn.Module]) -> set[int | nn.Module]:
         if isinstance(module, PreTrainedModel) and not module._supports_sdpa:
             parts = list(module.modules())
             said = [part.is_causal for part in parts if hasattr(part, "is_causal")]
-            if not said or not all(said):
+            if not said or not all(said) or module in needs_masks:
                 found |= {id(module.config), *parts}
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
@@ -101,23 +100,13 @@ def output_tensor(output: Any) -> Tensor:
     return found
 
 
-def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
-    """Logits of a final residual [... d_model], exactly as the model makes them."""
-    if spec.readout:
-        for name in spec.readout:
-            residual = at_home(module.get_submodule(name), residual)
-        return residual
-    logits = uncapped_logits(spec, module, residual)
-    if spec.logit_softcap is not None:
-        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-    return logits
-
-
 def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     """The same before a soft-cap: linear in the normed residual, with the model's scale."""
     if spec.readout:
         raise Refused(
             f"logits are not linear in the normed residual: '{spec.readout[0]}' transforms it first"
+            if spec.readout[0]
+            else "no chain of modules, but code of the model's own, makes logits of the final residual"
         )
     if spec.unembedding is None:
         raise Refused("this model has no unembedding (no language-model head)")

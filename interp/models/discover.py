@@ -13,6 +13,7 @@ import torch
 
 from interp.models.calls import text_config
 from interp.models.ends import with_ends
+from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import Recording
 from interp.models.spec import BlockMap, Spec
@@ -27,7 +28,7 @@ WRITE_SITES = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
 def discover(seen: Recording, batch: Batch) -> Spec:
     """The map that the recording suggests, not yet verified."""
     refused: dict[str, str] = {}
-    stack, layers, key = find_stack(seen, refused)
+    stack, layers, key = find_stack(seen, batch, refused)
     pre = layers[0].hidden(key)
     blocks = [BlockMap(layer.name) for layer in layers]
     absent: set[str] = set()
@@ -37,7 +38,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         blocks = _with_writes(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)
         causal = all(
-            not torch.cat(layer.attention.rows, dim=2).triu(1).any()
+            not torch.cat(layer.attention.rows, dim=2)[..., : pre.shape[1]].triu(1).any()
             for layer in layers
             if layer.attention
         )
@@ -52,6 +53,8 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         d_vocab=getattr(text, "vocab_size", None) if "input_ids" in batch.inputs else None,
         n_ctx=getattr(text, "max_position_embeddings", None),
         hidden=key,
+        hidden_axes=layers[0].axes,
+        n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
         copies=frozenset(
             name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
@@ -108,12 +111,13 @@ def _with_writes(
     refused: dict[str, str],
 ) -> list[BlockMap]:
     """Writes of every block; in stacks of several kinds of layer a trial tells MLPs from mixers."""
+    if layers[0].n_streams > 1:
+        return mixed_blocks(seen, layers, blocks, key, batch, refused)
     found: list[tuple[Sums | None, list[Candidate]]] = []
     for layer in layers:
-        assert layer.call.output is not None
-        if layer.call.output.shape != layer.hidden(key).shape:
+        if layer.output.shape != layer.hidden(key).shape:
             refused["resid_post"] = (
-                f"'{layer.name}' returns shape {tuple(layer.call.output.shape)}, "
+                f"'{layer.name}' returns shape {tuple(layer.output.shape)}, "
                 f"reads {tuple(layer.hidden(key).shape)}"
             )
             found.append((None, []))
@@ -154,7 +158,9 @@ def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:
     attending = [block for block in blocks if block.attention]
     if not any(block.W_out for block in blocks):
         absent["mlp_post"] = "no one linear layer makes an MLP's output (experts, or a gate)"
-    if not any(block.before_mid for block in blocks):
+    if any(block.mixed for block in blocks):
+        absent |= dict.fromkeys(("attn_write", "mlp_write", "resid_mid"), WHY)
+    elif not any(block.before_mid for block in blocks):
         parallel = any(block.parallel for block in blocks)
         why = "attention and MLP are parallel" if parallel else "no block writes twice"
         absent["resid_mid"] = f"{why}: nothing lies between them"

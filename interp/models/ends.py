@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import text_config
+from interp.models.calls import is_encoder_decoder, text_config
 from interp.models.projections import same
+from interp.models.readout import WHOLE, rest_of_model
 from interp.models.recording import ModuleCall, Recording
 from interp.models.spec import Spec
 from interp.models.stack import Layer
+from interp.models.verify import RELATIVE_TOLERANCE, relative_error
 from interp.run.batch import Batch
 
 LONGEST_READOUT = 6
@@ -48,6 +50,12 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
             refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
             return replace(spec, readout=path, refused=refused, absent=absent)
         why = "no chain of modules leads from the final residual to the logits"
+        if _whole(spec, seen, layers[-1].output):
+            why += (
+                "; model.unembed gives them all the same, by the model's own code behind its blocks"
+            )
+            refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
+            return replace(spec, readout=WHOLE, refused=refused, absent=absent)
         return replace(spec, refused={**spec.refused, "unembedding": why})
     scale, softcap = _scale_and_cap(seen, final.output, seen.output)
     if (
@@ -111,6 +119,16 @@ def _path(seen: Recording, after: dict[str, ModuleCall], residual: Tensor) -> tu
                     longer.append(((*path, name), call.output))
         paths = longer
     return ()
+
+
+def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
+    """Whether the model's own code after its blocks makes the same logits of a residual at any position."""
+    of_tokens = spec.d_vocab is not None and not is_encoder_decoder(seen.module)
+    if spec.tuple_blocks or not of_tokens or seen.output.ndim != residual.ndim:
+        return False
+    logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
+    allowed = RELATIVE_TOLERANCE.get(seen.output.dtype, 6e-2)
+    return relative_error(logits, seen.output)[0] <= allowed
 
 
 def _scale_and_cap(seen: Recording, raw: Tensor, out: Tensor) -> tuple[float, float | None]:

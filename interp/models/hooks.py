@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.attention import Watch
-from interp.models.spec import first_tensor, with_first
+from interp.models.layout import held, shown
+from interp.models.spec import Spec, first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics
@@ -77,7 +78,9 @@ class RunWatch(Watch):
     def pattern(self, pattern, start):
         pattern = self._chunk(self.prefix + "pattern", pattern, start, fill=0.0)
         if self.statistics is not None:
-            self.statistics.update(self.layer, pattern, start)
+            mask = self.run.batch.mask  # keys that are no position's come behind these
+            of_positions = pattern if mask is None else pattern[..., : mask.shape[1]]
+            self.statistics.update(self.layer, of_positions, start)
         return pattern
 
     def z(self, z):
@@ -102,7 +105,15 @@ class BlockInput:
     """Pre-hook of a block: embed, resid_pre, and what resid_mid needs to know."""
 
     def __init__(
-        self, layer: int, touch, plan: Plan, run: Run, key: int | str, *, stop: bool, grad: bool
+        self,
+        layer: int,
+        touch,
+        plan: Plan,
+        run: Run,
+        spec: Spec,
+        *,
+        stop: bool,
+        grad: bool,
     ):
         self.layer, self.touch, self.plan, self.run, self.stop, self.grad = (
             layer,
@@ -112,13 +123,13 @@ class BlockInput:
             stop,
             grad,
         )
-        self.key = key
+        self.spec = spec
         self.resid: Tensor | None = None
         names = ("resid_pre", "embed") if layer == 0 else ("resid_pre",)
         self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x = old = hidden_of(args, kwargs, self.key)
+        x = given = hidden_of(args, kwargs, self.spec)
         if self.grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
@@ -127,26 +138,34 @@ class BlockInput:
         self.resid = x
         if self.stop:
             raise Stop
-        return None if x is old else with_hidden(args, kwargs, x, self.key)
+        if x is given and _untouched(x, argument(args, kwargs, self.spec.hidden)):
+            return None
+        return with_hidden(args, kwargs, x, self.spec)
 
 
 class BlockOutput:
     """Forward hook of a block: resid_post, the extras a replay needs, and stopping early."""
 
-    def __init__(self, layer: int, touch, run: Run, plan: Plan, *, stop: bool):
+    def __init__(
+        self, layer: int, touch, run: Run, plan: Plan, axes: tuple[str, ...], *, stop: bool
+    ):
         self.layer, self.touch, self.run, self.plan, self.stop = layer, touch, run, plan, stop
+        self.axes = axes
         self.needed = stop or plan.wants("resid_post", layer)
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        x = old = first_tensor(output)
-        assert x is not None
+        old = first_tensor(output)
+        assert old is not None
+        x = given = shown(old, self.axes)
         if isinstance(output, tuple):
             self.run.extras[self.layer] = output[1:]
         if self.plan.wants("resid_post", self.layer):
             x = self.touch("resid_post", self.layer, x)
         if self.stop:
             raise Stop
-        return None if x is old else with_first(output, x)
+        if x is given and _untouched(old, x):
+            return None
+        return with_first(output, held(x, self.axes, old.shape))
 
 
 def write_change(
@@ -202,6 +221,7 @@ def _over(x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def _untouched(x: Tensor, written: Tensor) -> bool:
+    """Whether x may go on in place of what was shown of it: with gradients only if it is the same tensor."""
     return written is x or not torch.is_grad_enabled()
 
 
@@ -226,13 +246,20 @@ class Turns:
         return lambda *args: hook(*args) if self.now == layer else None
 
 
-def hidden_of(args: tuple, kwargs: dict, key: int | str) -> Tensor:
-    """The hidden state among a block's arguments, at `spec.hidden`."""
-    return args[key] if isinstance(key, int) else kwargs[key]
+def hidden_of(args: tuple, kwargs: dict, spec: Spec) -> Tensor:
+    """The hidden state [batch pos d_model] among a block's arguments, at `spec.hidden`."""
+    return shown(argument(args, kwargs, spec.hidden), spec.hidden_axes)
 
 
-def with_hidden(args: tuple, kwargs: dict, hidden: Tensor, key: int | str) -> tuple[tuple, dict]:
-    """A block's arguments with another hidden state at `spec.hidden`."""
+def with_hidden(args: tuple, kwargs: dict, hidden: Tensor, spec: Spec) -> tuple[tuple, dict]:
+    """A block's arguments with another hidden state [batch pos d_model] at `spec.hidden`."""
+    key = spec.hidden
+    hidden = held(hidden, spec.hidden_axes, argument(args, kwargs, key).shape)
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}
+
+
+def argument(args: tuple, kwargs: dict, key: int | str) -> Tensor:
+    """One argument of a call, by index or keyword."""
+    return args[key] if isinstance(key, int) else kwargs[key]

@@ -19,7 +19,6 @@ from interp.models.calls import (
     check_source,
     is_encoder_decoder,
     output_tensor,
-    unembed,
     with_decoder_start,
 )
 from interp.models.hooks import (
@@ -30,11 +29,13 @@ from interp.models.hooks import (
     RunWatch,
     Stop,
     Turns,
+    argument,
     with_hidden,
     write_change,
 )
 from interp.models.probe import probe
-from interp.models.spec import BlockMap, first_tensor, module_device, with_first
+from interp.models.readout import unembed
+from interp.models.spec import BlockMap, Spec, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
@@ -200,7 +201,7 @@ class Model:
             raise Refused(
                 f"layer {layer} of {self.id}: no linear layer whose outputs are v was found"
             )
-        if not block.v.input:
+        if not block.v.input or self.spec.n_streams > 1:
             raise Refused(
                 f"layer {layer} of {self.id}: v is not read from the normed residual stream"
             )
@@ -613,7 +614,7 @@ class Model:
                 break
             on = partial(turns.only, layer) if turns else _as_it_is
             pre = BlockInput(
-                *(layer, touch, plan, run, self.spec.hidden),
+                *(layer, touch, plan, run, self.spec),
                 stop=stop_at == layer,
                 grad=grad and layer == 0,
             )
@@ -627,7 +628,8 @@ class Model:
                     self._on_output(stack, module, change, run, on)
             if where.before_mid and plan.wants("resid_mid", layer):
                 self._on_middle(stack, layer, where, touch, pre, run, on)
-            post = BlockOutput(layer, touch, run, plan, stop=stop_at == layer + 1 == self.n_layers)
+            last = stop_at == layer + 1 == self.n_layers
+            post = BlockOutput(layer, touch, run, plan, self.spec.hidden_axes, stop=last)
             if post.needed or self.spec.tuple_blocks:
                 stack.callback(block.register_forward_hook(on(post)).remove)
 
@@ -710,15 +712,13 @@ class Model:
         before = {block: block.__dict__.get("forward") for block in skipped}
         try:
             for block, outputs in skipped.items():
-                block.forward = _returning(outputs, block.forward)
+                block.forward = _returning(outputs, block.forward, self.spec)
             if start == 0:
                 first = cycle([resid] + [None] * (blocks.count(blocks[0]) - 1))
 
                 def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
                     given = next(first)
-                    if given is not None:
-                        return with_hidden(args, kwargs, given, self.spec.hidden)
-                    return None
+                    return None if given is None else with_hidden(args, kwargs, given, self.spec)
 
                 hook = blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
             yield
@@ -732,13 +732,20 @@ class Model:
                     block.forward = forward
 
 
-def _returning(outputs: Sequence[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def _returning(
+    outputs: Sequence[Any], forward: Callable[..., Any], spec: Spec
+) -> Callable[..., Any]:
     """A block's forward that returns one output a call in turn, and works as before where it is None."""
     turns = cycle(outputs)
 
     def returning(*args: Any, **kwargs: Any) -> Any:
         output = next(turns)
-        return forward(*args, **kwargs) if output is None else output
+        if output is None:
+            return forward(*args, **kwargs)
+        resid = first_tensor(output)
+        assert resid is not None
+        args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
+        return with_first(output, argument(args, kwargs, spec.hidden))
 
     return returning
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from interp.errors import Refused
+from interp.models import attention
 from interp.models.attention import implementation
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor, text_config
 from interp.models.discover import discover
-from interp.models.recording import record
+from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
-from interp.models.verify import relative_error, verify
+from interp.models.verify import RELATIVE_TOLERANCE, relative_error, verify
 from interp.run.batch import Batch
 
 PROBE_ROWS, PROBE_LENGTH, PROBE_TARGET = 2, 7, 5
@@ -40,6 +42,8 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
         seen = record(module, batch)
+        if relative_error(seen.output, plain)[0] > RELATIVE_TOLERANCE.get(plain.dtype, 6e-2):
+            seen = _with_masks(module, batch, seen, plain)
         mapped = discover(seen, batch)
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
@@ -54,6 +58,17 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
             if plain.dtype in (torch.bfloat16, torch.float16):
                 return verify(mapped, seen, plain, _between_kernels(module, batch))
         return spec
+
+
+def _with_masks(module: nn.Module, batch: Batch, seen: Recording, plain: Tensor) -> Recording:
+    """The recording with masks as eager attention gets them, if that is what the model was wrong without."""
+    parts = {part for part in module.modules() if isinstance(part, PreTrainedModel)}
+    attention.needs_masks.update(parts)
+    again = record(module, batch)
+    if relative_error(again.output, plain)[0] < relative_error(seen.output, plain)[0] / 10:
+        return again
+    attention.needs_masks.difference_update(parts)
+    return seen
 
 
 def _between_kernels(module: nn.Module, batch: Batch) -> float:

@@ -72,10 +72,10 @@ def gated_attention_map(
             x, y = call.inputs[0].double().reshape(-1), other.inputs[0].double().reshape(-1)
             if not torch.equal(x, y):
                 after.append((call.order, name, x, y))
-    if not after:
-        # No projection of its own: the attention module's output is all there is.
+    _, name, x, y = min(after, key=lambda found: found[0], default=(0, "", None, None))
+    if not name or seen.call(name).inputs[0].shape[-1] != block.n_heads * block.d_head:
+        # No projection of its own, or one a group of heads: the attention module's output is all there is.
         return with_output(layer, block, key)
-    _, name, x, y = min(after, key=lambda found: found[0])
     eps = PROPORTIONAL * (30 if factor.dtype in (torch.bfloat16, torch.float16) else 1)
     error = (y - x * factor.double().reshape(-1)).abs().max()
     between = "gate" if float(error) <= eps * float(x.abs().max()) else "function"
@@ -90,7 +90,7 @@ def with_output(layer: Layer, block: BlockMap, key: int | str) -> BlockMap:
         if (
             call is None
             or call.output is None
-            or call.output.shape[-1] != layer.hidden(key).shape[-1]
+            or call.output.shape[-1] != layer.hidden(key).shape[-1] // layer.n_streams
         ):
             continue
         first = call.output.shape[0]

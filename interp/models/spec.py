@@ -73,7 +73,9 @@ class BlockMap:
     attention output in order [batch pos d_model], W_O itself in most models. `between`: what stands
     between z and W_O, "" where W_O reads z: "gate" (elementwise, not depending on z) or "function".
     `convolved`: a convolution of each channel that attention's or the MLP's output passes before it is
-    written, if there is one. `W_out`: the one linear layer that makes mlp_out from the neurons (`d_mlp` of them).
+    written, if there is one. `mixed`: modules whose outputs a block with several residual streams mixes
+    into them, with weights that depend on the token; it has no writes then. `W_out`: the one linear layer
+    that makes mlp_out from the neurons (`d_mlp` of them).
     """
 
     name: str
@@ -98,6 +100,7 @@ class BlockMap:
     norm_mid: str | None = None
     norm_post: str | None = None
     convolved: str | None = None
+    mixed: tuple[str, ...] = ()
     parallel: bool = False
     direct: bool = False
 
@@ -127,9 +130,11 @@ class Spec:
     `refused` names every site that this model cannot give, with the reason; `absent` those among them
     that its architecture does not have (nothing lies between parallel branches; routed experts have no
     one set of neurons; behind a transform there is no "unembedding" of the residual).
-    `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword.
+    `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword;
+    `hidden_axes` how blocks hold it (`interp.models.layout`). With several residual streams `d_model` is
+    what all `n_streams` have together, and attn_out and mlp_out are as wide as one of them.
     `readout` are the modules that make logits of the final residual one after the other, where that is
-    more than a norm and a linear layer (BERT's head has a transform).
+    more than a norm and a linear layer (BERT's head has a transform); ("",) is the model itself, less its blocks.
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     """
@@ -149,6 +154,8 @@ class Spec:
     logit_softcap: float | None = None
     readout: tuple[str, ...] = ()
     hidden: int | str = 0
+    hidden_axes: tuple[str, ...] = ("batch", "pos", "d_model")
+    n_streams: int = 1
     tuple_blocks: bool = False
     copies: frozenset[str] = frozenset()
     checks: tuple[Check, ...] = ()
@@ -184,6 +191,8 @@ class Spec:
     @property
     def not_a_sum(self) -> str:
         """Why the final residual is not embedding plus attn_write plus mlp_write; "" where it is."""
+        if self.n_streams > 1:
+            return f"it has {self.n_streams} residual streams, mixed by weights that depend on the token"
         if self.shared:
             return f"several layers are calls of one module ('{self.blocks[0].name}')"
         for block in self.blocks:

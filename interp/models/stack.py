@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
+from interp.models.layout import PLAIN, axes_of, shown
 from interp.models.recording import AttentionCall, ModuleCall, Recording
+from interp.run.batch import Batch
 from interp.sites import AXES, CROSS_SITES
 
 
@@ -23,13 +25,29 @@ class Layer:
     inside: Recording
     attention: AttentionCall | None
     cross: AttentionCall | None = None
+    axes: tuple[str, ...] = PLAIN
 
     def hidden(self, key: int | str) -> Tensor:
-        """The hidden state the block was given."""
-        return self.call.inputs[self.call.keys.index(key)]
+        """The hidden state the block was given [batch pos d_model]."""
+        return shown(self.call.inputs[self.call.keys.index(key)], self.axes)
+
+    @property
+    def output(self) -> Tensor:
+        """The hidden state it returned [batch pos d_model]."""
+        assert self.call.output is not None
+        return shown(self.call.output, self.axes)
+
+    @property
+    def n_streams(self) -> int:
+        """How many residual streams it reads and returns."""
+        if "n_streams" not in self.axes or self.call.output is None:
+            return 1
+        return self.call.output.shape[self.axes.index("n_streams")]
 
 
-def find_stack(seen: Recording, refused: dict[str, str]) -> tuple[str, list[Layer], int | str]:
+def find_stack(
+    seen: Recording, batch: Batch, refused: dict[str, str]
+) -> tuple[str, list[Layer], int | str]:
     """The name of the list of blocks, its layers, and where their calls have the hidden state."""
     placed, outside = _place(seen)
     placed = _decoder(seen, placed) or placed
@@ -57,7 +75,8 @@ def find_stack(seen: Recording, refused: dict[str, str]) -> tuple[str, list[Laye
             "nothing can be addressed"
         )
     shape = layers[0].hidden(key).shape
-    if len(shape) != 3:
+    axes = axes_of(shape, batch)
+    if axes is None or (axes != PLAIN and not (placed and _channels_last(layers, key))):
         raise Refused(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
@@ -70,7 +89,7 @@ def find_stack(seen: Recording, refused: dict[str, str]) -> tuple[str, list[Laye
                 f"block '{layer.name}' attends {several} times ({again or 'several '}branches); one "
                 "attention a block, and one to a source, can be addressed"
             )
-    return stack, layers, key
+    return stack, [replace(layer, axes=axes) for layer in layers], key
 
 
 def _decoder(seen: Recording, placed: list[str]) -> list[str]:
@@ -115,7 +134,26 @@ def _reads_any(seen: Recording, attention: AttentionCall, given: list[Tensor]) -
     )
 
 
-def layers_of(seen: Recording, stack: str) -> list[Layer]:
+def _channels_last(layers: list[Layer], key: int | str) -> bool:
+    """Whether linear layers of every block read the last axis of its hidden state."""
+    width = layers[0].hidden(key).shape[-1]
+
+    def reads(inside: Recording, name: str, call: ModuleCall) -> bool:
+        weight = getattr(inside.module.get_submodule(name), "weight", None)
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
+        return matrix and bool(call.inputs) and call.inputs[0].shape[-1] == width
+
+    return all(
+        any(
+            reads(layer.inside, name, call)
+            for name, calls in layer.inside.calls.items()
+            for call in calls
+        )
+        for layer in layers
+    )
+
+
+def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> list[Layer]:
     """Every call of a member of the list, first called first; a member may be called several times."""
     members = len(seen.module.get_submodule(stack))  # type: ignore[arg-type]
     calls = [
@@ -126,7 +164,7 @@ def layers_of(seen: Recording, stack: str) -> list[Layer]:
     layers = []
     for call, name in sorted(calls, key=lambda pair: pair[0].order):
         inside = seen.within(call)
-        layers.append(Layer(name, call, inside, next(iter(inside.attention), None)))
+        layers.append(Layer(name, call, inside, next(iter(inside.attention), None), axes=axes))
     if not layers or any(layer.call.output is None for layer in layers):
         raise Refused(f"blocks of '{stack}' return no hidden state: nothing can be addressed")
     return layers

@@ -37,7 +37,8 @@ def scaled_z(
     for layer in layers:
         call = next(taken[layer.name])
         inside = again.within(call)
-        changed.append(Layer(layer.name, call, inside, next(iter(inside.attention), None)))
+        attention = next(iter(inside.attention), None)
+        changed.append(Layer(layer.name, call, inside, attention, axes=layer.axes))
     return changed, factors
 
 
@@ -46,13 +47,15 @@ def works_by_position(
 ) -> set[str]:
     """Those of the modules `branches` whose output at a position follows from the input there alone.
 
-    They are given their input with the positions in reverse order. An MLP and routed experts return
+    They are given their input (and token ids) with the positions in reverse order. An MLP and routed experts return
     their output in reverse order; attention, a state-space layer or a convolution something else.
     """
-    rows = layers[0].hidden(key).shape[0]
+    rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
     passed: dict[str, bool] = {}
 
     def reverse(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        args = tuple(map(reverse_ids, args))
+        kwargs = {name: reverse_ids(x) for name, x in kwargs.items()}
         for i, x in enumerate(args):
             if isinstance(x, Tensor) and x.is_floating_point():
                 return (*args[:i], _reversed(x, rows), *args[i + 1 :]), kwargs
@@ -60,6 +63,10 @@ def works_by_position(
             if isinstance(x, Tensor) and x.is_floating_point():
                 return args, {**kwargs, name: _reversed(x, rows)}
         return None
+
+    def reverse_ids(x: Any) -> Any:  # experts may be picked by token
+        same = isinstance(x, Tensor) and ids is not None and torch.equal(x, ids)
+        return x.flip(1) if same else x
 
     with ExitStack() as stack:
         for name in branches:

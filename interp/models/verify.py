@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
-from interp.models.calls import at_home, unembed
+from interp.models.calls import at_home
+from interp.models.readout import unembed
 from interp.models.recording import Recording
 from interp.models.solve import SLACK, off_by
 from interp.models.spec import Check, Spec, Write, module_device
@@ -36,7 +37,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     may be twice as far from them.
     """
     checks, refused = [], dict(spec.refused)
-    layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
+    layers = layers_of(seen, spec.stack, spec.hidden_axes)
+    layers = [with_cross(layer, spec.hidden) for layer in layers]
     dtype = seen.output.dtype
     relative = RELATIVE_TOLERANCE.get(dtype, 6e-2)
 
@@ -79,20 +81,31 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     _check_linear(spec, layers, check)
     linked = True
     if len(layers) > 1:
-        links = [(a.call.output, b.hidden(spec.hidden)) for a, b in pairwise(layers)]
+        links = [(a.output, b.hidden(spec.hidden)) for a, b in pairwise(layers)]
         linked = check(
             "stream",
-            torch.cat([a for a, _ in links if a is not None], -1),
+            torch.cat([a for a, _ in links], -1),
             torch.cat([b for _, b in links], -1),
             "each block reads what the one before it returned",
         )
     proven = _check_writes(spec, layers, linked, check, judge)
-    if "attn_write" in spec.absent and not proven:
+    if "attn_write" in spec.absent and not proven and spec.n_streams == 1:
         spec = replace(spec, absent=spec.absent - {"attn_write"})
         refused["attn_write"] = "no sum of what the blocks write was verified"
+    if spec.n_streams > 1:
+        mixed = [
+            combined(layer, spec.hidden, b.mixed)
+            for layer, b in zip(layers, spec.blocks, strict=True)
+        ]
+        check(
+            "streams",
+            torch.cat(mixed, -1),
+            torch.cat([layer.output for layer in layers], -1),
+            "each residual stream is a combination of those the block read and of what it computed",
+            ("mlp_out", "mlp_post"),
+        )
     if spec.readout or (spec.unembedding is not None and "unembedding" not in refused):
-        final = layers[-1].call.output
-        assert final is not None
+        final = layers[-1].output
         passed = check(
             "unembedding",
             unembed(spec, seen.module, final),
@@ -166,12 +179,10 @@ def _check_writes(
         sites += ("cross_write",)
     if not any(block.norm_mid or block.norm_post for block in spec.blocks):
         total = layers[0].hidden(spec.hidden).double()
-        final = layers[-1].call.output
-        assert final is not None
+        final = layers[-1].output
         eps, roundings, most = torch.finfo(final.dtype).eps, 0, 0.0
         for layer, block in zip(layers, spec.blocks, strict=True):
-            pre, post = layer.hidden(spec.hidden).double(), layer.call.output
-            assert post is not None
+            pre, post = layer.hidden(spec.hidden).double(), layer.output
             parts = written(layer, block.writes, pre.shape)
             most = max(most, float(off_by(pre, post.double(), parts, eps).max()))
             total = total + sum(parts)
@@ -200,9 +211,8 @@ def _check_writes(
         out = added(x.double(), layer, rest)
         if block.norm_post is not None:
             out = _normed(layer, block.norm_post, out.to(x))
-        assert layer.call.output is not None
         made.append(out.double())
-        wanted.append(layer.call.output)
+        wanted.append(layer.output)
     return check(
         "writes",
         torch.cat(made, -1),
@@ -228,6 +238,30 @@ def written(layer: Layer, writes: Sequence[Write], shape: torch.Size) -> list[Te
             factor = factor.cpu().double()
         parts.append(out.double().reshape(shape) * factor)
     return parts
+
+
+def combined(layer: Layer, key: int | str, modules: tuple[str, ...]) -> Tensor:
+    """What comes nearest to a block's output [batch pos d_model] of its input's streams and these outputs.
+
+    Each stream of each position has weights of its own, least squares in float64.
+    """
+    pre, post = streams(layer.hidden(key), layer), streams(layer.output, layer)
+    values = [one_stream(layer.inside.call(name).output, pre[..., 0, :]) for name in modules]
+    basis = torch.cat([pre, *[value[..., None, :] for value in values]], dim=-2).mT
+    # Streams may be equal (in the first block): least squares for matrices that are not of full rank.
+    weights = torch.linalg.lstsq(basis, post.mT, driver="gelsd").solution
+    return (basis @ weights).mT.flatten(-2)
+
+
+def streams(x: Tensor, layer: Layer) -> Tensor:
+    """[batch pos d_model] as [batch pos n_streams width], in float64."""
+    return x.double().unflatten(-1, (layer.n_streams, -1))
+
+
+def one_stream(value: Tensor | None, like: Tensor) -> Tensor:
+    """A module's output in float64, in the shape of one residual stream."""
+    assert value is not None
+    return value.double().reshape(like.shape)
 
 
 def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:

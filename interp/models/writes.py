@@ -56,10 +56,9 @@ class Sums:
 
 def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candidate]]:
     """The block's writes and norms, None if none were found; and all candidates, latest first."""
-    assert layer.call.output is not None
-    pre, post = layer.hidden(key).double(), layer.call.output.double()
-    candidates = _candidates(layer.inside, pre.shape)
-    dtype = layer.call.output.dtype
+    pre, post = layer.hidden(key).double(), layer.output.double()
+    candidates = candidates_of(layer.inside, pre.shape)
+    dtype = layer.output.dtype
     found = _sums(layer, pre, post, candidates, dtype)
     if found is None and (scaled := _scaled(layer.inside, layer.name, candidates)):
         found = _sums(layer, pre, post, candidates + scaled, dtype)
@@ -135,7 +134,7 @@ def _norms(seen: Recording, shape: torch.Size) -> list[tuple[int, str, Tensor, T
     )
 
 
-def _candidates(seen: Recording, shape: torch.Size) -> list[Candidate]:
+def candidates_of(seen: Recording, shape: torch.Size) -> list[Candidate]:
     """Distinct d_model-wide outputs of modules called once inside the block, latest first.
 
     Some blocks flatten batch and position (OPT): any output with the right last axis and size counts.
@@ -220,11 +219,11 @@ def write_map(
     """
     gains = [gain for _, gain in _parameters(layer.inside, layer.name, candidates[0])]
     cross = block.cross
-    from_attention = _downstream(
+    from_attention = downstream(
         layer.inside, (block.W_O, block.attn_out, block.attention), candidates, gains
     )
     from_source = (
-        _downstream(layer.inside, (cross.W_O, cross.out, cross.attention), candidates, gains)
+        downstream(layer.inside, (cross.W_O, cross.out, cross.attention), candidates, gains)
         if cross
         else []
     )
@@ -248,7 +247,7 @@ def write_map(
             or branch_of(layer.name, candidate, layer, candidates) in by_position
         ):
             out = before_norm(layer.inside, write.module, candidates, gains)
-            block = _neurons(layer.inside, replace(block, mlp_write=write, mlp_out=out), candidates)
+            block = neurons(layer.inside, replace(block, mlp_write=write, mlp_out=out), candidates)
         else:
             others.append(write)
     convolved = [
@@ -294,9 +293,8 @@ def _with_mid(
         return replace(block, parallel=True)
     if not before:
         return block
-    assert layer.call.output is not None
     mid = added(layer.hidden(key).double(), layer, before)
-    allowed = RELATIVE_TOLERANCE.get(layer.call.output.dtype, 6e-2)
+    allowed = RELATIVE_TOLERANCE.get(layer.output.dtype, 6e-2)
     sequential = any(
         x.numel() == mid.numel() and relative_error(x.reshape(mid.shape), mid)[0] <= allowed
         for calls in layer.inside.calls.values()
@@ -308,7 +306,7 @@ def _with_mid(
     return replace(block, parallel=block.attn_write is not None)
 
 
-def _downstream(
+def downstream(
     seen: Recording,
     addresses: tuple[str | None, str | None, str | None],
     candidates: list[Candidate],
@@ -358,7 +356,7 @@ def before_norm(
     return module
 
 
-def _neurons(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> BlockMap:
+def neurons(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> BlockMap:
     """W_out: the linear layer that returns mlp_out as it is; none where experts or gates mix it."""
     for name in next(c.modules for c in candidates if block.mlp_out in c.modules):
         call, module = seen.once(name), seen.module.get_submodule(name)

@@ -193,8 +193,8 @@ def test_heads_and_bias_sum_to_the_attention_output(name: str) -> None:
         pytest.skip("no projection reads z in this family")
     cache = model.run(inputs_of(name), capture=["z", "attn_out"]).cache
     for layer in model.layers_with("attn_out"):
-        if model.spec.blocks[layer].between:
-            with pytest.raises(Refused, match="reads z"):
+        if model.spec.blocks[layer].between or model.spec.blocks[layer].W_O is None:
+            with pytest.raises(Refused, match=r"reads z|no attention output projection"):
                 model.W_O(layer)
             continue
         heads = torch.einsum("bphd,hdm->bphm", cache[f"z.{layer}"], model.W_O(layer))
@@ -312,9 +312,10 @@ def test_replay_of_an_edit_equals_a_run_with_it(name: str) -> None:
 @every_window
 def test_patching_all_writes_reproduces_the_source_run(name: str) -> None:
     model = model_of(name)
-    if any(block.others for block in model.spec.blocks):
+    if any(block.others or len(block.mixed) > 2 for block in model.spec.blocks):
         pytest.skip("some writes are neither attention's nor the MLP's: they have no site")
-    sites = ["embed", "attn_write", "mlp_write"]
+    kind = "out" if model.spec.n_streams > 1 else "write"
+    sites = ["embed", f"attn_{kind}", f"mlp_{kind}"]
     source = model.run(inputs_of(name, seed=3), capture=sites)
     patches = [Edit.patch(site, source.cache.by_layer(site)) for site in sites]
     patched = model.run(inputs_of(name), edits=patches)
@@ -332,6 +333,8 @@ def test_padding_changes_nothing_at_real_positions(name: str, side: str) -> None
         pytest.skip(
             "its forward takes no position_ids, so Hugging Face counts padding as positions"
         )
+    if side == "left" and "compressed keys" in FAMILIES[name].traits:
+        pytest.skip("its own forward makes one key of several positions, padding among them")
     model = model_of(name)
     generator = torch.Generator().manual_seed(4)
     lengths = (3, 6, LENGTH)
@@ -344,12 +347,15 @@ def test_padding_changes_nothing_at_real_positions(name: str, side: str) -> None
     capture = [] if FAMILIES[name].expected == "no window" else ["pattern", "z"]
     padded = model.run(Batch.of_ids(ids, mask), capture=capture)
     # A padding row that is all hidden must not become NaN: statistics weigh it with 0.
-    assert all(padded.cache[site].isfinite().all() for site in capture)
+    every = [x for site in capture for x in padded.cache.by_layer(site).values()]
+    assert all(x.isfinite().all() for x in every)
     for i, row in enumerate(rows):
         alone = model.run(row, capture=capture)
         assert off(padded.logits[i, mask[i]], alone.logits[0]) < ROUNDING
         for layer, pattern in alone.cache.by_layer("pattern").items():
-            real = padded.cache[f"pattern.{layer}"][i][:, mask[i]]
+            # Some models have keys besides those of the positions: behind them.
+            real = padded.cache[f"pattern.{layer}"][i][:, mask[i], :LENGTH]
+            pattern = pattern[..., : len(row)]
             assert off(real[:, :, mask[i]], pattern[0]) < ROUNDING
             assert not real[:, :, ~mask[i]].any(), "a real token attends to padding"
 

@@ -1,0 +1,124 @@
+"""Blocks with several residual streams: what they mix into them, and which of it is the MLP's output.
+
+Hyper-connections and AltUp carry n streams side by side and mix them before and after attention and MLP,
+with weights that depend on the token. Nothing is added to a stream as it is; but every stream that a
+block returns is, at each position, a combination of the n it read and of a few module outputs:
+
+    post_s = Σ_j A_sj pre_j + Σ_m b_sm out_m        (A and b: any numbers, others at every position)
+
+Source: Zhu et al. 2024, "Hyper-Connections" (arXiv:2409.19606); Baykal et al. 2023, "Alternating Updates
+for Efficient Transformers" (arXiv:2301.13310).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from interp.models.recording import Recording
+from interp.models.spec import BlockMap
+from interp.models.stack import Layer
+from interp.models.trials import works_by_position
+from interp.models.verify import one_stream, streams
+from interp.models.writes import (
+    Candidate,
+    before_norm,
+    branch_of,
+    candidates_of,
+    downstream,
+    neurons,
+)
+from interp.run.batch import Batch
+
+WHY = (
+    "the block mixes several residual streams, with weights that depend on the token: what attention and "
+    "MLP return is added to none of them as it is (attn_out and mlp_out are there)"
+)
+ROUNDINGS = 8
+"""How many roundings of a stream's size a combination may be off: a product of small matrices."""
+
+
+def mixed_blocks(
+    seen: Recording,
+    layers: list[Layer],
+    blocks: list[BlockMap],
+    key: int | str,
+    batch: Batch,
+    refused: dict[str, str],
+) -> list[BlockMap]:
+    """The blocks with the modules that they mix into their streams, and the MLP among these."""
+    candidates = [candidates_of(layer.inside, _shape(layer, key)) for layer in layers]
+    chosen = [
+        _smallest_span(layer, some, key) for layer, some in zip(layers, candidates, strict=True)
+    ]
+    branches = [
+        {id(c): branch_of(layer.name, c, layer, some) for c in few or ()}
+        for layer, some, few in zip(layers, candidates, chosen, strict=True)
+    ]
+    tried = sorted({name for branch in branches for name in branch.values()})
+    by_position = works_by_position(seen, layers, tried, batch, key)
+    made = []
+    for layer, block, some, few, branch in zip(
+        layers, blocks, candidates, chosen, branches, strict=True
+    ):
+        if few is None:
+            why = f"no outputs inside '{block.name}' make its residual streams of those it read"
+            refused.setdefault("mlp_out", why)
+            refused.setdefault("mlp_post", why)
+            made.append(block)
+            continue
+        block = replace(block, mixed=tuple(c.modules[0] for c in few))
+        reached = {
+            id(c)
+            for c in downstream(
+                layer.inside, (block.W_O, block.attn_out, block.attention), some, []
+            )
+        }
+        after = max((c.order for c in few if id(c) in reached), default=0)
+        mlps = [c for c in few if id(c) not in reached and branch[id(c)] in by_position]
+        # Other things work by position too (a low-rank branch): the MLP is the first behind attention.
+        if mlps := [c for c in mlps if c.order > after] or mlps:
+            out = before_norm(layer.inside, mlps[0].modules[0], some)
+            block = neurons(layer.inside, replace(block, mlp_out=out), some)
+        made.append(block)
+    return made
+
+
+def _smallest_span(
+    layer: Layer, candidates: list[Candidate], key: int | str
+) -> list[Candidate] | None:
+    """The candidates, first called first, of which the block's streams are made; None if all do not do.
+
+    The earliest that the others can do without is left out first: a norm's output goes before its
+    input's, an MLP's before its experts'.
+    """
+    pre, post = streams(layer.hidden(key), layer), streams(layer.output, layer)
+    n, width = pre.shape[-2:]
+    few = candidates[: max(1, width // 2 - n)]  # of more than width vectors everything can be made
+    parts = torch.cat(
+        [pre, *[one_stream(c.value, pre[..., 0, :])[..., None, :] for c in few], post], dim=-2
+    )
+    parts = torch.where(parts.isfinite(), parts, 0.0)
+    # Distances among so few vectors are the same in the few dimensions that they span.
+    small = torch.linalg.qr(parts.mT).R
+    aim, allowed = small[..., -n:], ROUNDINGS * torch.finfo(layer.output.dtype).eps
+
+    def makes(chosen: list[int]) -> bool:
+        basis = small[..., [*range(n), *(n + i for i in chosen)]]
+        # Streams may be equal (in the first block): for matrices that are not of full rank.
+        weights = torch.linalg.lstsq(basis, aim, driver="gelsd").solution
+        left = (basis @ weights - aim).norm(dim=-2)
+        return bool((left <= allowed * aim.norm(dim=-2)).all())
+
+    chosen = list(range(len(few)))
+    if not makes(chosen):
+        return None
+    for i in sorted(chosen, key=lambda i: few[i].order):
+        if makes(fewer := [j for j in chosen if j != i]):
+            chosen = fewer
+    return sorted((few[i] for i in chosen), key=lambda c: c.order)
+
+
+def _shape(layer: Layer, key: int | str) -> torch.Size:
+    return streams(layer.hidden(key), layer)[..., 0, :].shape

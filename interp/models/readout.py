@@ -1,0 +1,84 @@
+"""Logits of final residual vectors, exactly as the model makes them, by whatever comes after its last block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp.models.calls import at_home, call_model, output_tensor, uncapped_logits
+from interp.models.hooks import argument, with_hidden
+from interp.models.layout import PLAIN, held
+from interp.models.spec import Spec, module_device
+from interp.run.batch import Batch
+
+WHOLE = ("",)
+"""The readout of a model where no chain of modules, but code of its own, leads to the logits."""
+AT_ONCE = 256
+"""Vectors a forward, each at a position of its own: masks made for nothing grow with the square."""
+
+
+def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
+    """Logits of a final residual [... d_model], exactly as the model makes them."""
+    if spec.readout == WHOLE:
+        return rest_of_model(spec, module, residual)
+    if spec.readout:
+        x = residual
+        if spec.hidden_axes != PLAIN:  # all vectors in one row, as blocks hold them
+            sizes = {"n_streams": spec.n_streams, "d_model": spec.d_model // spec.n_streams}
+            like = [sizes.get(axis, 1) for axis in spec.hidden_axes]
+            x = held(x.reshape(1, -1, x.shape[-1]), spec.hidden_axes, like)
+        for name in spec.readout:
+            x = at_home(module.get_submodule(name), x)
+        return x.reshape(*residual.shape[:-1], x.shape[-1])
+    logits = uncapped_logits(spec, module, residual)
+    if spec.logit_softcap is not None:
+        return torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits
+
+
+def rest_of_model(
+    spec: Spec, module: nn.Module, residual: Float[Tensor, "*lead d_model"]
+) -> Float[Tensor, "*lead d_vocab"]:
+    """What the model makes of final residual vectors, when every block returns these and computes nothing.
+
+    The vectors stand at the positions of one row, of tokens that no one reads: true of models whose end
+    is the same at every position, which `discover` tries.
+    """
+    vectors = residual.reshape(-1, residual.shape[-1]).to(module_device(module))
+    made = []
+    for part in vectors.split(min(AT_ONCE, spec.n_ctx or AT_ONCE)):
+        ids = torch.zeros(1, len(part), dtype=torch.long, device=part.device)
+        with _returning(spec, module, part[None]):
+            made.append(output_tensor(call_model(module, Batch.of_ids(ids)))[0])
+    logits = torch.cat(made).to(residual.device)
+    return logits.reshape(*residual.shape[:-1], logits.shape[-1])
+
+
+@contextmanager
+def _returning(spec: Spec, module: nn.Module, resid: Tensor) -> Iterator[None]:
+    """Inside, every block returns `resid` [batch pos d_model] whatever it is given."""
+    blocks = {module.get_submodule(block.name) for block in spec.blocks}
+    before = {block: block.__dict__.get("forward") for block in blocks}
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return argument(*with_hidden(args, kwargs, resid, spec), spec.hidden)
+
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
+    finally:
+        for block, own in before.items():
+            _restore(block, own)
+
+
+def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.forward = own
