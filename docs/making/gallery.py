@@ -92,6 +92,7 @@ def script_of(name: str, figure: Any) -> str:
 def gallery_page() -> str:
     """Every script with the place of its figure; `<!-- seconds NAME -->` is filled in when it is drawn."""
     parts = [
+        "---\nhide: [navigation]\n---",
         "# Gallery",
         "One script a figure. Each runs as it stands, on the default model; `report.figure()` returns a plotly "
         "figure, to restyle or to export.",

@@ -60,6 +60,7 @@ def analyses_page() -> str:
 def detectors_page() -> str:
     """Every detector of `interp heads`, as it declares itself."""
     parts = [
+        "---\nhide: [navigation]\n---",
         "# Detectors",
         "What `interp heads` looks for in every attention head; `interp detectors` prints the same list. A "
         "label is a claim: it needs an effect size (mean score over the threshold, distance from the null "
