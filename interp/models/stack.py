@@ -114,6 +114,8 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     ]
     calls = layer.inside.attention
     cross = [call for call in calls if given and _reads_any(layer.inside, call, given)]
+    if len(cross) > 1:  # positions given to every block may be all that the first one reads
+        cross = [c for c in cross if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]
     own = [call for call in calls if not any(call is other for other in cross)]
     if len(cross) != 1 or not own:
         return layer

@@ -68,9 +68,12 @@ def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candida
 def _sums(
     layer: Layer, pre: Tensor, post: Tensor, candidates: list[Candidate], dtype: torch.dtype
 ) -> Sums | None:
+    norms = _norms(layer.inside, pre.shape)
+    if not pre.any():  # a stream that is still zero is whatever the last norm returns: no write
+        returned = {name for _, name, _, _ in norms}
+        candidates = [c for c in candidates if not returned & set(c.modules)]
     if chosen := _solve(pre, post, candidates, dtype):
         return Sums(chosen)
-    norms = _norms(layer.inside, pre.shape)
     last = [(name, x) for _, name, x, out in norms if torch.equal(out.double(), post)]
     ends: list[tuple[str | None, Tensor]] = [*last, (None, post)]
     for norm_post, x in ends:
