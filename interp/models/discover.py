@@ -16,6 +16,7 @@ from interp.models.ends import with_ends
 from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import Recording
+from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack
 from interp.models.trials import scaled_z, works_by_position
@@ -78,12 +79,12 @@ def _with_attention(
         attention_map(layer, block, key, batch) if layer.attention else block
         for layer, block in zip(layers, blocks, strict=True)
     ]
-    if any(block.attention and block.W_O is None for block in blocks):
+    if any(block.attention and block.W_O is None and not block.along for block in blocks):
         changed, factors = scaled_z(seen, layers, batch)
         of_call = {id(call): factor for call, factor in zip(seen.attention, factors, strict=True)}
         blocks = [
             gated_attention_map(layer, again, of_call[id(layer.attention)], block, key)
-            if layer.attention and block.W_O is None
+            if layer.attention and block.W_O is None and not block.along
             else block
             for layer, again, block in zip(layers, changed, blocks, strict=True)
         ]
@@ -95,7 +96,7 @@ def _with_attention(
         if block.cross and block.cross.out is None:
             why = f"no module of '{block.name}' returns the output of '{block.cross.attention}'"
             refused.setdefault("cross_out", why)
-        if block.attention and block.attn_out is None:
+        if block.attention and block.attn_out is None and block.along != HEADS:
             refused.setdefault(
                 "attn_out", f"no module of '{block.name}' returns the output of '{block.attention}'"
             )
@@ -156,6 +157,10 @@ def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:
     """Sites that the architecture does not have, added to `refused` with the reason."""
     absent = {}
     attending = [block for block in blocks if block.attention]
+    if several := next((block for block in blocks if block.along == HEADS), None):
+        names = " and ".join(f"'{name}'" for name in several.attends)
+        why = f"{names} each write an output of their own: '{several.name}' has no one attention output"
+        absent |= dict.fromkeys(("attn_out", "attn_write"), why)
     if not any(block.W_out for block in blocks):
         absent["mlp_post"] = "no one linear layer makes an MLP's output (experts, or a gate)"
     if any(block.mixed for block in blocks):

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from interp.models.attention import Watch
 from interp.models.layout import held, shown
+from interp.models.several import HEADS, Part
 from interp.models.spec import Spec, first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics
+from interp.sites import Site
 
 
 class Stop(Exception):
@@ -52,10 +54,16 @@ class RunWatch(Watch):
     """Shows one attention call's tensors to `touch`, heads behind positions."""
 
     def __init__(
-        self, layer: int, plan: Plan, touch: Callable[..., Tensor], run: Run, prefix: str = ""
+        self,
+        layer: int,
+        plan: Plan,
+        touch: Callable[..., Tensor],
+        run: Run,
+        prefix: str = "",
+        part: Part | None = None,
     ):
         self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
-        self.prefix = prefix
+        self.prefix, self.part = prefix, part
         self.statistics = plan.statistics if prefix == "" else None
         rows = (prefix + "scores", prefix + "pattern")
         self.needs_rows = self.statistics is not None or plan.wants_any(rows, layer)
@@ -68,7 +76,7 @@ class RunWatch(Watch):
         for which, x in (("q", q), ("k", k), ("v", v)):
             name = self.prefix + which
             if self.plan.wants(name, self.layer):
-                x = self.touch(name, self.layer, x.transpose(1, 2)).transpose(1, 2)
+                x = self._touched(name, x.transpose(1, 2)).transpose(1, 2)
             seen.append(x)
         return tuple(seen)
 
@@ -80,20 +88,41 @@ class RunWatch(Watch):
         if self.statistics is not None:
             mask = self.run.batch.mask  # keys that are no position's come behind these
             of_positions = pattern if mask is None else pattern[..., : mask.shape[1]]
-            self.statistics.update(self.layer, of_positions, start)
+            if self.part is None:
+                self.statistics.update(self.layer, of_positions, start)
+            elif self.part.along == HEADS or self.part.index == 0:
+                self.statistics.update(self.layer, self.part.spread(of_positions), start)
         return pattern
 
     def z(self, z):
         for name, chunks in self._whole.items():
             # A single chunk is kept as it is: a copy would have no gradient.
             whole = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
-            self.run.cache.put(name, self.layer, whole)
+            self._keep(name, whole)
         name = self.prefix + "z"
-        return self.touch(name, self.layer, z) if self.plan.wants(name, self.layer) else z
+        return self._touched(name, z) if self.plan.wants(name, self.layer) else z
+
+    def _touched(self, name: str, x: Tensor) -> Tensor:
+        if self.part is None:
+            return self.touch(name, self.layer, x)
+        x = self._edited(name, x, 0)
+        if (name, self.layer) in self.plan.capture:
+            self._keep(name, x)
+        return x
+
+    def _edited(self, name: str, x: Tensor, start: int) -> Tensor:
+        for edit in self.plan.edits.get((name, self.layer), ()):
+            seen = Seen(self.layer, start, self.run.batch.mask_of(name))
+            x = edit(x, seen) if self.part is None else self.part.edited(edit, x, seen, name)
+        return x
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        if self.part is not None:
+            x = self.part.joined(name, lambda: self.run.cache[Site(name, self.layer)], x)
+        self.run.cache.put(name, self.layer, x)
 
     def _chunk(self, name: str, x: Tensor, start: int, fill: float) -> Tensor:
-        for edit in self.plan.edits.get((name, self.layer), ()):
-            x = edit(x, Seen(self.layer, start, self.run.batch.mask_of(name)))
+        x = self._edited(name, x, start)
         if (name, self.layer) in self.plan.capture:
             missing = self._n_keys - x.shape[-1]
             whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x

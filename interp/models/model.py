@@ -35,13 +35,14 @@ from interp.models.hooks import (
 )
 from interp.models.probe import probe
 from interp.models.readout import unembed
+from interp.models.several import Part, attention_calls
 from interp.models.spec import BlockMap, Spec, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics, Statistic
-from interp.sites import ATTENTION_SITES, CROSS, CROSS_SITES, Site
+from interp.sites import ATTENTION_SITES, CROSS_SITES, Site
 
 T = TypeVar("T")
 
@@ -590,18 +591,18 @@ class Model:
             raise BadInput("stop_at=0 runs no block: nothing to capture")
         turns = Turns([block.name for block in self.spec.blocks]) if self.spec.shared else None
         if any(name in ATTENTION_SITES for name, _ in plan.sites) or plan.statistics is not None:
-            places: dict[nn.Module, tuple[int, str]] = {}
+            places: dict[nn.Module, list[tuple[int, str, Part | None]]] = {}
             for layer, block in enumerate(self.spec.blocks):
-                for of, prefix in ((block, ""), (block.cross, CROSS)):
-                    if of is not None and of.attention:
-                        module = self.module.get_submodule(of.attention)
-                        places.setdefault(module, (layer, prefix))
+                for name, prefix, part in attention_calls(block):
+                    module = self.module.get_submodule(name)
+                    places.setdefault(module, []).append((layer, prefix, part))
+            next_call = {module: cycle(calls) for module, calls in places.items()}
 
             def watch(module: nn.Module) -> Watch:
-                if module not in places:
+                if module not in next_call:
                     return Watch()
-                layer, prefix = places[module]
-                return RunWatch(turns.now if turns else layer, plan, touch, run, prefix)
+                layer, prefix, part = next(next_call[module])
+                return RunWatch(turns.now if turns else layer, plan, touch, run, prefix, part)
 
             stack.enter_context(window(self.module, watch))
         if turns:

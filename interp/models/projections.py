@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.recording import AttentionCall, ModuleCall, Recording
+from interp.models.several import HEADS
 from interp.models.spec import BlockMap, CrossAttention, Source
 from interp.models.stack import Layer
 from interp.run.batch import Batch
@@ -29,11 +30,15 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
     block = replace(
         block,
         attention=seen.names[attention.module],
+        attends=tuple(seen.names[module] for module in layer.attends),
+        along=layer.along,
         n_heads=z.shape[2],
         n_kv_heads=k.shape[1],
         d_head=z.shape[3],
         v=_source(layer, key, v, batch),
     )
+    if layer.along:
+        return block if layer.along == HEADS else with_output(layer, block, key)
     readers = [name for name in _projections(seen, z) if _reads(seen.call(name), z)]
     if not readers:
         return block

@@ -74,12 +74,16 @@ class BlockMap:
     between z and W_O, "" where W_O reads z: "gate" (elementwise, not depending on z) or "function".
     `convolved`: a convolution of each channel that attention's or the MLP's output passes before it is
     written, if there is one. `mixed`: modules whose outputs a block with several residual streams mixes
-    into them, with weights that depend on the token; it has no writes then. `W_out`: the one linear layer
-    that makes mlp_out from the neurons (`d_mlp` of them).
+    into them, with weights that depend on the token; it has no writes then. `attends`: where a layer attends
+    several times, the module of each call in order; `along` then says whether their heads lie side by side
+    ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
+    linear layer that makes mlp_out from the neurons (`d_mlp` of them).
     """
 
     name: str
     attention: str | None = None
+    attends: tuple[str, ...] = ()
+    along: str = ""
     n_heads: int = 0
     n_kv_heads: int = 0
     d_head: int = 0

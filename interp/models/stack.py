@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from interp.errors import Refused
 from interp.models.layout import PLAIN, axes_of, shown
 from interp.models.recording import AttentionCall, ModuleCall, Recording
+from interp.models.several import seen_as_one
 from interp.run.batch import Batch
-from interp.sites import AXES, CROSS_SITES
+from interp.sites import AXES, CROSS_SITES, SELF_SITES
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Layer:
     attention: AttentionCall | None
     cross: AttentionCall | None = None
     axes: tuple[str, ...] = PLAIN
+    attends: tuple[nn.Module, ...] = ()
+    along: str = ""
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
@@ -81,14 +84,16 @@ def find_stack(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
     layers = [with_cross(layer, key) for layer in layers]
+    shapes = {layer.hidden(key).shape for layer in layers}
+    if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
+        raise Refused(
+            f"members of '{stack}' are stages: several blocks each, of streams that differ"
+        )
     for layer in layers:
-        own = [call for call in layer.inside.attention if call is not layer.cross]
-        if (several := len(own)) > 1:
-            again = "one module " if len({call.module for call in own}) == 1 else ""
-            raise Refused(
-                f"block '{layer.name}' attends {several} times ({again or 'several '}branches); one "
-                "attention a block, and one to a source, can be addressed"
-            )
+        if layer.attention is None and (several := len(layer.inside.attention)):
+            why = f"block '{layer.name}' attends {several} times, with heads of different shapes"
+            for site in (*SELF_SITES, "attn_out", "attn_write"):
+                refused[site] = why
     return stack, [replace(layer, axes=axes) for layer in layers], key
 
 
@@ -118,8 +123,13 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
         cross = [c for c in cross if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]
     own = [call for call in calls if not any(call is other for other in cross)]
     if len(cross) != 1 or not own:
+        own, cross = calls, []
+    layer = replace(layer, attention=own[0] if own else None, cross=cross[0] if cross else None)
+    if len(own) < 2:
         return layer
-    return replace(layer, attention=own[0], cross=cross[0])
+    if (one := seen_as_one(own)) is None:
+        return replace(layer, attention=None)
+    return replace(layer, attention=one[0], attends=tuple(c.module for c in own), along=one[1])
 
 
 def _reads_any(seen: Recording, attention: AttentionCall, given: list[Tensor]) -> bool:

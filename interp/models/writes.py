@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
+from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
 from interp.models.spec import BlockMap, Write
 from interp.models.stack import Layer
@@ -94,7 +95,30 @@ def _sums(
                 first, second, norm = found
                 n = len(first) + len(second)
                 return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
-    return None
+    in_pieces = _in_pieces(pre, post, candidates, norms, dtype)
+    return None if in_pieces is None else Sums(in_pieces)
+
+
+def _in_pieces(
+    pre: Tensor,
+    post: Tensor,
+    candidates: list[Candidate],
+    norms: list[tuple[int, str, Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> list[tuple[Candidate, float]] | None:
+    """More writes than can be tried at once: what the block's norms read are the stream's states between."""
+    found: list[tuple[Candidate, float]] = []
+    at = pre
+    for order, x in [*((order, x) for order, _, x, _ in norms), (None, post)]:
+        if torch.equal(x.double(), at):
+            continue
+        left = [c for c in candidates if not any(c is known for known, _ in found)]
+        left = [c for c in left if order is None or c.order < order]
+        if chosen := _solve(at, x.double(), left, dtype):
+            found, at = found + chosen, x.double()
+        elif order is None:
+            return None
+    return found
 
 
 def _twice(
@@ -222,9 +246,10 @@ def write_map(
     """
     gains = [gain for _, gain in _parameters(layer.inside, layer.name, candidates[0])]
     cross = block.cross
-    from_attention = downstream(
-        layer.inside, (block.W_O, block.attn_out, block.attention), candidates, gains
-    )
+    of = (block.W_O, block.attn_out, block.attention)
+    if block.along == HEADS:  # each of its outputs is a write of its own
+        of = (None, None, None)
+    from_attention = downstream(layer.inside, of, candidates, gains)
     from_source = (
         downstream(layer.inside, (cross.W_O, cross.out, cross.attention), candidates, gains)
         if cross

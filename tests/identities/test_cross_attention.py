@@ -14,9 +14,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.architectures import runs
+from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput, Refused
 from interp.models.attention import implementation
 from interp.models.model import Model
+from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.sites import AXES, CROSS_SITES, Site
@@ -298,3 +301,17 @@ def test_names_of_transformer_lens(lens: str, ours: str) -> None:
 def test_names_that_mean_another_place(lens: str) -> None:
     with pytest.raises(BadInput, match=r"resid_mid_cross|get_encoder"):
         Site.parse(lens)
+
+
+def test_queries_that_read_an_image_are_a_decoder_too() -> None:
+    """Queries that begin at zero: what the first block adds is found behind its norms."""
+    module = tiny_model("maskformer", "MaskFormerModel", runs)
+    model = Model(module, id="maskformer")
+    assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+    batch = probe_batch(module)
+    cache = model.run(batch, capture=["cross_pattern", "cross_v", "cross_z", "resid_pre.0"]).cache
+    assert not cache["resid_pre.0"].any()
+    n_queries, n_source = cache["cross_pattern.0"].shape[-2:]
+    assert n_queries != n_source == cache["cross_v.0"].shape[1]
+    mixed = torch.einsum("bhqk,bkhd->bqhd", cache["cross_pattern.1"], cache["cross_v.1"])
+    assert close(mixed, cache["cross_z.1"])

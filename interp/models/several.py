@@ -1,0 +1,104 @@
+"""A layer that attends several times, its calls seen as one attention: heads side by side, or wider heads.
+
+Calls of one layer with the very same queries and keys mix different values with one pattern: they are one
+attention whose heads are as many times wider (differential attention). Calls with patterns of their own
+are so many heads more, those of the first call first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interp.errors import BadInput
+from interp.models.recording import AttentionCall
+from interp.models.spec import BlockMap
+from interp.run.edits import Edit, Seen
+from interp.sites import CROSS
+
+HEADS, WIDTH = "n_heads", "d_head"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of a layer's calls it is, and what the calls lie side by side along: heads, or their width."""
+
+    index: int
+    count: int
+    along: str
+
+    def axis(self, name: str) -> int | None:
+        """The axis of a site [batch pos heads d_head] or [batch heads query key]; None where calls agree."""
+        of_rows = name.endswith(("scores", "pattern"))
+        if self.along == HEADS:
+            return 1 if of_rows else 2
+        return 3 if name.endswith(("v", "z")) else None
+
+    def edited(self, edit: Edit, x: Tensor, seen: Seen, name: str) -> Tensor:
+        """x after an edit of the whole layer, of which x is this call's part.
+
+        The parts of the other calls are not known yet, or already used: the edit sees NaN there.
+        """
+        axis = self.axis(name)
+        if axis is None:
+            return edit(x, seen)
+        unknown = torch.full_like(x, torch.nan)
+        parts = [x if i == self.index else unknown for i in range(self.count)]
+        size = x.shape[axis]
+        new = edit(torch.cat(parts, axis), seen).narrow(axis, self.index * size, size)
+        if bool(new.isnan().any()) and not bool(x.isnan().any()):
+            raise BadInput(
+                f"the edit of '{name}.{seen.layer}' mixes what several attention calls of this layer "
+                f"compute one after the other; change each of the {self.count} parts by itself"
+            )
+        return new
+
+    def joined(self, name: str, before: Callable[[], Tensor], x: Tensor) -> Tensor:
+        """What is kept of the layer once this call is seen: the earlier calls' parts and x."""
+        axis = self.axis(name)
+        if axis is None or self.index == 0:
+            return x
+        return torch.cat([before(), x.to(before().device)], axis)
+
+    def spread(self, pattern: Tensor) -> Tensor:
+        """A pattern among the heads of the whole layer, 0 for those of the other calls."""
+        if self.along != HEADS:
+            return pattern
+        heads = pattern.shape[1]
+        new = pattern.new_zeros(pattern.shape[0], self.count * heads, *pattern.shape[2:])
+        new.narrow(1, self.index * heads, heads).copy_(pattern)
+        return new
+
+
+def seen_as_one(calls: Sequence[AttentionCall]) -> tuple[AttentionCall, str] | None:
+    """The attention that several calls of one layer are together, and along what; None if they are not."""
+    first = calls[0].tensors
+    shapes = {tuple(call.tensors[name].shape for name in ("q", "k", "v", "z")) for call in calls}
+    if len(shapes) > 1:
+        return None
+    agree = all(
+        torch.equal(call.tensors[name], first[name]) for call in calls for name in ("q", "k")
+    )
+    along = WIDTH if agree else HEADS
+    axes = {"v": 3, "z": 3} if agree else {"q": 1, "k": 1, "v": 1, "z": 2}
+    tensors = dict(first)
+    for name, axis in axes.items():
+        tensors[name] = torch.cat([call.tensors[name] for call in calls], axis)
+    rows = [torch.cat(call.rows, 2) for call in calls]
+    rows = rows[:1] if agree else [torch.cat(rows, 1)]
+    joined = AttentionCall(calls[0].module, calls[-1].order, None, tensors, rows)
+    return joined, along
+
+
+def attention_calls(block: BlockMap) -> Iterator[tuple[str, str, Part | None]]:
+    """(module, prefix of its sites, part of its layer's attention) of every attention call of a block."""
+    if block.attends:
+        for index, name in enumerate(block.attends):
+            yield name, "", Part(index, len(block.attends), block.along)
+    elif block.attention:
+        yield block.attention, "", None
+    if block.cross:
+        yield block.cross.attention, CROSS, None
