@@ -234,7 +234,7 @@ Kept = dict[tuple[str, int], Tensor]
 
 def write_sites(model: Model) -> list[str]:
     """What is written to the stream, before any norm that stands behind it, and after where one does."""
-    sites = ["z", "mlp_out"]
+    sites = [site for site in ("z", "mlp_out") if model.layers_with(site)]
     for layer, block in enumerate(model.spec.blocks):
         if block.attn_write is not None and not block.direct:
             sites += [f"attn_out.{layer}", f"attn_write.{layer}"]

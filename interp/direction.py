@@ -82,7 +82,11 @@ def places_of(batch: Batch, position: int) -> Int[Tensor, " batch"]:
     mask = mask.cpu()
     real = mask.sum(1)
     if int(real.min()) < max(-position, position + 1):
-        raise BadInput(f"position {position} is not in a prompt of {int(real.min())} tokens")
+        n = int(real.min())
+        raise BadInput(
+            f"position {position} is not in a prompt of {n} tokens: positions are 0 to {n - 1}, or -1 "
+            f"to -{n} from the end"
+        )
     return mask.int().argmax(1) + (position if position >= 0 else real + position)
 
 

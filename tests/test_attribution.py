@@ -12,6 +12,11 @@ from interp.models.weights import FrozenNorm
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from tests.families import FAMILIES
+from tests.ground_truth.induction_model import (
+    INDUCTION_HEAD,
+    character_tokenizer,
+    induction_model,
+)
 
 NEEDED = {"attn_out", "attn_write", "mlp_write", "unembedding"}
 SUMMABLE = [
@@ -208,12 +213,30 @@ def test_the_default_model_says_mary(smollm):
     assert "Mary" in report.meta["tokens"][0][source] or "John" in report.meta["tokens"][0][source]
 
 
+def test_a_model_of_attention_alone_is_taken_apart():
+    """The hand-built one: its induction head writes the answer, and no MLP is looked for."""
+    model = Model(induction_model(), id="hand-built", tokenizer=character_tokenizer())
+    report = direct_attribution(model, "qgtbxnepqgtbx", answer="n", instead="e")
+    assert set(report.table["component"]) == {"embed", "constant", "head", "attn_bias"}
+    assert report.table["contribution"].sum() == pytest.approx(report.meta["logits"][0], abs=1e-4)
+    best = report.table.loc[report.table["contribution"].idxmax()]
+    assert (best["layer"], best["head"]) == INDUCTION_HEAD
+
+
+def test_a_token_that_the_tokenizer_does_not_know():
+    model = Model(induction_model(), id="hand-built", tokenizer=character_tokenizer())
+    assert model.tokens([model.token_id("<unk>")]) == ["<unk>"]
+    with pytest.raises(BadInput, match="'é' is not in the vocabulary of hand-built: <unk> there"):
+        direct_attribution(model, "qgt", answer="é")
+
+
 def test_bad_input(tiny, smollm):
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(BadInput, match="outside the vocabulary"):
         direct_attribution(tiny, ids, answer=97)
-    with pytest.raises(BadInput, match="position 3"):
-        direct_attribution(tiny, ids, answer=1, position=3)
+    for position in (3, -4):
+        with pytest.raises(BadInput, match="positions are 0 to 2, or -1 to -3 from the end"):
+            direct_attribution(tiny, ids, answer=1, position=position)
     with pytest.raises(BadInput, match="splits into"):
         direct_attribution(smollm, "The capital", answer=" Ouagadougou")
     bert = Model(FAMILIES["bert"](), id="bert")

@@ -334,6 +334,9 @@ class Model:
             )
         ids = list(self.tokenizer(token, add_special_tokens=False)["input_ids"])
         if len(ids) == 1:
+            unknown = getattr(self.tokenizer, "unk_token", None)
+            if self.tokens(ids) == [unknown] and token.strip() != unknown:
+                raise BadInput(f"{token!r} is not in the vocabulary of {self.id}: {unknown} there")
             return self.token_id(ids[0])
         spaced = self.tokenizer(f" {token}", add_special_tokens=False)["input_ids"]
         hint = f"did you mean {' ' + token!r}?" if len(spaced) == 1 else "name one of them"
