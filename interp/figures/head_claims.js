@@ -188,13 +188,14 @@ function drawScores(i) {
   $("scores-rows").append(...detectors.filter((d) => scoreRows.has(d.name)).sort((a, b) => claim(b) - claim(a)).map((d) => scoreRows.get(d.name).row));
 }
 
+const sureOf = (name, i) => get(`${name}_confidence`, i) ?? 0;
+const surestRoles = (i) => report.labels[i].toSorted((a, b) => sureOf(b, i) - sureOf(a, i)); // scores have units of their own
+
 function drawRoles(i) {
-  const sureOf = (name) => get(`${name}_confidence`, i);
-  const surest = report.labels[i].toSorted((a, b) => (sureOf(b) ?? 0) - (sureOf(a) ?? 0));
-  const chips = surest.map((name) => {
-    const mark = painted(el("b", {}, roles[name].letter), roleColour(name)), sure = sureOf(name);
+  const chips = surestRoles(i).map((name) => {
+    const mark = painted(el("b", {}, roles[name].letter), roleColour(name)), sure = sureOf(name, i);
     return el("span", { className: "chip" }, mark, el("strong", {}, titleOf(name)), ` ${number(get(name, i))}`,
-      el("small", {}, known(sure) ? `confidence ${number(sure)}` : ""));
+      el("small", {}, sure ? `confidence ${number(sure)}` : ""));
   });
   $("card-roles").replaceChildren(...(chips.length ? chips : ["No role passes its test on these prompts."]));
 }

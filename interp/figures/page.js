@@ -193,7 +193,7 @@ function describe(i) {
 // one description of a cell serves the map on screen and in the PNG
 function paint(i, width, scale) {
   if (state.colour === "roles") {
-    const own = report.labels[i].toSorted((a, b) => get(b, i) - get(a, i));
+    const own = surestRoles(i);
     return own.map((name) => ({
       colour: roleColour(name, get(`${name}_confidence`, i) ?? get("confidence", i) ?? 1),
       text: width / own.length >= LETTER_PX ? roles[name].letter : "",
@@ -429,7 +429,8 @@ function drawPlot() {
   write(y.high, left - 4, top + 8, "end");
   write(y.title, left + 6, top + 14, "start");
   for (const i of heads.toSorted((a, b) => (a === state.head) - (b === state.head))) {
-    const [role] = report.labels[i].toSorted((a, b) => get(b, i) - get(a, i)), chosen = i === state.head;
+    const plotted = [$("up").value, $("across").value].filter((name) => report.labels[i].includes(name));
+    const [role] = [...plotted, ...surestRoles(i)], chosen = i === state.head;
     context.globalAlpha = state.passes(i) ? 0.85 : 0.12;
     const colour = state.colour === "cluster" ? clusterColour(get("cluster", i)) : role && roleColour(role);
     context.fillStyle = css(colour || mix(theme.panel, [128, 128, 128], 0.6));
