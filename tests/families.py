@@ -74,6 +74,7 @@ NO_WINDOW = frozenset(
 NOT_A_SUM = {"norm after adding", "hybrid", "layer scale as a parameter", "a third write"}
 NOT_A_SUM |= {
     "several streams",
+    "several stacks",
     "gated attention",
     "norm between z and W_O",
     "convolution behind attention",
@@ -338,6 +339,13 @@ FAMILIES: dict[str, Family] = {
         refused=EXPERTS,
     ),
     "helium": _text("Helium", {**GROUPED, **HEAD_8}, "grouped heads"),
+    "hrm_text": _text(
+        "HrmText",
+        {**TEXT, "num_hidden_layers": 2, "head_dim": 8, "H_cycles": 2, "L_cycles": 2},
+        "several stacks",
+        "shared layers",
+        "gated attention",
+    ),
     "hy_v4": _text(
         "HYV4",
         {
@@ -533,6 +541,13 @@ FAMILIES: dict[str, Family] = {
         "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE, ("vision", "layer scale", "rotary")
     ),
     "mlcd": Family("MLCDVisionModel", "MLCDVisionConfig", IMAGE, ("vision", "position first")),
+    "sam_vision": Family(
+        "SamVisionModel",
+        "SamVisionConfig",
+        {**IMAGE, "output_channels": 16, "window_size": 3, "global_attn_indexes": [1]},
+        ("vision", "rows and columns"),
+        NO_WINDOW,
+    ),
     "siglip_vision": Family("SiglipVisionModel", "SiglipVisionConfig", IMAGE, ("vision",)),
     "vit": Family("ViTForImageClassification", "ViTConfig", IMAGE, ("vision",)),
     # --- models that do not call the attention interface ------------------------------------------

@@ -22,6 +22,7 @@ from interp.models.stack import Layer, find_stack
 from interp.models.trials import scaled_z, works_by_position
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
+from interp.sites import SELF_SITES
 
 WRITE_SITES = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
 
@@ -35,10 +36,11 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     absent: set[str] = set()
     causal = False
     if any(layer.attention for layer in layers):
+        layers = _without_windows(layers, pre.shape[0], refused)
         blocks = _with_attention(seen, layers, blocks, key, batch, refused)
         blocks = _with_writes(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)
-        causal = all(
+        causal = any(layer.attention for layer in layers) and all(
             not torch.cat(layer.attention.rows, dim=2)[..., : pre.shape[1]].triu(1).any()
             for layer in layers
             if layer.attention
@@ -64,6 +66,23 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         absent=frozenset(absent),
     )
     return with_ends(spec, seen, layers, batch)
+
+
+def _without_windows(layers: list[Layer], rows: int, refused: dict[str, str]) -> list[Layer]:
+    """The layers, less attention that is computed on parts of the input, each a row of its own: refused."""
+    kept = []
+    for layer in layers:
+        q = None if layer.attention is None else layer.attention.tensors["q"]
+        if q is not None and q.shape[0] != rows:
+            why = (
+                f"'{layer.name}' attends in windows ({q.shape[0]} of {q.shape[2]} positions, for {rows} "
+                "rows of the batch): their rows and positions are not those of the residual stream"
+            )
+            for site in (*SELF_SITES, "attn_out"):
+                refused.setdefault(site, why)
+            layer = replace(layer, attention=None)
+        kept.append(layer)
+    return kept
 
 
 def _with_attention(

@@ -26,7 +26,7 @@ def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
     if len(shape) != 4:
         return None
     if "input_ids" not in batch.inputs:
-        return None
+        return IMAGE if shape[0] == batch.size else None
     rows, length = batch.ids.shape
     for axes in STREAMS:
         if (shape[axes.index("batch")], shape[axes.index("pos")]) == (rows, length):

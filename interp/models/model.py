@@ -479,6 +479,7 @@ class Model:
         with ExitStack() as stack:
             self._hook(stack, run, plan, None, grad=False)
             if clean is not None:
+                start = start if self.spec.chained else 0
                 times = run.batch.size // clean.batch.size
                 resid = clean.cache[Site("resid_pre", start)].repeat(times, 1, 1)
                 stack.enter_context(self._skipping(start, resid, clean.extras, times))
@@ -500,6 +501,8 @@ class Model:
             return self._forward(run.batch.repeat(n), plan, stop_at=stop_at, logits=logits)
 
     def _first_layer(self, edits: Sequence[Edit]) -> int:
+        if not self.spec.chained:
+            return 0
         if not edits:
             return self.n_layers - 1
         return min(min(edit.layers(self.layers_with(edit.site.name))) for edit in edits)

@@ -145,7 +145,12 @@ def _source(module: nn.Module) -> Batch:
 
 def _random_ids(module: nn.Module, length: int, generator: torch.Generator) -> Tensor:
     """Token ids [PROBE_ROWS length] that are no special token's."""
-    d_vocab = text_config(module).vocab_size
+    d_vocab = getattr(text_config(module), "vocab_size", None)
+    if d_vocab is None:
+        raise Refused(
+            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "
+            "token and image models can be probed"
+        )
     special = {
         value
         for key, value in text_config(module).to_dict().items()

@@ -134,6 +134,7 @@ class Spec:
     `refused` names every site that this model cannot give, with the reason; `absent` those among them
     that its architecture does not have (nothing lies between parallel branches; routed experts have no
     one set of neurons; behind a transform there is no "unembedding" of the residual).
+    `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn.
     `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword;
     `hidden_axes` how blocks hold it (`interp.models.layout`). With several residual streams `d_model` is
     what all `n_streams` have together, and attn_out and mlp_out are as wide as one of them.
@@ -197,6 +198,8 @@ class Spec:
         """Why the final residual is not embedding plus attn_write plus mlp_write; "" where it is."""
         if self.n_streams > 1:
             return f"it has {self.n_streams} residual streams, mixed by weights that depend on the token"
+        if not self.chained:
+            return "something is done to the residual stream between blocks"
         if self.shared:
             return f"several layers are calls of one module ('{self.blocks[0].name}')"
         for block in self.blocks:
@@ -219,6 +222,11 @@ class Spec:
             if gain := next((write.gain for write in block.writes if write.gain), None):
                 return f"'{block.name}' scales each channel of what it writes ('{gain}')"
         return ""
+
+    @property
+    def chained(self) -> bool:
+        """Whether each block reads what the one before it returned; a replay runs every block otherwise."""
+        return all(check.passed for check in self.checks if check.name == "stream")
 
     @property
     def shared(self) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models.layout import PLAIN, axes_of, shown
-from interp.models.recording import AttentionCall, ModuleCall, Recording
+from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
 from interp.run.batch import Batch
 from interp.sites import AXES, CROSS_SITES, SELF_SITES
@@ -63,13 +63,13 @@ def find_stack(
         for site in set(AXES) - {"embed", "resid_pre", "resid_post", *CROSS_SITES}:
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         stack = _largest_chain(seen)
-    elif len(placed) > 1:
+    elif len(placed) > 1 and (why := _not_one_stream(seen, placed, batch)):
         raise Refused(
             f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
-            f"({', '.join(placed)}); pass one part of the model{_parts(seen.module, placed)}"
+            f"({', '.join(placed)}){why}"
         )
     else:
-        (stack,) = placed
+        stack = ", ".join(placed)
     layers = layers_of(seen, stack)
     key = _hidden_key(layers)
     if key is None:
@@ -79,7 +79,7 @@ def find_stack(
         )
     shape = layers[0].hidden(key).shape
     axes = axes_of(shape, batch)
-    if axes is None or (axes != PLAIN and not (placed and _channels_last(layers, key))):
+    if axes is None or (axes != PLAIN and not _channels_last(layers, key)):
         raise Refused(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
@@ -166,12 +166,15 @@ def _channels_last(layers: list[Layer], key: int | str) -> bool:
 
 
 def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> list[Layer]:
-    """Every call of a member of the list, first called first; a member may be called several times."""
-    members = len(seen.module.get_submodule(stack))  # type: ignore[arg-type]
+    """Every call of a member of the list, first called first; a member may be called several times.
+
+    Of several lists (names with ", " in between), the calls of all their members.
+    """
     calls = [
-        (call, f"{stack}.{i}")
-        for i in range(members)
-        for call in seen.calls.get(f"{stack}.{i}", [])
+        (call, f"{name}.{i}")
+        for name in stack.split(", ")
+        for i in range(len(seen.module.get_submodule(name)))  # type: ignore[arg-type]
+        for call in seen.calls.get(f"{name}.{i}", [])
     ]
     layers = []
     for call, name in sorted(calls, key=lambda pair: pair[0].order):
@@ -228,6 +231,8 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
             if name not in levels[level]:
                 levels[level].append(name)
     single = [level for level in levels if len(level) == 1]
+    if single and levels[0] != single[0] and _stages(seen, levels[0]):
+        return levels[0], outside
     # Two stacks of blocks that are lists: the fewest lists that hold every call.
     whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
     return (single or sorted(whole, key=len) or levels or [[]])[0], outside
@@ -242,6 +247,51 @@ def _lists_around(module: nn.Module, name: str) -> list[str]:
         if parts[end].isdigit()
         and isinstance(module.get_submodule(parent := ".".join(parts[:end])), nn.ModuleList)
     ]
+
+
+def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
+    """Why several lists do not work on one residual stream, one after the other; "" if they do.
+
+    They do where what the last block of one list returns, changed, changes what the next block reads.
+    """
+    layers = layers_of(seen, ", ".join(stacks))
+    key = _hidden_key(layers)
+    shapes = [None if key is None else layer.hidden(key).shape for layer in layers]
+    widths = list(dict.fromkeys(shape[-1] for shape in shapes if shape is not None))
+    if len(widths) == len(stacks):
+        some = ", ".join(map(str, widths))
+        return f" of widths {some}: no one residual stream leads through them"
+    apart = f"; pass one part of the model{_parts(seen.module, stacks)}"
+    if key is None or len(set(shapes)) > 1 or len(layers[0].hidden(key).shape) != 3:
+        return apart
+    lists = [layer.name.rpartition(".")[0] for layer in layers]
+    ends = [i for i in range(len(layers) - 1) if lists[i] != lists[i + 1]]
+    returned: dict[str, list[Tensor]] = {}
+    for i, layer in enumerate(layers):
+        out = layer.output.flip(-1) if i in ends else layer.output  # a norm sees more than its size
+        returned.setdefault(layer.name, []).append(out)
+    again = layers_of(record(seen.module, batch, restored=returned), ", ".join(stacks))
+    unmoved = (torch.equal(again[i + 1].hidden(key), layers[i + 1].hidden(key)) for i in ends)
+    return apart if any(unmoved) else ""
+
+
+def _stages(seen: Recording, lists: list[str]) -> bool:
+    """Whether some list has several members of one class that attend: blocks, and what is around a stage.
+
+    (T5's blocks are lists too, of different classes.)
+    """
+    members: dict[str, set[str]] = {}
+    for call in seen.attention:
+        name = seen.names[call.module]
+        for around in lists:
+            if name.startswith(around + "."):
+                member, _, inner = name.removeprefix(around + ".").partition(".")
+                if inner:  # not a list of attention modules
+                    members.setdefault(around, set()).add(f"{around}.{member}")
+    return any(
+        len({type(seen.module.get_submodule(name)) for name in found}) < len(found)
+        for found in members.values()
+    )
 
 
 def _parts(module: nn.Module, stacks: list[str]) -> str:

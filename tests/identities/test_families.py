@@ -107,7 +107,7 @@ def test_what_is_seen_is_what_the_table_says(name: str) -> None:
     assert set(spec.refused) == family.refused
     failed = {check.name for check in spec.checks if not check.passed}
     if family.expected == "full":
-        assert not failed
+        assert failed == ({"stream"} if "several stacks" in family.traits else set())
     assert all(reason.strip() for reason in spec.refused.values())
     if family.expected == "no window":
         assert all("attention interface" in reason for reason in spec.refused.values())
@@ -314,6 +314,8 @@ def test_patching_all_writes_reproduces_the_source_run(name: str) -> None:
     model = model_of(name)
     if any(block.others or len(block.mixed) > 2 for block in model.spec.blocks):
         pytest.skip("some writes are neither attention's nor the MLP's: they have no site")
+    if not model.spec.chained:
+        pytest.skip("the embedding enters the stream again between blocks, where there is no site")
     kind = "out" if model.spec.n_streams > 1 else "write"
     sites = ["embed", f"attn_{kind}", f"mlp_{kind}"]
     source = model.run(inputs_of(name, seed=3), capture=sites)

@@ -1,0 +1,172 @@
+"""Images held in rows and columns, several lists of blocks called in turn, and what is refused by name."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.layout import IMAGE, held, shown
+from interp.models.model import Model
+from interp.run.batch import Batch
+from interp.run.edits import Edit
+from tests.families import FAMILIES
+
+IDS = torch.randint(10, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+ROUNDING = 1e-5
+"""A few float32 roundings, two or three blocks deep."""
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def read_by(model: Model, module: nn.Module, data: dict[str, Tensor]) -> list[Tensor]:
+    """What a module is called with, call by call, in a plain forward."""
+    kept: list[Tensor] = []
+    hook = module.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append((*args, *kwargs.values())[0].clone()),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        model.module(**data)
+    hook.remove()
+    return kept
+
+
+# --- rows and columns -----------------------------------------------------------------------------
+
+
+@cache
+def image_model(window: int) -> Model:
+    """Three blocks on an image of 8 x 8 patches; the last attends to all of it, others in windows or not."""
+    torch.manual_seed(0)
+    config = transformers.Sam3ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        pretrain_image_size=32,
+        patch_size=4,
+        window_size=window,
+        global_attn_indexes=[2] if window else [0, 1, 2],
+    )
+    module = transformers.Sam3ViTModel(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return Model(module, id="image")
+
+
+@pytest.mark.parametrize("name", ["sam_vision", "sam3"])
+def test_positions_are_the_rows_of_an_image_one_after_the_other(name: str) -> None:
+    model = image_model(0) if name == "sam3" else Model(FAMILIES[name](), id=name)
+    assert (model.spec.hidden_axes, model.spec.d_model) == (IMAGE, 32)
+    cache = model.run({"pixel_values": PIXELS}, capture=["resid_pre"]).cache
+    side = 8 if name == "sam3" else 4
+    for layer in range(model.n_layers):
+        (raw,) = read_by(model, model.blocks[layer], {"pixel_values": PIXELS})
+        assert raw.shape == (2, side, side, 32)
+        mine = cache[f"resid_pre.{layer}"]
+        for row in range(side):
+            assert torch.equal(mine[:, side * row : side * (row + 1)], raw[:, row])
+
+
+def test_attention_to_the_whole_image_has_every_site() -> None:
+    model = image_model(0)
+    assert not model.spec.refused
+    batch = Batch({"pixel_values": PIXELS})
+    run = model.run(batch, capture=["resid_pre", "attn_write", "resid_mid", "mlp_write", "pattern"])
+    assert run.cache["pattern.1"].shape == (2, 4, 64, 64)
+    mid = run.cache["resid_pre.1"] + run.cache["attn_write.1"]
+    assert off(mid, run.cache["resid_mid.1"]) < ROUNDING
+    edits = [Edit.zero("z", heads=[(1, 2)]), Edit.zero("resid_mid.2", positions=[9])]
+    for edit in edits:
+        (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+        rerun = model.run(batch, edits=[edit]).logits
+        assert off(replayed, rerun) < ROUNDING
+        assert off(rerun, run.logits) > 100 * ROUNDING
+
+
+def test_attention_in_windows_is_refused_by_name_and_the_stream_is_there() -> None:
+    model = image_model(4)
+    for site in ("z", "pattern", "attn_out"):
+        with pytest.raises(Refused, match=r"'layers.0' attends in windows \(8 of 16 positions"):
+            model.run({"pixel_values": PIXELS}, capture=[site])
+    batch = Batch({"pixel_values": PIXELS})
+    run = model.run(batch, capture=["resid_pre"])
+    edit = Edit.zero("resid_post.0", positions=[3])
+    (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+    assert off(replayed, model.run(batch, edits=[edit]).logits) < ROUNDING
+
+
+def test_what_is_held_of_an_image_has_any_number_of_rows() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(held(shown(x, IMAGE), IMAGE, x.shape), x)
+    assert held(shown(x, IMAGE).repeat(2, 1, 1), IMAGE, x.shape).shape == (4, 3, 4, 5)
+
+
+# --- several lists ----------------------------------------------------------------------------------
+
+
+def test_layers_of_two_stacks_are_their_calls_in_turn() -> None:
+    """Each layer's resid_pre is what the plain forward called that module with, that time."""
+    model = Model(FAMILIES["hrm_text"](), id="hrm")
+    names = [block.name for block in model.spec.blocks]
+    low, high = (["model.L_module.layers.0"] * 2, ["model.H_module.layers.0"])
+    per_stack = len({name for name in names if "L_module" in name})
+    assert names[:: max(1, per_stack)] == [*low, *high, *low, *high]
+    cache = model.run(IDS, capture=["resid_pre"]).cache
+    for name in sorted(set(names)):
+        calls = read_by(model, model.module.get_submodule(name), {"input_ids": IDS})
+        layers = [layer for layer, each in enumerate(names) if each == name]
+        assert len(calls) == len(layers)
+        for layer, raw in zip(layers, calls, strict=True):
+            assert torch.equal(cache[f"resid_pre.{layer}"], raw)
+    (failed,) = (check for check in model.spec.checks if not check.passed)
+    assert failed.name == "stream"
+    with pytest.raises(Refused, match="between blocks"):
+        model.require_sum("this test")
+
+
+def test_towers_side_by_side_are_not_one_stream() -> None:
+    """Of one width and length, so that nothing but what moves what tells them apart."""
+
+    class Towers(transformers.BertPreTrainedModel):
+        main_input_name = "input_ids"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.one, self.two = transformers.BertModel(config), transformers.BertModel(config)
+            self.post_init()
+
+        def forward(self, input_ids: Tensor) -> Any:
+            out = self.one(input_ids)
+            out.last_hidden_state = out.last_hidden_state + self.two(input_ids).last_hidden_state
+            return out
+
+    config = transformers.BertConfig(**FAMILIES["bert"].options)
+    with pytest.raises(Refused, match=r"2 stacks of attention blocks.*`model.one` or `model.two`"):
+        Model(Towers(config).eval())
+
+
+def test_stages_of_other_widths_are_named() -> None:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    )
+    module = transformers.SwinModel(config).eval()
+    with pytest.raises(
+        Refused, match=r"layers.0.blocks, encoder.layers.1.blocks\) of widths 16, 32"
+    ):
+        Model(module)
+    with pytest.raises(Refused, match="neither tokens nor pixels"):
+        Model(module.encoder.layers[1])
