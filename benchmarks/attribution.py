@@ -158,6 +158,14 @@ def main() -> None:
             f"{name:22} {seconds[name] / seconds['forward']:.2f} x forward, "
             f"{seconds['theirs'] / seconds[name]:.1f} x faster than theirs"
         )
+    for name, needed in (
+        ("ours", "forward, one position"),
+        ("theirs", "forward"),
+        ("theirs, as called", "forward"),
+    ):
+        above = (seconds[name] - seconds[needed]) / seconds["forward"]
+        ratio = seconds[name] / seconds[needed]
+        print(f"{name:22} {ratio:.2f} x the forward it needs: {above:+.2f} x forward on top of it")
     memory = {name: in_its_own_process(options, name) for name in WORK}
     for name in WORK:
         less = memory["theirs"] / max(memory[name], 0.1)

@@ -79,7 +79,7 @@ def held_effects(
     """
     if not (variants := _cuts(heads)):
         return np.zeros(0)
-    frozen = Frozen(model, batch)
+    frozen = Frozen(model, batch, patterns=False)
     final = frozen.run.cache[frozen.last][:, target.position]
     answer, instead = (
         None if token is None else torch.tensor([token])

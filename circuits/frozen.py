@@ -54,7 +54,8 @@ class Frozen:
     """A clean run, and replays of it in which every norm of a block keeps its clean scale.
 
     Attributes:
-        run: the clean run, with resid_pre, the last resid_post, pattern and what was asked for.
+        run: the clean run, with resid_pre, the last resid_post, what was asked for, and pattern unless
+            `patterns` is False: then `hold_patterns` holds none.
         held: names of the norms whose scale is held. error: largest relative error of the final
             residual when nothing is changed; where it exceeds `allowed`, no norm is held.
 
@@ -71,11 +72,12 @@ class Frozen:
         capture: Iterable[str] = (),
         *,
         share_bias: bool = False,
+        patterns: bool = True,
     ):
         model.layers_with("pattern")
         self.model, self.share_bias = model, share_bias
         self.last = f"resid_post.{model.n_layers - 1}"
-        sites = ["resid_pre", "pattern", self.last, *capture]
+        sites = ["resid_pre", *(["pattern"] if patterns else []), self.last, *capture]
         with _recorded(model) as calls:
             self.run = model.run(data, capture=list(dict.fromkeys(sites)), logits=False)
         names = {module: name for name, module in model.module.named_modules()}
