@@ -278,7 +278,7 @@ def test_heads_that_attend_to_copies_of_their_token_match_it_by_their_weights(sm
     key by two standard deviations and more. Induction heads, which attend to the successor of that copy
     with up to 0.9, do not: what they match is not the token itself.
     """
-    own, other = (x.mean(0).numpy() for x in own_key_z(smollm, token_samples(smollm, 8, 0, 8)))
+    own, other = (x.mean(0).numpy() for x in own_key_z(smollm, token_samples(smollm, 16, 0, 8)))
     table = REFERENCE.set_index(["layer", "head"])
     duplicates = table.index[table["duplicate_token"] > 0.2]
     inductive = table.index[table["induction"] > 0.4]

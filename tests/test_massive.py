@@ -133,6 +133,12 @@ def test_random_models_have_none(family):
     assert len(report.figure("layers").data) >= 6
 
 
+def test_a_model_of_attention_alone_has_no_write_of_an_mlp(hand_built):
+    assert not hand_built.layers_with("mlp_write")
+    report = massive(hand_built, n=2, length=20, progress=False)
+    assert len(report.tables["layers"]) == 2
+
+
 def test_without_a_lead_token_the_first_is_ordinary_and_the_report_says_so():
     tokenizer = character_tokenizer()
     tokenizer.bos_token = None

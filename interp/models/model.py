@@ -508,10 +508,12 @@ class Model:
         return min(min(edit.layers(self.layers_with(edit.site.name))) for edit in edits)
 
     def _layers_of(self, name: str) -> list[int]:
-        if layers := self.layers_with(name):
+        layers = self.layers_with(name)
+        # A model of attention alone has no MLP's sites: nothing is captured of them.
+        if layers or name not in CROSS_SITES:
             return layers
-        why = "no block attends to a source" if name in CROSS_SITES else "no layer has it"
-        raise Refused(f"{self.id} cannot give '{name}': {self.spec.refused.get('z', why)}")
+        why = self.spec.refused.get("z", "no block attends to a source")
+        raise Refused(f"{self.id} cannot give '{name}': {why}")
 
     def _length(self, run: Run) -> int:
         layer = run.cache.layers("resid_pre")
