@@ -24,7 +24,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from interp.errors import BadInput
+from interp.errors import BadInput, unknown
 from interp.registry import ANALYSES, Analysis
 
 MODEL = Annotated[
@@ -125,6 +125,12 @@ class _Group(TyperGroup):
         if entry is None:
             return super().get_command(ctx, cmd_name)
         return Deferred(cmd_name, entry, self.perform)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word names; BadInput with the nearest name where there is none."""
+        if args and args[0][:1] != "-" and self.get_command(ctx, args[0]) is None:
+            raise unknown(f"{f'{self.prefix} '.lstrip()}command", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
 
 class Deferred(TyperCommand):

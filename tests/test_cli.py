@@ -77,6 +77,15 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, words):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "near"), [(["haeds", "x"], "'heads'"), (["sae", "trian", "x"], "'train'")]
+)
+def test_unknown_command_names_the_nearest(run, typed, near):
+    code, _, err = run(*typed)
+    assert code == 2
+    assert_one_line(err, f"no {' '.join([*typed[:-2], 'command'])}", f"did you mean {near}?")
+
+
 def test_unknown_option_names_the_nearest(run):
     code, _, err = run("heads", "smollm2-135m", "--prompt", 8)
     assert code == 2
