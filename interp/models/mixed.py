@@ -16,11 +16,12 @@ from dataclasses import replace
 
 import torch
 
+from interp.models.projections import elementwise
 from interp.models.recording import Recording
 from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 from interp.models.trials import works_by_position
-from interp.models.verify import one_stream, streams
+from interp.models.verify import RELATIVE_TOLERANCE, one_stream, streams
 from interp.models.writes import (
     Candidate,
     before_norm,
@@ -37,6 +38,8 @@ WHY = (
 )
 ROUNDINGS = 8
 """How many roundings of a stream's size a combination may be off: a product of small matrices."""
+AS_GOOD = 2
+"""Times what all outputs together leave over (at least one rounding), fewer may leave."""
 
 
 def mixed_blocks(
@@ -78,9 +81,11 @@ def mixed_blocks(
         after = max((c.order for c in few if id(c) in reached), default=0)
         mlps = [c for c in few if id(c) not in reached and branch[id(c)] in by_position]
         # Other things work by position too (a low-rank branch): the MLP is the first behind attention.
-        if mlps := [c for c in mlps if c.order > after] or mlps:
-            out = before_norm(layer.inside, mlps[0].modules[0], some)
-            block = neurons(layer.inside, replace(block, mlp_out=out), some)
+        mlps = [c for c in mlps if c.order > after] or mlps
+        outs = [before_norm(layer.inside, c.modules[0], some) for c in mlps]
+        outs = [m for m in outs if not elementwise(layer.inside, m, layer.inside.call(m))]
+        if outs:
+            block = neurons(layer.inside, replace(block, mlp_out=outs[0]), some)
         made.append(block)
     return made
 
@@ -90,8 +95,8 @@ def _smallest_span(
 ) -> list[Candidate] | None:
     """The candidates, first called first, of which the block's streams are made; None if all do not do.
 
-    The earliest that the others can do without is left out first: a norm's output goes before its
-    input's, an MLP's before its experts'.
+    What the others can do without is left out, norms first (what an MLP reads is made of the streams and
+    of attention's output), then the earliest: experts before the MLP that they are part of.
     """
     pre, post = streams(layer.hidden(key), layer), streams(layer.output, layer)
     n, width = pre.shape[-2:]
@@ -102,22 +107,29 @@ def _smallest_span(
     parts = torch.where(parts.isfinite(), parts, 0.0)
     # Distances among so few vectors are the same in the few dimensions that they span.
     small = torch.linalg.qr(parts.mT).R
-    aim, allowed = small[..., -n:], ROUNDINGS * torch.finfo(layer.output.dtype).eps
+    aim, eps = small[..., -n:], torch.finfo(layer.output.dtype).eps
 
-    def makes(chosen: list[int]) -> bool:
+    def left(chosen: list[int]) -> float:
         basis = small[..., [*range(n), *(n + i for i in chosen)]]
         # Streams may be equal (in the first block): for matrices that are not of full rank.
         weights = torch.linalg.lstsq(basis, aim, driver="gelsd").solution
-        left = (basis @ weights - aim).norm(dim=-2)
-        return bool((left <= allowed * aim.norm(dim=-2)).all())
+        return float(
+            ((basis @ weights - aim).norm(dim=-2) / aim.norm(dim=-2).clamp_min(1e-30)).max()
+        )
 
     chosen = list(range(len(few)))
-    if not makes(chosen):
+    least, floor = left(chosen), RELATIVE_TOLERANCE[torch.float64]
+    if least > max(ROUNDINGS * eps, floor):
         return None
-    for i in sorted(chosen, key=lambda i: few[i].order):
-        if makes(fewer := [j for j in chosen if j != i]):
+    allowed = max(AS_GOOD * least, AS_GOOD * eps, floor)
+    for i in sorted(chosen, key=lambda i: (not _is_norm(layer, few[i]), few[i].order)):
+        if left(fewer := [j for j in chosen if j != i]) <= allowed:
             chosen = fewer
     return sorted((few[i] for i in chosen), key=lambda c: c.order)
+
+
+def _is_norm(layer: Layer, candidate: Candidate) -> bool:
+    return all(elementwise(layer.inside, m, layer.inside.call(m)) for m in candidate.modules)
 
 
 def _shape(layer: Layer, key: int | str) -> torch.Size:
