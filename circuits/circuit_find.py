@@ -363,8 +363,8 @@ def _by_pruning(
 
 def _faithful(replay: Replay, circuit: Circuit, seed: int) -> dict[str, Any]:
     """The circuit's faithfulness with its interval, and the three means that it is made of."""
-    inside, empty = (x.double().cpu().numpy() for x in replay.values([circuit, replay.graph.empty]))
-    model = replay.measure.clean.double().cpu().numpy()
+    inside, empty = (x.cpu().double().numpy() for x in replay.values([circuit, replay.graph.empty]))
+    model = replay.measure.clean.cpu().double().numpy()
     drawn = faithfulness(inside, model, empty, resampling(len(model), seed))
     low, high = np.quantile(drawn, INTERVAL)
     return {

@@ -322,7 +322,7 @@ class Decomposition:
 
         def watch(x: Tensor, seen: Seen) -> Tensor:
             rows, keys = slice(seen.start, seen.start + x.shape[2]), slice(x.shape[3])
-            change = clean[seen.layer][:, :, rows, keys] - x
+            change = clean[seen.layer][:, :, rows, keys] - x.to(clean[seen.layer].device)
             effect = (change * gradient[seen.layer][:, :, rows, keys]).sum((0, 2, 3))
             found[self._places("z", seen.layer), 0] += effect.cpu()
             return x

@@ -37,6 +37,7 @@ from circuits.stream import (
 from interp.data.pairs import Pairs
 from interp.errors import unknown
 from interp.models.attention import Watch, window
+from interp.models.calls import at_home
 from interp.models.spec import first_tensor, with_first
 
 ABLATIONS = ("resample", "mean", "zero")
@@ -279,13 +280,14 @@ class _Run:
     def leave_heads(self, layer: int, z: Tensor, attn_out: Tensor | None = None) -> None:
         """Keep what the heads wrote, less the other side's writes."""
         writer, other, n = self.parts.writers[layer], self.other.writes, len(self.mask)
+        z = z.to(self.change.device)
         first = self.parts.graph.rows(layer).start
         if attn_out is None:
             less = z.unflatten(0, (n, -1)) - other.z[layer]
             parts = writer.parts(less.flatten(0, 1)).unflatten(1, (n, -1))
         else:
             assert writer.norm is not None
-            sigma = writer.norm.sigma(attn_out.float().view(*z.shape[:2], -1))
+            sigma = writer.norm.sigma(attn_out.to(z.device).float().view(*z.shape[:2], -1))
             parts = writer.parts(z, sigma).unflatten(1, (n, -1))
             parts = parts - other.heads(self.parts.writers, layer)[:, None]
         self.change[:, first : first + z.shape[2]] = parts.transpose(0, 1)
@@ -293,7 +295,7 @@ class _Run:
     def leave_mlp(self, layer: int, written: Tensor) -> None:
         """Keep what the MLP wrote, less the other side's write."""
         other = self.other.writes.mlp[layer]
-        by_circuit = written.float().reshape(len(self.mask), *other.shape)
+        by_circuit = written.to(other.device).float().reshape(len(self.mask), *other.shape)
         self.change[:, self.parts.graph.rows(layer).stop - 1] = by_circuit - other
 
     # --- hooks ---------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ class _Run:
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             leaf = self.leaves[name]
-            return leaf.view(*x.shape[:-1], leaf.shape[-1])
+            return leaf.view(*x.shape[:-1], leaf.shape[-1]).to(x.device)
 
         try:
             module.forward = forward
@@ -375,10 +377,10 @@ class _Run:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
             x = self.stream(layer, slice(last - 1, last))[:, 0].flatten(0, 1).to(model.dtype)
             if reads.mlp_norm:
-                x = model.module.get_submodule(reads.mlp_norm)(x)
+                x = at_home(model.module.get_submodule(reads.mlp_norm), x)
             old = float_input(args, kwargs)
             assert old is not None
-            return with_float_input(args, kwargs, x.reshape(old.shape))
+            return with_float_input(args, kwargs, x.reshape(old.shape).to(old.device))
 
         return hook
 
@@ -408,7 +410,7 @@ class _OwnHeads(Watch):
 
     def inputs(self, q, k, v):
         own = self.run.heads.pop(self.layer)
-        return own["q"], own["k"], own["v"]
+        return tuple(own[kind].to(q.device) for kind in KINDS)
 
     def z(self, z):
         if self.run.parts.writers[self.layer].norm is None:

@@ -64,7 +64,9 @@ def _head_write(model: Model, run: Run, layer: int, head: int) -> Tensor:
     assert block.attn_write is not None
     own = run.cache[f"z.{layer}.{head}"].float() @ model.W_O(layer)[head].float()
     if not block.direct:
-        norm = FrozenNorm(model.module.get_submodule(block.attn_write.module), model.spec.d_model)
+        norm = FrozenNorm(
+            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
+        )
         out = run.cache[f"attn_out.{layer}"].float()
         z = run.cache[f"z.{layer}"].float()
         bias = out - torch.einsum("bphd,hdm->bpm", z, model.W_O(layer).float())

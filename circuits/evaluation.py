@@ -326,9 +326,9 @@ class _Judge:
     def __init__(self, replay: Replay, units: Checkpoint, seed: int):
         self.replay, self.units, self.graph = replay, units, replay.graph
         self.measure: Measure = replay.measure
-        self.whole = self.measure.clean.double().cpu().numpy()
+        self.whole = self.measure.clean.cpu().double().numpy()
         if replay.ablation == "resample":
-            self.empty = self.measure.corrupted.double().cpu().numpy()
+            self.empty = self.measure.corrupted.cpu().double().numpy()
         else:
             self.empty = self.values("empty", self.graph.empty, known=False)
         self.weights = resampling(len(self.whole), seed)
@@ -347,7 +347,7 @@ class _Judge:
             return self.whole
 
         def unit() -> dict[str, np.ndarray]:
-            return {"values": self.replay.values([circuit])[0].double().cpu().numpy()}
+            return {"values": self.replay.values([circuit])[0].cpu().double().numpy()}
 
         return self.units.compute(name, unit)["values"]
 

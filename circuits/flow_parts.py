@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.relevance import SINK
+from interp.devices import float_type
 from interp.errors import Refused
 from interp.models.model import Model
 from interp.models.verify import RELATIVE_TOLERANCE
@@ -196,7 +197,8 @@ def kept_parts(whole: Sum, positions: Sequence[int] | Tensor, rule: Rule) -> Kep
     rows = torch.as_tensor(positions, device=whole.whole.device)
     others = torch.stack(
         [proximity(p[rows], whole.whole[rows]) for p in whole.others.values()], dim=1
-    ).double()
+    )
+    others = others.to(float_type(others.device))
     indices = torch.arange(others.shape[1], device=rows.device).expand_as(others)
     if whole.weights is None:
         return _collect(rows, others, indices, others.sum(1), rule, 0)
@@ -298,7 +300,7 @@ class _State:
         """Compute the next n parts of each position, largest bound first; how many there were."""
         chosen = self.high.topk(min(n, self.high.shape[1]), dim=1)
         exact = torch.where(chosen.values > 0, heads.exact(self.rows, chosen.indices), 0.0)
-        self.values = torch.cat([self.values, exact.double()], dim=1)
+        self.values = torch.cat([self.values, exact.to(self.values)], dim=1)
         self.index = torch.cat([self.index, n_others + chosen.indices], dim=1)
         if self.low.shape[1] == self.high.shape[1]:
             self.low.scatter_(1, chosen.indices, 0.0)
@@ -308,7 +310,7 @@ class _State:
     def total(self) -> tuple[Tensor, Tensor]:
         """Bounds of the sum of all proximities, each [n]."""
         known = self.values.sum(1)
-        rest = (self.low.sum(1, dtype=torch.float64), self.high.sum(1, dtype=torch.float64))
+        rest = [bound.sum(1, dtype=known.dtype) for bound in (self.low, self.high)]
         return known + rest[0], known + rest[1]
 
     def decided(self, rule: Rule) -> Tensor:

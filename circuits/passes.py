@@ -31,7 +31,7 @@ from interp.data.pairs import Pairs
 from interp.models.attention import Watch, window
 from interp.models.hooks import Stop, hidden_of, with_hidden
 from interp.models.model import Model
-from interp.models.spec import first_tensor
+from interp.models.spec import first_tensor, with_first
 from interp.run.batch import Batch
 from interp.run.cache import Run
 from interp.run.edits import Edit
@@ -41,27 +41,29 @@ BUFFER_BYTES = 192 * 2**20
 
 
 class HeadsWatch(Watch):
-    """Keeps q, k, v as the layer made them, k and v once for each query head, and z."""
+    """Keeps q, k, v as the layer made them, k and v once for each query head, and z; all on `home`."""
 
     needs_rows = True
 
-    def __init__(self) -> None:
+    def __init__(self, home: torch.device) -> None:
+        self.home = home
         self.made: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
         self.out = torch.empty(0)
 
     def inputs(self, q, k, v):
-        group = q.shape[1] // k.shape[1]
+        group, there = q.shape[1] // k.shape[1], q.device
+        q, k, v = (x.to(self.home) for x in (q, k, v))
         self.made = {"q": q, "k": k, "v": v}
         self.own = {
             "q": q,
             "k": k if group == 1 else k.repeat_interleave(group, dim=1),
             "v": v if group == 1 else v.repeat_interleave(group, dim=1),
         }
-        return self.own["q"], self.own["k"], self.own["v"]
+        return tuple(x.to(there) for x in self.own.values())
 
     def z(self, z):
-        self.out = z
+        self.out = z.to(self.home)
         return z
 
 
@@ -120,11 +122,14 @@ def _watched(parts: Parts, seen: Pass, *, grad: bool) -> Iterator[None]:
     def listen(module: nn.Module) -> Watch:
         if module not in layer_of:
             return Watch()
-        return seen.heads.setdefault(layer_of[module], HeadsWatch())
+        return seen.heads.setdefault(layer_of[module], HeadsWatch(model.device))
 
     def leaf(name: str):
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            seen.leaves[name] = first_tensor(output)  # type: ignore[assignment]
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            made = first_tensor(output)
+            assert made is not None
+            seen.leaves[name] = made.to(model.device)
+            return with_first(output, seen.leaves[name].to(made.device))
 
         return hook
 
@@ -132,9 +137,10 @@ def _watched(parts: Parts, seen: Pass, *, grad: bool) -> Iterator[None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
             value = float_input(args, kwargs)
             assert value is not None
-            view = value.view_as(value)  # a node of its own: its gradient is the MLP's alone
-            seen.mlp_inputs.setdefault(layer, []).append((value, view))
-            return with_float_input(args, kwargs, view)
+            kept = value.to(model.device)
+            view = kept.view_as(kept)  # a node of its own: its gradient is the MLP's alone
+            seen.mlp_inputs.setdefault(layer, []).append((kept, view))
+            return with_float_input(args, kwargs, view.to(value.device))
 
         return hook
 
@@ -236,7 +242,7 @@ def heads_of(
     kwargs = {name: None if name.startswith("past_key") else x for name, x in kwargs.items()}
     with window(block, lambda module: watch), suppress(Stop):
         block.forward(*args, **kwargs)  # not __call__: hooks on the block are for its real call
-    return watch.made
+    return {kind: x.to(stream.device) for kind, x in watch.made.items()}
 
 
 # --- both sides of a task --------------------------------------------------------------------------

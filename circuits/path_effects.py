@@ -19,6 +19,7 @@ from torch import Tensor
 
 from circuits.graph import Receiver, Sender
 from circuits.path_replay import TOKENS, Columns, PathReplay, Streams, columns_of
+from interp.models.calls import at_home
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
 from interp.run.cache import Run
 from interp.run.resume import Checkpoint
@@ -57,7 +58,7 @@ class Senders:
             if not model.spec.blocks[layer].direct:
                 norm = model.module.get_submodule(write.module)
                 out = replay.clean(f"attn_out.{layer}", columns)
-                changes = norm(out + changes) - norm(out)
+                changes = at_home(norm, out + changes) - at_home(norm, out)
             changes = changes * write.scale
             parts |= {Sender("head", layer, h): x for h, x in zip(heads, changes, strict=True)}
         for sender in senders:
@@ -76,7 +77,9 @@ class Senders:
                 return f"what the attention of layer {layer} writes is not known"
             if not block.direct:
                 norm = model.module.get_submodule(block.attn_write.module)
-                made = norm(self.replay.clean(f"attn_out.{layer}")) * block.attn_write.scale
+                made = (
+                    at_home(norm, self.replay.clean(f"attn_out.{layer}")) * block.attn_write.scale
+                )
                 error, _ = relative_error(made, self.replay.clean(f"attn_write.{layer}"))
                 if error > allowed:
                     return f"the attention write of layer {layer} is no norm of its output"

@@ -25,11 +25,11 @@ from transformers import Cache
 from circuits.measure import Measure
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import call_model, text_config
+from interp.models.calls import at_home, call_model, text_config
 from interp.models.hooks import Stop, with_hidden
 from interp.models.layout import shown
 from interp.models.model import Model
-from interp.models.spec import first_tensor, with_first
+from interp.models.spec import first_tensor, module_device, with_first
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
 from interp.models.weights import linear_map
 from interp.run.batch import Batch
@@ -177,7 +177,7 @@ class PathReplay:
                 with self._attention_returns(layer, call, z.flatten(0, 1)):
                     y = self._call_block(layer, call, x.flatten(0, 1).clone())
                 if mlp_write:
-                    y = written.pop() * block.mlp_write.scale  # type: ignore[union-attr]
+                    y = written.pop().to(x.device) * block.mlp_write.scale  # type: ignore[union-attr]
                 out.append(y.reshape(x.shape))
         self._worked(streams.shape[:3].numel(), self._sizes[layer][1])
         return torch.cat(out)
@@ -197,7 +197,9 @@ class PathReplay:
                     continue
         self._worked(streams.shape[:3].numel(), self._sizes[layer][2])
         q, k, v = (
-            (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, shape)
+            (parts[0] if len(parts) == 1 else torch.cat(parts))
+            .to(streams.device)
+            .unflatten(0, shape)
             for parts in zip(*found, strict=True)
         )
         return q, k, v
@@ -284,7 +286,7 @@ class PathReplay:
         spec, module = self.model.spec, self.model.module
         weights, W, b = self._answer_columns
         norm = None if spec.final_norm is None else module.get_submodule(spec.final_norm)
-        x = final if norm is None else norm(final.flatten(0, 1)).reshape(final.shape)
+        x = final if norm is None else at_home(norm, final.flatten(0, 1)).reshape(final.shape)
         logits = torch.einsum("xnd,nkd->xnk", x.float(), W[self.rows]) + b[self.rows]
         logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:
@@ -388,7 +390,7 @@ class PathReplay:
         args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec)
         out = first_tensor(self.model.blocks[layer](*args, **kwargs))
         assert out is not None
-        return shown(out, self.model.spec.hidden_axes)
+        return shown(out, self.model.spec.hidden_axes).to(hidden.device)
 
     @contextmanager
     def _attention_returns(self, layer: int, call: Call, value: Tensor) -> Iterator[None]:
@@ -397,6 +399,7 @@ class PathReplay:
         if block.attention is None or block.W_O is None:
             raise Refused(f"layer {layer} has no attention that could be held")
         module = self.model.module.get_submodule(block.attention)
+        value = value.to(module_device(self.model.blocks[layer]))
         with ExitStack() as stack:
             if not block.W_O.startswith(f"{block.attention}."):
                 # The projection is outside (ViT, BERT): the attention module returns anything.
@@ -449,7 +452,7 @@ class _SuffixAttention(Watch):
         return q, k, v
 
     def z(self, z):
-        return self.made.reshape(z.shape)
+        return self.made.reshape(z.shape).to(z.device)
 
     def _z(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[batch queries n_heads d_v], variants one after the other along the batch."""
@@ -459,6 +462,7 @@ class _SuffixAttention(Watch):
         earlier_k = replay.clean(f"k.{self.layer}")[:, :first].float()
         earlier_v = replay.clean(f"v.{self.layer}")[:, :first].float()
         n, groups, dtype = len(earlier_k), k.shape[1], v.dtype
+        q, k, v = (x.to(earlier_k.device) for x in (q, k, v))
         q = q.float().unflatten(1, (groups, -1)).unflatten(0, (-1, n))
         k, v = (x.float().unflatten(0, (-1, n)) for x in (k, v))
         # The clean keys are shared by all variants: one product for all of them.

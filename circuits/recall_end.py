@@ -198,7 +198,9 @@ def head_writes(model: Model, run: Run, layer: int, end: int) -> Float[Tensor, "
     z = run.cache[f"z.{layer}"][:, end].float()
     writes = torch.einsum("bhd,hdm->bhm", z, model.W_O(layer).float())
     if not block.direct:
-        norm = FrozenNorm(model.module.get_submodule(block.attn_write.module), model.spec.d_model)
+        norm = FrozenNorm(
+            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
+        )
         scale = norm.scale(run.cache[f"attn_out.{layer}"][:, end])
         writes = norm.gain.float() * norm.centre(writes) / scale[:, None]
     return writes * block.attn_write.scale
@@ -224,8 +226,8 @@ class _AboveMean:
     def logits(self, writes: Float[Tensor, "n d_model"]) -> Float[Tensor, " d_vocab"]:
         """What the writes add to every logit, mean over facts, up to a constant."""
         norm = self.model.final_norm
-        normed = norm.gain.float() * norm.centre(writes) / norm.scale(self.final)
-        mean = normed.mean(0).to(self.W_U.dtype)
+        normed = norm.gain.to(writes.device).float() * norm.centre(writes) / norm.scale(self.final)
+        mean = normed.mean(0).to(self.W_U)
         return (mean @ self.W_U).float() * self.model.spec.logit_scale
 
 
@@ -295,7 +297,7 @@ def _writes(model: Model, run: Run, layer: int, end: int) -> Iterator[tuple[str,
 def _similarity(write: Float[Tensor, "n d_model"], draws: np.ndarray) -> tuple[float, float, float]:
     """Mean cosine of the writes on two different facts, with its interval."""
     unit = torch.nn.functional.normalize(write, dim=-1)
-    cosines = (unit @ unit.T).double().cpu().numpy()
+    cosines = (unit @ unit.T).cpu().double().numpy()
     np.fill_diagonal(cosines, 0)
     n = len(cosines)
     weights = np.concatenate([np.full((1, n), 1 / n), draws])

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.devices import float_type
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
@@ -121,7 +122,7 @@ def mixing(
     tensor([[[1.0000, 0.0000],
              [0.2500, 0.7500]]])
     """
-    mean = patterns.double().mean(1)
+    mean = patterns.mean(1, dtype=float_type(patterns.device))
     if exclude_sink:
         mean = without_sink(mean)
         mean = mean / mean.sum(-1, keepdim=True).clamp_min(1e-12)
@@ -156,8 +157,8 @@ def rollout(
 
     Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers".
     """
-    mixed = mixing(patterns, exclude_sink=exclude_sink).double()
-    out = torch.eye(mixed.shape[-1], dtype=torch.float64, device=mixed.device)
+    mixed = mixing(patterns, exclude_sink=exclude_sink).to(float_type(patterns.device))
+    out = torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
     for layer in mixed:
         out = layer @ out
     return out.to(patterns.dtype)
@@ -189,7 +190,7 @@ def attention_flow(
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import maximum_flow
 
-    mixed = mixing(patterns, exclude_sink=exclude_sink).double().cpu().numpy()
+    mixed = mixing(patterns, exclude_sink=exclude_sink).cpu().double().numpy()
     n_layers, length, _ = mixed.shape
     position = position_of(position, length)
     reached = np.zeros((n_layers + 1, length), dtype=bool)

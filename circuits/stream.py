@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from circuits.graph import Graph
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import call_model
+from interp.models.calls import at_home, call_model
 from interp.models.hooks import hidden_of, with_hidden
 from interp.models.model import Model
 from interp.models.probe import probe_batch
-from interp.models.spec import BlockMap, first_tensor
+from interp.models.spec import BlockMap, first_tensor, module_device
 from interp.models.weights import FrozenNorm, linear_map
 
 KINDS = ("q", "k", "v")
@@ -49,16 +49,16 @@ class Norm:
 
     @staticmethod
     @torch.no_grad()
-    def of(module: nn.Module | None, d_model: int) -> Norm:
+    def of(module: nn.Module | None, d_model: int, device: torch.device) -> Norm:
         """The norm that a module computes; whether it has this form is for the caller to verify."""
-        frozen = FrozenNorm(module, d_model)
+        frozen = FrozenNorm(module, d_model, device)
         if module is None:
             return Norm(frozen.gain, frozen.bias, False, 0.0, live=False)
         small = 1e-3
         sign = torch.ones_like(frozen.gain)
         sign[1::2] = -1
-        inner = (frozen.gain * sign).double() * small
-        made = (module(sign[None] * small)[0] - frozen.bias).double()
+        inner = (frozen.gain * sign).cpu().double() * small
+        made = (at_home(module, sign[None] * small)[0] - frozen.bias).cpu().double()
         # At mean square small² the norm multiplies by ratio · gain, with ratio² = 1 / (small² + eps).
         ratio = float((inner * made).sum() / (inner * inner).sum()) ** 2
         # A module that keeps its input's size would pass for a norm with a huge epsilon.
@@ -290,10 +290,10 @@ def _head_writer(model: Model, layer: int) -> HeadWrites:
     if block.direct:
         return HeadWrites(W, torch.zeros_like(bias), bias, None)
     module = model.module.get_submodule(block.attn_write.module)
-    norm = Norm.of(module, model.spec.d_model)
+    norm = Norm.of(module, model.spec.d_model, model.device)
     probe = torch.randn(8, model.spec.d_model, generator=torch.Generator().manual_seed(0)).to(W)
     with torch.no_grad():
-        wanted = module(probe.to(model.dtype)).float()
+        wanted = at_home(module, probe.to(model.dtype)).float()
         off = (norm(probe) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)
     if float(off) > _allowed(model.dtype):
         raise Refused(
@@ -373,8 +373,8 @@ def _probe(model: Model) -> list[_Seen]:
 
     def start(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            x = hidden_of(args, kwargs, model.spec).detach().requires_grad_()
-            seen[layer].x = x
+            x = hidden_of(args, kwargs, model.spec).detach().to(module_device(module))
+            seen[layer].x = x.requires_grad_()
             # The block reads a view: an operation in place on a leaf would be refused.
             return with_hidden(args, kwargs, x.view_as(x), model.spec)
 
@@ -474,7 +474,7 @@ def _head_reads(model: Model, block: BlockMap, seen: _Seen) -> Reads:
         return Reads(why=f"the linear layers of '{block.attention}' hold more than q, k and v")
     (norm_name,) = norms
     module = model.module.get_submodule(norm_name) if norm_name else None
-    reads = Reads(Norm.of(module, model.spec.d_model), projections)
+    reads = Reads(Norm.of(module, model.spec.d_model, model.device), projections)
     error = max(_error(model, reads, seen, kind) for kind in KINDS)
     if error > _allowed(x.dtype):
         return Reads(why=f"the closed form of '{block.attention}' is off by {error:.1e}")
@@ -531,6 +531,7 @@ def _error(model: Model, reads: Reads, seen: _Seen, kind: str) -> float:
     )
     assert at_leaf is not None and exact is not None
     with torch.no_grad():
+        x, leaf, exact, at_leaf = (t.to(model.device) for t in (x, leaf, exact, at_leaf))
         W, bias = head_weights(model, reads, kind), head_bias(model, reads, kind)
         columns = reads.projections[kind].columns
         shape = (*x.shape[:2], -1)

@@ -606,7 +606,8 @@ def _norm_table(model: Model, vectors: WordVectors, texts: _Texts, top_k: int) -
         W, b = linear_map(
             model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model
         )
-        before, after = bare @ W.float() + b.float(), unembed(vectors.final)
+        before = bare.to(W.device) @ W.float() + b.float()
+        after = unembed(vectors.final).to(W.device)
         name = model.spec.final_norm
         rows += _changes(model.n_layers - 1, "final", name, before, after, texts, top_k)
     columns = ["prompt", "layer", "site", "norm", "change", "token", "token_id"]

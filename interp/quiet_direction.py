@@ -45,8 +45,8 @@ def quiet_direction(
     gram = torch.zeros(len(W), len(W), dtype=torch.float64)
     for part in W.split(2**14, dim=1):  # a 16-bit matrix is widened piece by piece
         part = part.float() - mean[:, None]
-        gram += (part @ part.T).double().cpu()
-    gain = norm.gain.double().cpu()
+        gram += (part @ part.T).cpu().double()
+    gain = norm.gain.cpu().double()
     gram *= gain[:, None] * gain
     if norm.centred:
         one = torch.full_like(gain, len(gain) ** -0.5)

@@ -380,11 +380,11 @@ class Moments:
 
     def add(self, residuals: Mapping[int, Float[Tensor, "rows d_model"]]) -> None:
         """Take in rows of every layer; the highest key holds the final residual."""
-        y = residuals[max(residuals)].double().cpu()
+        y = residuals[max(residuals)].cpu().double()
         self.n += len(y)
         self.y += y.sum(0)
         for layer in self.x:
-            x = residuals[layer].double().cpu()
+            x = residuals[layer].cpu().double()
             self.x[layer] += x.sum(0)
             self.xx[layer].addmm_(x.T, x)
             self.xy[layer].addmm_(x.T, y)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import Refused
+from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
 from interp.projections import Projections
@@ -168,18 +169,24 @@ class Weights:
     def ln_final(self, residual: Tensor) -> Tensor:
         """The final norm, gain included."""
         name = self.model.spec.final_norm
-        return residual if name is None else self.model.module.get_submodule(name)(residual)
+        return (
+            residual if name is None else at_home(self.model.module.get_submodule(name), residual)
+        )
 
     def unembed(self, normed: Tensor) -> Tensor:
         """Logits of normed residual vectors."""
-        return self.model.module.get_submodule(self.model.spec.unembedding or "")(normed)
+        return at_home(self.model.module.get_submodule(self.model.spec.unembedding or ""), normed)
 
     def norm_before_attention(self, layer: int) -> FrozenNorm | None:
         """The norm whose output the values of a layer are made from; None where there is none."""
         source = self.model.spec.blocks[layer].v
         if source is None or source.input in ("", "resid_pre"):
             return None
-        return FrozenNorm(self.model.module.get_submodule(source.input), self.model.spec.d_model)
+        return FrozenNorm(
+            self.model.module.get_submodule(source.input),
+            self.model.spec.d_model,
+            self.model.device,
+        )
 
     @torch.no_grad()
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:

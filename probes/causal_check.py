@@ -429,7 +429,7 @@ class _Bench:
         """The clean activations that are changed."""
         x = self.run.cache[site]
         rows = torch.arange(len(x), device=x.device)
-        return x[rows, self.places.to(x.device)].double().cpu().numpy()
+        return x[rows, self.places.to(x.device)].cpu().double().numpy()
 
     def odds(self, run: Run) -> Float[Tensor, " items"]:
         """Log-odds of the answers of class 2 against those of class 1 (zeros without answers)."""
@@ -452,7 +452,7 @@ class _Bench:
         values = self.model.replay(
             self.run,
             variants,
-            lambda run: torch.stack([self.odds(run), kl(clean, _last(run))], 1).double().cpu(),
+            lambda run: torch.stack([self.odds(run), kl(clean, _last(run))], 1).cpu().double(),
             logits=torch.tensor([self.run.batch.ids.shape[1] - 1]),
             progress=advance,
         )
@@ -489,7 +489,7 @@ def _row(
     seed: int,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """An intervention's row, and what each random direction did; the found direction comes first."""
-    clean = bench.odds(bench.run).double().cpu().numpy()
+    clean = bench.odds(bench.run).cpu().double().numpy()
     divergence = effects[..., 1].mean(1)
     if bench.words is None:
         values, gap, before, unit = effects[..., 1], False, 0.0, "nats"

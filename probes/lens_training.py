@@ -541,7 +541,7 @@ class Training:
         out = torch.baddbmm(inside["b"][:, None], hidden, inside["V" if low else "A"])
         y = out * size + (x if low and self.inputs.kind == "layers" else 0)
         pairs = [part(rows, target) for rows in y]
-        loss = torch.stack([kl.double().mean() for kl, _ in pairs]).cpu()
+        loss = torch.stack([kl for kl, _ in pairs]).cpu().double().mean(1)
         back = torch.stack([g for _, g in pairs]) * (size / x.shape[1])
         last = hidden.transpose(1, 2) @ back
         grads = {"V" if low else "A": last, "b": back.sum(1)}

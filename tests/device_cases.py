@@ -36,7 +36,7 @@ DIFFERENTIATES = {
     "explain", "flow", "ioi_roles", "path_patch", "probe_causal", "readout", "recall", "tune_lens",
     "vector_task", "words",
 }  # fmt: skip
-"""Gradients of the simulated device run on its index 0 alone (torch has no hook for more): not tried on two."""
+"""Gradients of the simulated device run on its index 0 alone (torch has no hook for more): between it and the CPU."""
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 """The same kernels; closed-form lenses are solved from products that rounding moves by far more than eps."""
 
@@ -47,25 +47,37 @@ def here() -> Model:
 
 
 @pytest.fixture(scope="module")
-def there() -> Iterator[Model]:
-    with other_device():
-        yield Model(module().to("other"), character_tokenizer())
+def moved() -> Model:
+    with other_device(like_mps=True):
+        return Model(module().to("other"), character_tokenizer())
+
+
+@pytest.fixture
+def there(moved: Model) -> Iterator[Model]:
+    """On one device without float64 and without the kernels that MPS lacks."""
+    with other_device(like_mps=True):
+        yield moved
+
+
+def parted(first: str, second: str) -> Model:
+    """Block 0 on one device, block 1 and the end on another, as `device_map="auto"` does."""
+    made = module()
+    on_second = ("transformer.h.1", "transformer.ln_f", "lm_head")
+    on_first = ("transformer.wte", "transformer.wpe", "transformer.h.0")
+    for place, names in ((first, on_first), (second, on_second)):
+        for name in names:
+            part = made.get_submodule(name).to(place)
+            hook = AlignDevicesHook(torch.device(place), place_submodules=False)
+            add_hook_to_module(part, hook)
+    add_hook_to_module(made, AlignDevicesHook(torch.device(first), io_same_device=True))
+    return Model(made, character_tokenizer())
 
 
 @pytest.fixture(scope="module")
-def spread() -> Iterator[Model]:
-    """Block 0 on one device, block 1 and the end on another, as `device_map="auto"` does."""
+def spreads() -> dict[bool, Model]:
+    """On two devices; those that gradients cross are the first and the CPU."""
     with other_device():
-        made = module()
-        on_second = ("transformer.h.1", "transformer.ln_f", "lm_head")
-        on_first = ("transformer.wte", "transformer.wpe", "transformer.h.0")
-        for place, names in (("other:0", on_first), ("other:1", on_second)):
-            for name in names:
-                part = made.get_submodule(name).to(place)
-                hook = AlignDevicesHook(torch.device(place), place_submodules=False)
-                add_hook_to_module(part, hook)
-        add_hook_to_module(made, AlignDevicesHook(torch.device("other:0"), io_same_device=True))
-        yield Model(made, character_tokenizer())
+        return {False: parted("other:0", "other:1"), True: parted("other:0", "cpu")}
 
 
 def same_tables(theirs: Report, mine: Report) -> None:
@@ -95,8 +107,30 @@ def test_the_device_is_one_that_does_not_mix() -> None:
             x + torch.ones(3)
         with pytest.raises(RuntimeError, match="several devices"):
             x + torch.ones(3, device="other:1")
+        with pytest.raises(RuntimeError, match="generator of the CPU"):
+            torch.rand(3, device="other", generator=torch.Generator())
         with pytest.raises(TypeError, match="no numpy view"):
             x.numpy()
+        assert x.double().dtype == torch.float64
+
+
+def test_the_device_can_lack_what_mps_lacks() -> None:
+    with other_device(like_mps=True):
+        x = torch.ones(2, 2, device="other")
+        assert (2.0 * x + torch.tensor(1.0, dtype=torch.float64)).dtype == torch.float32
+        assert x.cpu().double().dtype == torch.float64
+        for widened in (
+            lambda: x.double(),
+            lambda: x.to("cpu", torch.float64),
+            lambda: x.sum(dtype=torch.float64),
+            lambda: torch.ones(2, dtype=torch.float64).to("other"),
+            lambda: torch.zeros(2, dtype=torch.float64, device="other"),
+            lambda: torch.zeros(2, 2, dtype=torch.float64).copy_(x),
+        ):
+            with pytest.raises(TypeError, match="float64"):
+                widened()
+        with pytest.raises(NotImplementedError, match="not implemented"):
+            torch.linalg.eigvals(x)
 
 
 def test_a_run_is_there_and_the_same(here: Model, there: Model) -> None:
@@ -117,10 +151,12 @@ def test_an_analysis_is_the_same_there(name: str, here: Model, there: Model) -> 
     same_tables(theirs, mine)
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - DIFFERENTIATES))
-def test_an_analysis_is_the_same_on_two_devices(name: str, here: Model, spread: Model) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_an_analysis_is_the_same_on_two_devices(name: str, here: Model, spreads: dict) -> None:
     positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
-    mine, theirs = (ANALYSES[name].function(m, *positional, **options) for m in (here, spread))
+    spread = spreads[name in DIFFERENTIATES]
+    with other_device():
+        mine, theirs = (ANALYSES[name].function(m, *positional, **options) for m in (here, spread))
     same_tables(theirs, mine)
 
 

@@ -1,8 +1,10 @@
 """A second device without a second device: its tensors are computed on the CPU and do not mix with the CPU's.
 
 Tensors on "other:0", "other:1", … behave as on a GPU: an operation on tensors of two devices fails, so does
-numpy, and a factory call without `device=` makes a CPU tensor. What runs here with the numbers of the CPU
-forgets no device on the way. What it does not show: that every kernel exists on a real GPU, or its rounding.
+numpy, a factory call without `device=` makes a CPU tensor, and a CPU generator draws for the CPU alone. What
+runs here with the numbers of the CPU forgets no device on the way. `other_device(like_mps=True)` has no float64
+(nothing of it is made there, moved there, or cast on the way off) and none of the kernels that MPS lacks. What it
+does not show: that every kernel exists on a real GPU, or its rounding.
 
     with other_device():
         module.to("other")
@@ -24,6 +26,18 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "other"
 COPY = torch.ops.aten.copy_.default
 MOVES = (COPY, torch.ops.aten._to_copy.default)
+WIDE = (torch.float64, torch.complex128)
+NOT_ON_MPS = {
+    "_linalg_eigh", "_linalg_eigvals", "_pdist_forward", "binomial", "frexp", "geqrf", "hash_tensor", "heaviside",
+    "linalg_eig", "linalg_eigvals", "linalg_ldl_factor_ex", "linalg_lstsq", "linalg_lu_solve", "linalg_matrix_exp",
+    "logit_", "mode", "ormqr", "poisson", "put_", "special_log_ndtr", "special_ndtri", "take",
+}  # fmt: skip
+"""Operations on dense tensors that torch's table of kernels has for the CPU and not for MPS.
+
+Source: torchgen/packaged/ATen/native/native_functions.yaml of torch 2.13 (`linalg_svd` is not there either, but
+MPSFallback.mm computes it on the CPU).
+"""
+_like_mps = False
 
 
 class Other(Tensor):
@@ -71,11 +85,16 @@ class _Factories(TorchDispatchMode):
 
 
 @contextmanager
-def other_device() -> Iterator[None]:
-    """The device exists inside the `with`."""
+def other_device(like_mps: bool = False) -> Iterator[None]:
+    """The device exists inside the `with`; `like_mps`, without float64 and the kernels that MPS lacks."""
+    global _like_mps
     _register()
-    with _Factories():
-        yield
+    before, _like_mps = _like_mps, like_mps
+    try:
+        with _Factories():
+            yield
+    finally:
+        _like_mps = before
 
 
 def _compute(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -89,7 +108,13 @@ def _compute(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         place = others[0].index if others and asked is None else None
     if op not in MOVES:
         _check_one_device(op, args, given)
+    if place is not None and isinstance(kwargs.get("generator"), torch.Generator):
+        raise RuntimeError(f"{op} on {NAME} was given a generator of the CPU")
+    if others and _like_mps:
+        _check_kernel(op)
     out = op(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    if _like_mps and (place is not None or others):
+        _check_narrow(op, out)
     if op is COPY:
         return args[0]
     if torch.Tag.inplace_view in op.tags and isinstance(args[0], Other):
@@ -114,6 +139,21 @@ def _check_one_device(op: Any, args: tuple, given: list[Tensor]) -> None:
     if len(joined) > 1:
         shapes = [(str(x.device), tuple(x.shape)) for x in given]
         raise RuntimeError(f"{op} was given tensors of several devices: {shapes}")
+
+
+def _check_kernel(op: Any) -> None:
+    if op.name().removeprefix("aten::").split(".")[0] in NOT_ON_MPS:
+        raise NotImplementedError(
+            f"the operator {op} is not implemented for {NAME}, as it is not for MPS"
+        )
+
+
+def _check_narrow(op: Any, out: Any) -> None:
+    """No float64 there; a cast on the way to the CPU is made there too (MPS casts on the source's side)."""
+    if any(isinstance(x, Tensor) and x.dtype in WIDE for x in tree_leaves(out)):
+        raise TypeError(
+            f"{op}: cannot convert a tensor of {NAME} to float64, which it does not have"
+        )
 
 
 def _raw(x: Any) -> Any:

@@ -128,7 +128,7 @@ def _copied(model: Model, repeated: Prompts, judged: Tensor) -> dict[str, Tensor
     logits = model.run(repeated.batch, logits=judged).logits
     assert logits is not None
     targets = repeated.ids[:, judged + 1].to(logits.device)
-    right = (logits.argmax(-1) == targets).double()
+    right = (logits.argmax(-1) == targets).cpu().double()
     return {"accuracy": right.mean(1), "loss_repeated": token_loss(logits, targets).mean(1)}
 
 
@@ -153,7 +153,7 @@ def _read(model: Model, window: Prompts) -> dict[str, Tensor]:
         "icl": in_context_score(losses),
         "largest": largest,
         "times_median": largest / median.clamp_min(1e-30),
-        "massive": entries.double(),
+        "massive": entries.cpu().double(),
         **run.statistics,
     }
 

@@ -142,10 +142,11 @@ def eigenvalue_positivity(
         v = v.unflatten(0, samples.shape)
         for name, directions in sides.items():
             raised = torch.einsum("nm,hdm->nhd", directions, W_O).unflatten(0, samples.shape)
-            values = torch.linalg.eigvals(torch.einsum("sthd,sthe->shde", raised, v))
+            core = torch.einsum("sthd,sthe->shde", raised, v)
+            values = torch.linalg.eigvals(core.cpu())  # MPS has none
             total = values.abs().sum(-1)
             share = torch.where(total > 0, values.real.sum(-1) / total.clamp_min(1e-30), 0.0)
-            out[name][:, layer, : share.shape[1]] = share.cpu()
+            out[name][:, layer, : share.shape[1]] = share
     return out
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from circuits.heads.passkeys import Passkeys
 from circuits.heads.streaming import check_padding, streaming_keys
 from circuits.stream import frozen
+from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.run.adam import adam, moments
 from interp.run.edits import Edit, Seen
@@ -203,4 +204,4 @@ def final_states(
     resid = run.cache[site][:, judged.to(model.device)]
     name = model.spec.final_norm
     with torch.set_grad_enabled(grad):
-        return resid if name is None else model.module.get_submodule(name)(resid)
+        return resid if name is None else at_home(model.module.get_submodule(name), resid)

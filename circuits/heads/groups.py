@@ -210,7 +210,7 @@ def _correlation(gram: Tensor) -> np.ndarray:
     still = root <= 1e-6 * root.max().clamp_min(1e-20)
     found = gram / (root[:, None] * root).clamp_min(1e-30)
     found = found.masked_fill(still[:, None] | still, 0.0).clamp(-1, 1)
-    return found.fill_diagonal_(1.0).double().cpu().numpy()
+    return found.fill_diagonal_(1.0).cpu().double().numpy()
 
 
 # --- clusters ----------------------------------------------------------------------------------------

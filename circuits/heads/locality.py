@@ -164,7 +164,8 @@ def entropies(
         keys = seen.sum(-1).float()
         centred = scores.masked_fill(~seen, 0)
         centred = (centred - centred.sum(-1, keepdim=True) / keys[..., None]).masked_fill(~seen, 0)
-        norm = torch.linalg.eigvalsh(centred @ centred.transpose(1, 2))[:, -1].clamp_min(0).sqrt()
+        gram = (centred @ centred.transpose(1, 2)).cpu()  # MPS has no eigenvalues
+        norm = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt().to(scores.device)
         p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         several = keys >= 2
         entropy = torch.special.entr(p).sum(-1)

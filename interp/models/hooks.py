@@ -96,7 +96,6 @@ class RunWatch(Watch):
 
     def z(self, z):
         for name, chunks in self._whole.items():
-            # A single chunk is kept as it is: a copy would have no gradient.
             whole = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
             self._keep(name, whole)
         name = self.prefix + "z"
@@ -125,6 +124,8 @@ class RunWatch(Watch):
         x = self._edited(name, x, start)
         if (name, self.layer) in self.plan.capture:
             missing = self._n_keys - x.shape[-1]
+            if torch.is_grad_enabled() and not missing and self.part is None:  # all rows at once
+                return self.run.cache.put(name, self.layer, x)
             whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x
             self._whole.setdefault(name, []).append(whole)
         return x

@@ -238,7 +238,9 @@ class Model:
         """The final norm, to be held fixed for direct attribution; the identity where there is none."""
         name = self.spec.final_norm
         return FrozenNorm(
-            None if name is None else self.module.get_submodule(name), self.spec.d_model
+            None if name is None else self.module.get_submodule(name),
+            self.spec.d_model,
+            self.device,
         )
 
     def unembed(self, residual: Tensor) -> Tensor:
@@ -592,7 +594,7 @@ class Model:
             for edit in plan.edits.get((name, layer), ()):
                 x = edit(x, Seen(layer, start, run.batch.mask_of(name)))
             if (name, layer) in plan.capture:
-                run.cache.put(name, layer, x)
+                x = run.cache.put(name, layer, x)
             return x
 
         if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):

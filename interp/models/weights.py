@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.spec import module_device
 
 
 @torch.no_grad()
@@ -40,21 +41,18 @@ class FrozenNorm:
 
     Gain, bias and whether the mean is taken out are found by asking the module, so Gemma's
     (1 + weight) or a norm without weights needs no case of its own. With `module=None`: identity.
+    Gain and bias lie on `device`, by default the module's own.
     """
 
     @torch.no_grad()
-    def __init__(self, module: nn.Module | None, d_model: int):
+    def __init__(self, module: nn.Module | None, d_model: int, device: torch.device | None = None):
         self.module = module
         some = None if module is None else next(module.parameters(), None)
-        like = (
-            torch.ones(d_model)
-            if some is None
-            else torch.ones(
-                d_model, dtype=some.dtype, device="cpu" if some.is_meta else some.device
-            )
-        )
+        self._place = torch.device("cpu") if module is None else module_device(module)
+        like = torch.ones(d_model, dtype=None if some is None else some.dtype, device=self._place)
         self.gain, self.bias, self.centred = like, torch.zeros_like(like), False
         if module is None:
+            self.gain, self.bias = self.gain.to(device), self.bias.to(device)
             return
         if d_model % 2:
             raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
@@ -70,6 +68,7 @@ class FrozenNorm:
                 (module(LARGE * like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6
             ).all()
         )
+        self.gain, self.bias = self.gain.to(device), self.bias.to(device)
 
     @torch.no_grad()
     def scale(self, x: Tensor) -> Tensor:
@@ -78,7 +77,10 @@ class FrozenNorm:
             return torch.ones_like(x[..., :1], dtype=torch.float32)
         gain = self.gain.to(x.device).float()
         inner = gain * self.centre(x.float())
-        out = self.module(x.to(self.gain)).to(x.device).float() - self.bias.to(x.device).float()
+        out = (
+            self.module(x.to(self._place, self.gain.dtype)).to(x.device).float()
+            - self.bias.to(x.device).float()
+        )
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
 
     def pull_back(self, direction: Tensor, at: Tensor) -> Tensor:

@@ -29,9 +29,15 @@ class Cache(Mapping[str, Tensor]):
         self._stored: dict[tuple[str, int], Tensor] = {}
         self._device = device
 
-    def put(self, name: str, layer: int, value: Tensor) -> None:
-        """Keep one layer of a site; of a model on several devices, all layers on the first of them."""
-        self._stored[name, layer] = value if self._device is None else value.to(self._device)
+    def put(self, name: str, layer: int, value: Tensor) -> Tensor:
+        """Keep one layer of a site; of a model on several devices, all layers on the first of them.
+
+        Returns `value` to go on with, on its own device, that leads through what is kept: a copy on another
+        device, beside the way to the logits, would have no gradient.
+        """
+        kept = value if self._device is None else value.to(self._device)
+        self._stored[name, layer] = kept
+        return kept.to(value.device) if torch.is_grad_enabled() else value
 
     def layers(self, name: str) -> list[int]:
         """The captured layers of a site."""

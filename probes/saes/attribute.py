@@ -275,7 +275,9 @@ def _writes(
     W_O = model.W_O(layer)[list(heads)].float().flatten(0, 1)
     out = sae.W_dec[chosen.to(sae.W_dec.device)].float().to(W_O.device) @ W_O
     if not block.direct:
-        norm = FrozenNorm(model.module.get_submodule(block.attn_write.module), model.spec.d_model)
+        norm = FrozenNorm(
+            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
+        )
         out = norm.centre(out) * norm.gain.float()
     return out * block.attn_write.scale
 

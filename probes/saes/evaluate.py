@@ -157,7 +157,7 @@ def loss_recovered(
             def total(run: Run, judged: Tensor = judged, targets: Tensor = targets) -> float:
                 assert run.logits is not None
                 losses = token_loss(run.logits[:, :-1], targets)
-                return float(losses[judged.to(losses.device)].double().sum())
+                return float(losses.cpu()[judged.cpu()].double().sum())
 
             variants = [
                 [splice(sae, model, positions=where)],

@@ -112,7 +112,7 @@ def feature_families(
             if rows.mask is not None:
                 real = rows.mask[row].cpu()
             kinds = _kinds(ids, real, at.cpu(), local, lead, model.spec.causal)
-            own = _sums(by_source.abs().double().cpu(), kinds, value.double().cpu())
+            own = _sums(by_source.abs().cpu().double(), kinds, value.cpu().double())
             sums.index_add_(0, latent.cpu(), own)
     if chosen is None:
         chosen = sums[:, SUMS.index("n")].nonzero()[:, 0]
@@ -280,8 +280,8 @@ def _logit_units(model: Model, sae: SAE) -> Float[Tensor, "d_sae d_model"]:
     """
     W_U = model.W_U.float()
     W_U = W_U - W_U.mean(1, keepdim=True)
-    eigen = torch.linalg.eigh((W_U @ W_U.T).double())
-    root = (eigen.eigenvectors * eigen.eigenvalues.clamp_min(0).sqrt()).float()
+    eigen = torch.linalg.eigh((W_U @ W_U.T).cpu().double())
+    root = (eigen.eigenvectors * eigen.eigenvalues.clamp_min(0).sqrt()).to(W_U)
     writes = feature_writes(model, sae, torch.arange(sae.config.d_sae))
     return torch.nn.functional.normalize(normed(model, writes) @ root).cpu()
 

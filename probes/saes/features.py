@@ -196,7 +196,7 @@ def sae_features(
             check_store(opened, kept)
         meta = provenance(model, options=options, seed=seed)
         key = {"sae": asdict(opened.config), "data": store.key, "options": options,
-               "decoder": float(opened.W_dec.double().sum())}  # fmt: skip
+               "decoder": float(opened.W_dec.cpu().double().sum())}  # fmt: skip
         units = Checkpoint(None if checkpoint is None else checkpoint / "units", key, resume=resume)
         numbers, density = reconstruction(opened, data.held_out)
         loss = None

@@ -567,7 +567,7 @@ class Training:
         sae = self.sae
         where = dead.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(self.options.seed + 1_000_003 * (self.done + 1))
-        chance = error.square().sum(-1).square().double().cpu()
+        chance = error.square().sum(-1).square().cpu().double()
         picks = torch.multinomial(chance, len(where), replacement=True, generator=generator)
         rows = torch.nn.functional.normalize(error[picks])
         alive = sae.encoder[~dead].norm(dim=1)

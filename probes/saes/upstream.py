@@ -181,7 +181,7 @@ class _Tree:
         bias = (model.b_O(layer).float() * pulled).sum(-1)
         if not block.direct:
             module = model.module.get_submodule(block.attn_write.module)
-            norm_bias = FrozenNorm(module, model.spec.d_model).bias.float()
+            norm_bias = FrozenNorm(module, model.spec.d_model, model.device).bias.float()
             bias = bias + (r @ norm_bias) * block.attn_write.scale
         add("attn_bias", bias, layer)
         g = torch.einsum("sm,hdm->shd", pulled, model.W_O(layer).float())
@@ -268,7 +268,7 @@ def _directions(
         raise Refused(not_linear)
     W_V = model.W_V(layer).float()
     module = None if block.v.input == "resid_pre" else model.module.get_submodule(block.v.input)
-    norm = FrozenNorm(module, model.spec.d_model)
+    norm = FrozenNorm(module, model.spec.d_model, model.device)
     columns = block.v.columns.to(W.device)
     b_V = (norm.bias.float() @ W.float() + b.float())[columns]  # [kv_head d_head]
     groups = [model.spec.kv_group(layer, head) for head in heads]

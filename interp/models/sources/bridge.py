@@ -149,5 +149,5 @@ def _difference(bridge: Any, module: nn.Module) -> str | None:
 
 def _centred(logits: Tensor) -> Tensor:
     """Logits less their mean: the unembedding may be centred in one and not in the other."""
-    logits = logits.double()
+    logits = logits.cpu().double()
     return logits - logits.mean(-1, keepdim=True)

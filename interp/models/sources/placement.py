@@ -52,7 +52,7 @@ def resolve_device(device: Any, device_map: Any = None) -> torch.device | None:
     """The device to put the model on, checked to exist here; None where `device_map` decides.
 
     Not given or "auto" means the first CUDA device where there is one, else the CPU. Apple's mps is
-    used only when asked for: it has no float64, in which a model's addresses are verified.
+    used only when asked for: it has no float64 and not every operation, so parts run on the CPU there.
     """
     import torch
 
