@@ -345,7 +345,7 @@ def both_runs(
 ) -> tuple[Run, Run, Measure]:
     """(B) and (A): the clean and the corrupted run with what the paths need, and the metric's two ends."""
     refused, spec = model.spec.refused, model.spec
-    capture = [site for site in (*SITES, "mlp_write") if site not in refused]
+    capture = [s for s in (*SITES, "mlp_write") if s not in refused and model.layers_with(s)]
     if "attn_write" not in refused and not all(block.direct for block in spec.blocks):
         capture.append("attn_write")
     there = ["z"] + ["mlp_write"] * any(sender.kind == "mlp" for sender, _ in paths)
