@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interp.errors",),
+    ("interp.errors", "interp.devices"),
     ("interp.sites",),
     ("interp.run",),
     ("interp.models",),
