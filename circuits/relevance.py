@@ -55,6 +55,11 @@ def one_prompt(model: Model, prompt: str | Sequence[int] | Tensor | Batch) -> Ba
     batch = model.as_batch(prompt)
     if "input_ids" not in batch.inputs:
         raise BadInput("information flow is drawn between tokens: give text or token ids")
+    if batch.has_source:
+        raise Refused(
+            f"{model.id} is an encoder-decoder: flow and relevance are between tokens of one stack, and "
+            "its decoder reads the source besides"
+        )
     if batch.size != 1:
         raise BadInput(f"got {batch.size} prompts, wanted one: call once for each")
     if batch.padded:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.errors import BadInput, Refused, unknown
+from interp.models.calls import is_encoder_decoder
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit, Seen
@@ -146,6 +147,11 @@ def _checked(
     if can is None or not can():
         raise Refused(
             f"{model.id} does not generate: it is no causal language model; model.run still works"
+        )
+    if is_encoder_decoder(model.module):
+        raise Refused(
+            f"{model.id} is an encoder-decoder: edits are followed where a model goes on with its prompt "
+            "only; model.run reads a source and what the decoder has written"
         )
     if isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and not isinstance(prompts, (Batch, Tensor))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import text_config
+from interp.models.calls import is_encoder_decoder, text_config
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import Recording, record
 from interp.models.spec import BlockMap, Spec
@@ -37,6 +37,10 @@ def skeleton(module: nn.Module) -> tuple[Spec, Recording]:
     """
     if getattr(module, "main_input_name", "") != "input_ids":
         raise Refused(f"{type(module).__name__} takes no token ids: only token models run remotely")
+    if is_encoder_decoder(module):
+        raise Refused(
+            f"{type(module).__name__} is an encoder-decoder: load it here, with interp.load"
+        )
     reasons = []
     for config in _configs(module):
         try:

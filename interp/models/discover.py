@@ -45,6 +45,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
             for layer in layers
             if layer.attention
         )
+    of_ids = batch.has_source or "input_ids" in batch.inputs
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
     spec = Spec(
@@ -53,7 +54,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         blocks=tuple(blocks),
         d_model=pre.shape[-1],
         causal=causal,
-        d_vocab=getattr(text, "vocab_size", None) if "input_ids" in batch.inputs else None,
+        d_vocab=getattr(text, "vocab_size", None) if of_ids else None,
         n_ctx=getattr(text, "max_position_embeddings", None),
         hidden=key,
         hidden_axes=layers[0].axes,

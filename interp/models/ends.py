@@ -27,8 +27,11 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     """The map with embedding, final norm and unembedding, or a readout of more modules."""
     last = layers[-1].call
     assert last.output is not None
-    embedding = _name_of(seen, "get_input_embeddings") if "input_ids" in batch.inputs else None
-    unembedding = _name_of(seen, "get_output_embeddings")
+    module: Any = seen.module
+    of = module.get_decoder() if batch.has_source else module
+    of_ids = batch.has_source or "input_ids" in batch.inputs
+    embedding = _name_of(seen, of, "get_input_embeddings") if of_ids else None
+    unembedding = _name_of(seen, module, "get_output_embeddings")
     final = seen.once(unembedding)
     if final is not None and not final.inputs:  # an embedding, multiplied with outside any module
         final = None
@@ -57,6 +60,14 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
             refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
             return replace(spec, readout=WHOLE, refused=refused, absent=absent)
         return replace(spec, refused={**spec.refused, "unembedding": why})
+    if _biased(final.output, seen.output):
+        why = "a bias that is no module's is added to what W_U returns"
+        if _whole(spec, seen, layers[-1].output):
+            why += "; model.unembed gives the logits all the same, by the model's own code"
+            spec = replace(spec, readout=WHOLE, absent=spec.absent | {"unembedding"})
+        refused = {**spec.refused, "unembedding": why}
+        ends = {"embedding": embedding, "final_norm": norm, "unembedding": unembedding}
+        return replace(spec, **ends, refused=refused)  # type: ignore[arg-type]
     scale, softcap = _scale_and_cap(seen, final.output, seen.output)
     if (
         before != 1.0
@@ -70,6 +81,15 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         unembedding=unembedding,
         logit_scale=scale,
         logit_softcap=softcap,
+    )
+
+
+def _biased(raw: Tensor, out: Tensor) -> bool:
+    """Whether out is raw plus the same vector at every position (translation models' final bias)."""
+    added = (out.double() - raw.double()).reshape(-1, out.shape[-1])
+    apart = float((added - added[0]).abs().max())
+    return (
+        apart <= 4 * torch.finfo(out.dtype).eps * float(out.abs().max()) < float(added.abs().max())
     )
 
 
@@ -123,7 +143,8 @@ def _path(seen: Recording, after: dict[str, ModuleCall], residual: Tensor) -> tu
 
 def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     """Whether the model's own code after its blocks makes the same logits of a residual at any position."""
-    of_tokens = spec.d_vocab is not None and not is_encoder_decoder(seen.module)
+    sound = is_encoder_decoder(seen.module) and seen.module.main_input_name != "input_ids"
+    of_tokens = spec.d_vocab is not None and not sound
     if spec.tuple_blocks or not of_tokens or seen.output.ndim != residual.ndim:
         return False
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
@@ -163,9 +184,9 @@ def _fitted(x: Tensor, y: Tensor) -> float:
     return 1.0 if abs(scale - 1) < 1e-4 else scale
 
 
-def _name_of(seen: Recording, getter: str) -> str | None:
+def _name_of(seen: Recording, module: nn.Module, getter: str) -> str | None:
     try:
-        found = getattr(seen.module, getter)()
+        found = getattr(module, getter)()
     except (AttributeError, NotImplementedError):
         return None
     return seen.names.get(found) if isinstance(found, nn.Module) else None

@@ -274,8 +274,8 @@ class Model:
         """Token ids, mask and positions of texts; padded on either side to the same result.
 
         `bos=True` puts a BOS token first where the tokenizer did not, `bos=False` leaves it out;
-        by default the tokenizer decides, as in Hugging Face. For an encoder-decoder the texts are its
-        source, and its decoder has read its start token alone, as where `generate` begins.
+        by default the tokenizer decides, as in Hugging Face. For an encoder-decoder the texts are
+        sources: give `run` their inputs and "decoder_input_ids" besides.
         """
         if self.tokenizer is None:
             raise BadInput(
@@ -304,7 +304,7 @@ class Model:
         for i, row in enumerate(rows):
             where = slice(longest - len(row), None) if padding_side == "left" else slice(len(row))
             ids[i, where], mask[i, where] = torch.tensor(row), True
-        return with_decoder_start(self.module, Batch.of_ids(ids, mask))
+        return Batch.of_ids(ids, mask)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each token's text, as it reads on its own; `#id` without a tokenizer."""
@@ -360,9 +360,11 @@ class Model:
         if not batch.has_source and is_encoder_decoder(self.module):
             if isinstance(data, (Batch, Tensor)):
                 raise BadInput(
-                    f"{self.id} is an encoder-decoder and was given one sequence of token ids: give a "
-                    'source and what its decoder has read, {"input_ids": …, "decoder_input_ids": …}, '
-                    "or the source as a text"
+                    f"{self.id} is an encoder-decoder and was given one sequence of token ids, as what "
+                    "reads a causal model's text does; that cannot be done here. model.run and "
+                    'interp lens take a source as text, model.run {"input_ids": the source, '
+                    '"decoder_input_ids": what the decoder has read}; Model(module.get_encoder()) is '
+                    "one stack"
                 )
             batch = with_decoder_start(self.module, batch)
         if batch.has_source or "input_ids" in batch.inputs:

@@ -10,7 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.models.calls import at_home, call_model, output_tensor, uncapped_logits
+from interp.models.calls import (
+    at_home,
+    call_model,
+    is_encoder_decoder,
+    output_tensor,
+    uncapped_logits,
+)
 from interp.models.hooks import argument, with_hidden
 from interp.models.layout import PLAIN, held
 from interp.models.spec import Spec, module_device
@@ -54,7 +60,9 @@ def rest_of_model(
     for part in vectors.split(min(AT_ONCE, spec.n_ctx or AT_ONCE)):
         ids = torch.zeros(1, len(part), dtype=torch.long, device=part.device)
         with _returning(spec, module, part[None]):
-            made.append(output_tensor(call_model(module, Batch.of_ids(ids)))[0])
+            given = {"input_ids": ids[:, :1], "decoder_input_ids": ids}
+            batch = Batch.of_inputs(given) if is_encoder_decoder(module) else Batch.of_ids(ids)
+            made.append(output_tensor(call_model(module, batch))[0])
     logits = torch.cat(made).to(residual.device)
     return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 

@@ -92,7 +92,7 @@ class Batch:
     @property
     def padded(self) -> bool:
         """Whether any position is padding."""
-        return "attention_mask" in self.inputs
+        return ("decoder_attention_mask" if self.has_source else "attention_mask") in self.inputs
 
     def repeat(self, times: int) -> Batch:
         """`times` copies of all rows, one copy after the other."""

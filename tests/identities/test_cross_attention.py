@@ -6,6 +6,7 @@ Families differ in where they normalise: before each branch (T5, mBART, M2M100, 
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
+from circuits.heads.classify import classify_heads
+from circuits.relevance import one_prompt
 from interp.errors import BadInput, Refused
+from interp.generate import generate
+from interp.lens import logit_lens
 from interp.models.attention import implementation
 from interp.models.model import Model
 from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.sites import AXES, CROSS_SITES, Site
+from interp.skeleton import skeleton
 from tests.families import FAMILIES
 
 ROUNDING = 1e-5
@@ -225,12 +231,19 @@ def test_padding_of_the_target_changes_nothing_before_it(name: str) -> None:
 
 
 class Words:
-    """A tokenizer of words that are numbers."""
+    """A tokenizer of words that are numbers; others by their length."""
 
     pad_token_id, bos_token_id = 1, None
 
+    def __len__(self) -> int:
+        return 97
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+        words = text.split()
+        return {"input_ids": [int(w) if w.isdigit() else 10 + len(w) for w in words]}
 
 
 @every
@@ -244,6 +257,31 @@ def test_a_text_is_the_source_and_the_decoder_begins(name: str) -> None:
     assert not run.cache["cross_pattern"][1, ..., 2:].any()
     generated = module.generate(torch.tensor([[15, 16, 17, 18]]), max_new_tokens=1, do_sample=False)
     assert int(run.logits[0, 0].argmax()) == int(generated[0, 1])
+
+
+def test_a_bias_on_the_logits_is_part_of_them() -> None:
+    """Marian's final_logits_bias, which is no module's: the lens has it, W_U alone is refused."""
+    module = copy.deepcopy(module_of("marian"))
+    module.final_logits_bias.copy_(torch.randn(1, 97, generator=torch.Generator().manual_seed(3)))
+    model = Model(module, id="biased")
+    assert all(check.passed for check in model.spec.checks)
+    run = model.run(inputs(), capture=["resid_post.2"])
+    assert close(model.unembed(run.cache["resid_post.2"]), run.logits)
+    with pytest.raises(Refused, match="a bias that is no module's"):
+        _ = model.W_U
+
+
+def test_what_reads_the_text_of_a_causal_model_is_refused() -> None:
+    model = Model(module_of("t5"), Words(), id="t5")
+    refused = "encoder-decoder"
+    for analysis in (generate, one_prompt, classify_heads, skeleton):
+        given = {classify_heads: [model], skeleton: [model.module]}.get(analysis, [model, "15 16"])
+        with pytest.raises((Refused, BadInput), match=refused):
+            analysis(*given)
+    with pytest.raises(BadInput, match=refused):
+        model.run(model.tokenize("15 16"))
+    lens = logit_lens(model, "15 16 17")
+    assert len(lens.table) == 3
 
 
 def test_the_encoder_alone_as_before() -> None:
