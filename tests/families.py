@@ -78,6 +78,7 @@ NOT_A_SUM |= {
     "gated attention",
     "norm between z and W_O",
     "convolution behind attention",
+    "rescaled stream",
 }
 """Traits of models whose final residual is something else than embedding, heads' and MLPs' writes."""
 
@@ -158,6 +159,14 @@ BERT_LIKE = ("norm after adding", "head with a transform")
 FAMILIES: dict[str, Family] = {
     # --- decoders ------------------------------------------------------------------------------
     "arcee": _text("Arcee", GROUPED, "grouped heads"),
+    "beam": _text(
+        "Beam",
+        {**GROUPED, **HEAD_8, "mlp_layer_types": ["dense"] * 3},
+        "grouped heads",
+        "rescaled stream",
+        "scaled residual",
+        "gated attention",
+    ),
     "bitnet": _text("BitNet", GROUPED, "grouped heads", "norm between z and W_O"),
     "biogpt": _text("BioGpt", TEXT, "learned positions"),
     "blenderbot_small": _text(
@@ -233,6 +242,7 @@ FAMILIES: dict[str, Family] = {
         "head with a transform",
         refused=SEVERAL_STREAMS | EXPERTS | TRANSFORM,
     ),
+    "doge": _text("Doge", GROUPED, "grouped heads", "rescaled stream"),
     "dots1": _text("Dots1", {**GROUPED, **DEEPSEEK_EXPERTS}, "grouped heads", "MoE"),
     "ernie4_5": _text("Ernie4_5", {**GROUPED, **HEAD_8}, "grouped heads"),
     "exaone4": _text(
@@ -397,12 +407,43 @@ FAMILIES: dict[str, Family] = {
         "hybrid",
     ),
     "llama": _text("Llama", GROUPED, "grouped heads"),
+    "minimax": _text(
+        "MiniMax",
+        {
+            **GROUPED,
+            **HEAD_8,
+            **FOUR_EXPERTS,
+            "layer_types": ["full_attention"] * 3,
+            "full_attn_alpha_factor": 0.9,
+            "full_attn_beta_factor": 1.2,
+            "mlp_alpha_factor": 1.1,
+            "mlp_beta_factor": 0.8,
+        },
+        "grouped heads",
+        "MoE",
+        "norm after adding",
+        "rescaled stream",
+        "scaled residual",
+        refused=EXPERTS,
+    ),
     "ministral": _text(
         "Ministral", {**GROUPED, **HEAD_8, **WINDOW_4}, "grouped heads", "sliding window"
     ),
     "mistral": _text("Mistral", {**GROUPED, **WINDOW_4}, "grouped heads", "sliding window"),
     "mixtral": _text(
         "Mixtral", {**GROUPED, "num_local_experts": 4}, "grouped heads", "MoE", refused=EXPERTS
+    ),
+    "muse_spark": Family(
+        "MuseSparkTextModel",
+        "MuseSparkTextConfig",
+        {
+            **GROUPED,
+            **HEAD_8,
+            "mlp_layer_types": ["dense"] * 3,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        ("decoder", "grouped heads", "norm between z and W_O", "rescaled stream", "no head"),
     ),
     "nanochat": _text("NanoChat", {**GROUPED, **HEAD_8}, "grouped heads", "softcap"),
     "nemotron": _text("Nemotron", {**GROUPED, **HEAD_8}, "grouped heads"),
@@ -489,6 +530,20 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _text("SmolLM3", {**GROUPED, "pad_token_id": 0}, "grouped heads"),
     "stablelm": _text("StableLm", GROUPED, "grouped heads"),
     "starcoder2": _text("Starcoder2", GROUPED, "grouped heads"),
+    "zaya": _text(
+        "Zaya",
+        {
+            **{name: size for name, size in GROUPED.items() if name != "intermediate_size"},
+            **HEAD_8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "router_hidden_size": 16,
+        },
+        "grouped heads",
+        "MoE",
+        "rescaled stream",
+        refused=EXPERTS,
+    ),
     "clip_text": Family("CLIPTextModel", "CLIPTextConfig", TEXT, ("decoder", "no head")),
     # --- encoders ------------------------------------------------------------------------------
     "albert": _masked("Albert", {**TEXT, "embedding_size": 16}, "shared layers", *BERT_LIKE),

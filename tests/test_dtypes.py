@@ -44,10 +44,15 @@ def test_the_planted_heads_are_labelled(half: Model) -> None:
     assert "previous_token" in labels[0, 1] and "induction" in labels[1, 2]
 
 
+CAST = {"zaya": {"unembedding"}}
+"""Its stream is in float32 and cast before the final norm: no module reads the final residual itself."""
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_seen_as_in_32_bits(name: str) -> None:
     """Experts too, where the rounding of a kernel may send a token elsewhere."""
-    assert set(probe(FAMILIES[name]().to(torch.bfloat16)).refused) == FAMILIES[name].refused
+    refused = set(probe(FAMILIES[name]().to(torch.bfloat16)).refused)
+    assert refused - CAST.get(name, set()) == FAMILIES[name].refused
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from interp.models.ends import with_ends
 from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import Recording
+from interp.models.rescaled import rescaled
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack
@@ -143,8 +144,11 @@ def _with_writes(
             )
             found.append((None, []))
             continue
-        found.append(taken_apart(layer, key))
-        if found[-1][0] is None:
+        sums, candidates = taken_apart(layer, key)
+        if sums is None:
+            sums = rescaled(layer, key, candidates)
+        found.append((sums, candidates))
+        if sums is None:
             reason = (
                 f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
                 "norms read (a rescaled stream)"

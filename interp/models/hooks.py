@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interp.models.attention import Watch
 from interp.models.layout import held, shown
 from interp.models.several import HEADS, Part
-from interp.models.spec import Spec, first_tensor, with_first
+from interp.models.spec import Carry, Spec, first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Edit, Seen
 from interp.run.statistics import RowStatistics
@@ -215,12 +215,27 @@ def write_change(
 class Middle:
     """resid_mid where nothing norms it: block input plus the writes before it, seen at the last of them.
 
-    An edit of resid_mid becomes a change of that last write, which the stream then carries.
+    Where the block rescales its input first, `carry` is how. An edit of resid_mid becomes a change of
+    that last write, which the stream then carries.
     """
 
-    def __init__(self, layer: int, factors: list[float | Tensor], touch, pre: BlockInput):
+    def __init__(
+        self,
+        layer: int,
+        factors: list[float | Tensor],
+        touch,
+        pre: BlockInput,
+        carry: Carry | None = None,
+    ):
         self.layer, self.factors, self.touch, self.pre = layer, factors, touch, pre
+        self.carry = carry
+        self.normed: Tensor | None = None
         self.earlier: list[Tensor] = []
+
+    def keep_normed(self, x: Tensor) -> Tensor:
+        """Note the output of the norm that the block goes on with instead of its input."""
+        self.normed = x
+        return x
 
     def keep(self, x: Tensor) -> Tensor:
         """Note the output of a module that writes before the last one."""
@@ -230,7 +245,9 @@ class Middle:
     def change(self, x: Tensor) -> Tensor:
         """Change of the output of the last module that writes before resid_mid."""
         assert self.pre.resid is not None
-        before = self.pre.resid.to(x.device)
+        before = (self.pre.resid if self.normed is None else self.normed).to(x.device)
+        if self.carry is not None:
+            before = self.carry(before)
         for write in self.earlier:
             before = before + write
         self.earlier.clear()
@@ -243,11 +260,15 @@ class Middle:
 
 
 def _times(x: Tensor, factor: float | Tensor) -> Tensor:
-    return x if isinstance(factor, (int, float)) and factor == 1 else x * factor
+    if isinstance(factor, Tensor):
+        return x * factor.to(x.device)
+    return x if factor == 1 else x * factor
 
 
 def _over(x: Tensor, factor: float | Tensor) -> Tensor:
-    return x if isinstance(factor, (int, float)) and factor == 1 else x / factor
+    if isinstance(factor, Tensor):
+        return x / factor.to(x.device)
+    return x if factor == 1 else x / factor
 
 
 def _untouched(x: Tensor, written: Tensor) -> bool:

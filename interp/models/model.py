@@ -669,7 +669,9 @@ class Model:
             self._on_output(stack, where.norm_mid, change, run, on)
             return
         factors = [write.factor(self.module) for write in where.before_mid]
-        middle = Middle(layer, factors, touch, pre)
+        middle = Middle(layer, factors, touch, pre, where.carry_mid)
+        if where.norm_pre is not None:
+            self._on_output(stack, where.norm_pre, middle.keep_normed, run, on)
         for write in where.before_mid[:-1]:
             self._on_output(stack, write.module, middle.keep, run, on)
         self._on_output(stack, where.before_mid[-1].module, middle.change, run, on)

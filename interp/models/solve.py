@@ -19,6 +19,8 @@ MANY = 40
 COARSE = 1e-4
 """From this eps on (16 bits), a small write may hide in the rounding of a large one: one more is tried."""
 CLEARLY = 1.2
+FITTED = 1e-13
+"""Least squares round too: by this much at most of what they are fitted to."""
 SLACK = 2.0
 """Room over the bound of plain additions: a multiplier is estimated, and its product is rounded too."""
 
@@ -41,7 +43,7 @@ def smallest_sum(
     """
     if not values:
         return None
-    eps = torch.finfo(dtype).eps
+    eps = rounding(dtype)
     before, after = (x.double().reshape(-1) for x in (pre, post))
     target = after - before
     A = torch.stack([value.double().reshape(-1) for value in values], dim=1)
@@ -83,6 +85,11 @@ def smallest_sum(
             return closest.pairs
         best = closest
     return None if best is None else best.pairs
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """eps of the dtype that additions were made in, no less than what fits in float64 are good to."""
+    return max(torch.finfo(dtype).eps, FITTED)
 
 
 def off_by(pre: Tensor, post: Tensor, parts: Sequence[Tensor], eps: float) -> Tensor:

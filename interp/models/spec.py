@@ -14,17 +14,38 @@ class Write:
     """What a block adds to the residual stream: `scale` times the output of `module`.
 
     `gain` names a parameter [d_model] that multiplies it besides (a layer scale), if there is one.
+    `channels` [d_model] are numbers that multiply it besides and are no parameter of the block, fitted to
+    the probe (a gate computed of a parameter): they hold for the weights that were probed.
     """
 
     module: str
     scale: float = 1.0
     gain: str | None = None
+    channels: Tensor | None = field(default=None, compare=False, repr=False)
 
     def factor(self, model: nn.Module) -> float | Tensor:
         """What the module's output is multiplied with: a number, or one a channel [d_model]."""
+        if self.channels is not None:
+            return self.scale * self.channels
         if self.gain is None:
             return self.scale
         return self.scale * model.get_parameter(self.gain).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Carry:
+    """How a block rescales the stream before adding to it: x becomes `factor` · x + `shift`.
+
+    Each is a number or one a channel [d_model], fitted to the probe.
+    """
+
+    factor: float | Tensor = 1.0
+    shift: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What goes on of x [... d_model]."""
+        factor = self.factor.to(x) if isinstance(self.factor, Tensor) else self.factor
+        return x * factor if self.shift is None else x * factor + self.shift.to(x)
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,10 @@ class BlockMap:
     attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
     has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`.
 
+    Some blocks rescale the stream before they add to it, or carry a norm of it on instead of it:
+    `resid_mid = norm_mid(carry_mid(norm_pre(resid_pre)) + before_mid)` and `resid_post =
+    norm_post(carry_post(resid_mid) + the rest)`; in a block that writes once `carry_post` is of resid_pre.
+
     `parallel`: attention and MLP read the same input. `direct`: the attention output is written as
     it is (times `attn_write.scale`), with no norm in between. `attn_out`: the module that returns the
     attention output in order [batch pos d_model], W_O itself in most models. `between`: what stands
@@ -103,6 +128,9 @@ class BlockMap:
     before_mid: tuple[Write, ...] = ()
     norm_mid: str | None = None
     norm_post: str | None = None
+    norm_pre: str | None = None
+    carry_mid: Carry | None = None
+    carry_post: Carry | None = None
     convolved: str | None = None
     mixed: tuple[str, ...] = ()
     parallel: bool = False
@@ -114,6 +142,11 @@ class BlockMap:
         cross = None if self.cross is None else self.cross.write
         main = (self.attn_write, cross, self.mlp_write)
         return tuple(write for write in main if write is not None) + self.others
+
+    @property
+    def rescales(self) -> bool:
+        """Whether what goes on of the stream is not the stream itself, even before a norm of the sum."""
+        return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
 
 
 @dataclass(frozen=True)
@@ -203,6 +236,12 @@ class Spec:
         if self.shared:
             return f"several layers are calls of one module ('{self.blocks[0].name}')"
         for block in self.blocks:
+            if block.norm_pre:
+                return (
+                    f"'{block.name}' goes on with the normed residual stream ('{block.norm_pre}')"
+                )
+            if block.rescales:
+                return f"'{block.name}' rescales the residual stream before it adds to it"
             if norm := block.norm_mid or block.norm_post:
                 return (
                     f"'{block.name}' normalises the residual stream after adding to it ('{norm}')"
@@ -221,6 +260,8 @@ class Spec:
                 return f"'{block.convolved}' mixes positions in what '{block.name}' writes"
             if gain := next((write.gain for write in block.writes if write.gain), None):
                 return f"'{block.name}' scales each channel of what it writes ('{gain}')"
+            if any(write.channels is not None for write in block.writes):
+                return f"'{block.name}' scales each channel of what it writes"
         return ""
 
     @property

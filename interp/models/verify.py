@@ -13,8 +13,8 @@ from interp.errors import BadInput
 from interp.models.calls import at_home
 from interp.models.readout import unembed
 from interp.models.recording import Recording
-from interp.models.solve import SLACK, off_by
-from interp.models.spec import Check, Spec, Write, module_device
+from interp.models.solve import SLACK, off_by, rounding
+from interp.models.spec import Carry, Check, Spec, Write, module_device
 from interp.models.stack import Layer, layers_of, with_cross
 from interp.models.weights import linear_map
 from interp.sites import ATTENTION_SITES, SELF_SITES
@@ -39,7 +39,9 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     checks, refused = [], dict(spec.refused)
     layers = layers_of(seen, spec.stack, spec.hidden_axes)
     layers = [with_cross(layer, spec.hidden) for layer in layers]
-    dtype = seen.output.dtype
+    # Some models return logits in float32 whatever the stream is in.
+    dtypes = (seen.output.dtype, layers[-1].output.dtype)
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     relative = RELATIVE_TOLERANCE.get(dtype, 6e-2)
 
     def check(
@@ -177,10 +179,10 @@ def _check_writes(
     sites = ("attn_write", "mlp_write", "resid_mid")
     if any(block.cross for block in spec.blocks):
         sites += ("cross_write",)
-    if not any(block.norm_mid or block.norm_post for block in spec.blocks):
+    if not any(block.norm_mid or block.norm_post or block.rescales for block in spec.blocks):
         total = layers[0].hidden(spec.hidden).double()
         final = layers[-1].output
-        eps, roundings, most = torch.finfo(final.dtype).eps, 0, 0.0
+        eps, roundings, most = rounding(final.dtype), 0, 0.0
         for layer, block in zip(layers, spec.blocks, strict=True):
             pre, post = layer.hidden(spec.hidden).double(), layer.output
             parts = written(layer, block.writes, pre.shape)
@@ -199,25 +201,28 @@ def _check_writes(
     made, wanted = [], []
     for layer, block in zip(layers, spec.blocks, strict=True):
         x, before = layer.hidden(spec.hidden), block.before_mid
-        if block.norm_mid is not None:
+        if block.norm_pre is not None:
+            x = _normed(layer, block.norm_pre, x)
+        if block.norm_mid is not None or block.carry_mid is not None:
             if block.norm_first is not None:
                 first = added(x.double(), layer, block.before_first).to(x)
                 x = _normed(layer, block.norm_first, first)
             second = tuple(write for write in before if write not in block.before_first)
-            x = _normed(layer, block.norm_mid, added(x.double(), layer, second).to(x))
+            total = added(_carried(block.carry_mid, x), layer, second)
+            x = total if block.norm_mid is None else _normed(layer, block.norm_mid, total.to(x))
         else:
             before = ()
         rest = tuple(write for write in block.writes if write not in before)
-        out = added(x.double(), layer, rest)
+        out = added(_carried(block.carry_post, x), layer, rest)
         if block.norm_post is not None:
-            out = _normed(layer, block.norm_post, out.to(x))
+            out = _normed(layer, block.norm_post, out.to(layer.output))
         made.append(out.double())
         wanted.append(layer.output)
     return check(
         "writes",
         torch.cat(made, -1),
         torch.cat(wanted, -1),
-        "each block's writes, through its norms, give what it returns",
+        "each block's writes, through its norms and carries, give what it returns",
         sites,
     )
 
@@ -262,6 +267,10 @@ def one_stream(value: Tensor | None, like: Tensor) -> Tensor:
     """A module's output in float64, in the shape of one residual stream."""
     assert value is not None
     return value.double().reshape(like.shape)
+
+
+def _carried(carry: Carry | None, x: Tensor) -> Tensor:
+    return x.double() if carry is None else carry(x.double())
 
 
 def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:

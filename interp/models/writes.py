@@ -18,7 +18,7 @@ from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
 from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, Write
+from interp.models.spec import BlockMap, Carry, Write
 from interp.models.stack import Layer
 from interp.models.verify import RELATIVE_TOLERANCE, added, relative_error
 
@@ -27,32 +27,41 @@ from interp.models.verify import RELATIVE_TOLERANCE, added, relative_error
 class Candidate:
     """A value that might be written to the residual stream, and the modules that returned it.
 
-    With `gain`, the value is a module's output times this parameter.
+    With `gain`, the value is a module's output times this parameter; with `channels`, times these numbers.
     """
 
     value: Tensor
     modules: list[str]
     order: int
     gain: str | None = None
+    channels: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A block taken apart: (candidate, scale) of its writes, first written first, and its norms."""
+    """A block taken apart: (candidate, scale) of its writes, first written first, its norms and carries."""
 
     writes: list[tuple[Candidate, float]]
     norm_mid: str | None = None
     norm_post: str | None = None
     n_before_mid: int | None = None
-    """How many of the writes norm_mid reads; None where there is no norm_mid."""
+    """How many of the writes lie before the middle; None where neither a norm nor a carry stands there."""
     norm_first: str | None = None
     n_before_first: int = 0
     """A norm before norm_mid, and how many of the writes it reads."""
+    norm_pre: str | None = None
+    carry_mid: Carry | None = None
+    carry_post: Carry | None = None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether what goes on of the stream is not the stream itself."""
+        return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing norms what was added."""
-        return self.norm_mid is None and self.norm_post is None
+        """Whether nothing norms or rescales what was added."""
+        return self.norm_mid is None and self.norm_post is None and not self.rescales
 
 
 def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candidate]]:
@@ -69,15 +78,13 @@ def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candida
 def _sums(
     layer: Layer, pre: Tensor, post: Tensor, candidates: list[Candidate], dtype: torch.dtype
 ) -> Sums | None:
-    norms = _norms(layer.inside, pre.shape)
+    norms = norms_of(layer.inside, pre.shape)
     if not pre.any():  # a stream that is still zero is whatever the last norm returns: no write
         returned = {name for _, name, _, _ in norms}
         candidates = [c for c in candidates if not returned & set(c.modules)]
     if chosen := _solve(pre, post, candidates, dtype):
         return Sums(chosen)
-    last = [(name, x) for _, name, x, out in norms if torch.equal(out.double(), post)]
-    ends: list[tuple[str | None, Tensor]] = [*last, (None, post)]
-    for norm_post, x in ends:
+    for norm_post, x in ends_of(norms, post):
         inside = [c for c in candidates if norm_post not in c.modules]
         if norm_post and (chosen := _solve(pre, x.double(), inside, dtype)):
             return Sums(chosen, norm_post=norm_post)
@@ -138,7 +145,15 @@ def _twice(
     return None
 
 
-def _norms(seen: Recording, shape: torch.Size) -> list[tuple[int, str, Tensor, Tensor]]:
+def ends_of(
+    norms: list[tuple[int, str, Tensor, Tensor]], post: Tensor
+) -> list[tuple[str | None, Tensor]]:
+    """(norm, what it reads) of the norms that return resid_post, then (None, resid_post)."""
+    last = [(name, x) for _, name, x, out in norms if torch.equal(out.double(), post)]
+    return [*last, (None, post)]
+
+
+def norms_of(seen: Recording, shape: torch.Size) -> list[tuple[int, str, Tensor, Tensor]]:
     """(order, name, input, output) of every norm of the stream's shape that the block calls once."""
     return sorted(
         (
@@ -258,13 +273,14 @@ def write_map(
     others: list[Write] = []
     writes: list[Write] = []
     for candidate, scale in sums.writes:
-        write = Write(candidate.modules[0], scale, candidate.gain)  # the last to return this value
+        # The last module to return this value.
+        write = Write(candidate.modules[0], scale, candidate.gain, candidate.channels)
         writes.append(write)
         if any(c.modules is candidate.modules for c in from_attention):
             if block.attn_write is not None:
                 others.append(write)
                 continue
-            plain = candidate.gain is None and sums.is_plain
+            plain = candidate.gain is None and candidate.channels is None and sums.is_plain
             block = replace(
                 block, attn_write=write, direct=plain and block.W_O in candidate.modules
             )
@@ -294,6 +310,9 @@ def write_map(
         norm_first=sums.norm_first,
         norm_mid=sums.norm_mid,
         norm_post=sums.norm_post,
+        norm_pre=sums.norm_pre,
+        carry_mid=sums.carry_mid,
+        carry_post=sums.carry_post,
         convolved=convolved[0] if convolved else None,
     )
     if cross and cross.write is None:
@@ -321,6 +340,8 @@ def _with_mid(
         return replace(block, parallel=True)
     if not before:
         return block
+    if sums.rescales:  # nothing inside reads a middle
+        return replace(block, parallel=block.attn_write is not None)
     mid = added(layer.hidden(key).double(), layer, before)
     allowed = RELATIVE_TOLERANCE.get(layer.output.dtype, 6e-2)
     sequential = any(

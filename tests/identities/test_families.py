@@ -239,19 +239,25 @@ def test_resid_mid_lies_between_the_two_writes(name: str) -> None:
     if "resid_mid" in model.spec.refused:
         pytest.skip("nothing lies between attention and MLP")
     sites = ["resid_pre", "attn_write", "resid_mid", "mlp_write", "resid_post"]
-    cache = model.run(inputs_of(name), capture=sites).cache
-    for layer in model.layers_with("resid_mid"):
-        block = model.spec.blocks[layer]
-        if block.others:
-            continue  # what neither attention nor the MLP writes has no site
-        pre, attn, mid, mlp, post = (cache[f"{site}.{layer}"] for site in sites)
-        norm_mid, norm_post = (
-            nn.Identity() if norm is None else model.module.get_submodule(norm)
-            for norm in (block.norm_mid, block.norm_post)
-        )
-        with torch.no_grad():
-            assert off(norm_mid(pre + attn), mid) < ROUNDING
-            assert off(norm_post(mid + mlp), post) < ROUNDING
+    for edited in (None, "attn_write", "resid_mid"):
+        edits = [Edit.scale(edited, 0.7)] if edited else []
+        cache = model.run(inputs_of(name), capture=sites, edits=edits).cache
+        for layer in model.layers_with("resid_mid"):
+            block = model.spec.blocks[layer]
+            if block.others:
+                continue  # what neither attention nor the MLP writes has no site
+            pre, attn, mid, mlp, post = (cache[f"{site}.{layer}"] for site in sites)
+            norm_pre, norm_mid, norm_post = (
+                nn.Identity() if norm is None else model.module.get_submodule(norm)
+                for norm in (block.norm_pre, block.norm_mid, block.norm_post)
+            )
+            carry_mid, carry_post = (
+                carry or nn.Identity() for carry in (block.carry_mid, block.carry_post)
+            )
+            with torch.no_grad():
+                if edited != "resid_mid":
+                    assert off(norm_mid(carry_mid(norm_pre(pre)) + attn), mid) < ROUNDING
+                assert off(norm_post(carry_post(mid) + mlp), post) < ROUNDING
 
 
 @every_family
