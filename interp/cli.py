@@ -39,7 +39,14 @@ from interp.commands import (
 )
 from interp.errors import BadInput, InterpError, SaveFailed
 from interp.registry import analysis_called
-from interp.terminal import map_of, print_map, print_page, print_summary, print_table
+from interp.terminal import (
+    map_of,
+    print_listing,
+    print_map,
+    print_page,
+    print_summary,
+    print_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -270,7 +277,7 @@ def _listing(entry: EntryPoint) -> None:
         if as_json:
             print(rows.to_json(orient="records", indent=1, force_ascii=False))
         else:
-            print_table(rows, wrap=True)
+            print_listing(rows)
 
     shown = f"{first_line(entry)}\n\nExample:\n\n    interp {entry.name}"
     app.command(name=entry.name, help=shown)(listing)

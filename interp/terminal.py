@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from interp.sites import ranges
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from interp.report import Report
 
 
+LONG, WIDE = 60, 160
+"""Texts longer than this have no room in a column, unless the terminal has this many."""
+
+
 def print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in rows.columns:
@@ -26,6 +32,23 @@ def print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
     for row in rows.to_dict("records"):
         table.add_row(*(escape(_short(value)) for value in row.values()))
     Console().print(table)
+
+
+def print_listing(rows: pd.DataFrame) -> None:
+    """A table where it fits; else a line for each row, and its long texts under it."""
+    console = Console()
+    long = [name for name in rows if rows[name].map(lambda value: len(str(value)) > LONG).any()]
+    if not long or console.width >= WIDE:
+        return print_table(rows, wrap=True)
+    first, *others = [name for name in rows if name not in long]
+    for row in rows.to_dict("records"):
+        facts = " · ".join(_fact(name, row[name]) for name in others)
+        console.print(Text.assemble((str(row[first]), "bold"), f"  {facts}"), highlight=False)
+        for name in long:
+            said = f"{name}: " if name != long[0] else ""
+            console.print(Padding(Text(f"{said}{_short(row[name])}"), (0, 0, 0, 4)))
+        console.print()
+    return None
 
 
 def print_summary(report: Report, rows: pd.DataFrame) -> None:
@@ -42,6 +65,12 @@ def print_page(folder: Path) -> None:
     """Where the page of a saved report is."""
     page = str((folder / "report.html").resolve())
     Console().print(f"open {page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {_short(value)}"
 
 
 def _short(value: Any) -> str:

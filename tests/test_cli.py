@@ -37,6 +37,7 @@ def test_heads_writes_a_whole_report(run, folder, tmp_path):
     files = {path.name for path in out.iterdir()}
     assert files == {
         "report.json", "heads.parquet", "heads.csv", "ov_tokens.parquet", "ov_tokens.csv",
+        "power.parquet", "power.csv",
         "arrays.safetensors", "report.html",
     }  # fmt: skip
     saved = interp.Report.load(out)
@@ -267,7 +268,9 @@ def test_detectors_are_listed_with_cost_and_source(run):
     rows = {row["name"]: row for row in json.loads(text)}
     assert code == 0 and rows["induction"]["cost"] == "fast"
     assert "Olsson" in rows["induction"]["source"]
-    assert "induction" in run("detectors")[1]
+    shown = run("detectors")[1]
+    assert "induction  labels · cost fast · prompts repeated · unit attention mass" in shown
+    assert "    source: Olsson et al. 2022" in shown
 
 
 def test_what_can_be_done_is_listed_without_importing_torch():
