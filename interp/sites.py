@@ -45,7 +45,10 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 """Axes of every site, one layer at a time. `attn_out` is what W_O returns, `attn_write` what enters
 the residual stream (they differ where a model normalises after attention); likewise for the MLP.
-`mlp_post` are the neurons: what the linear layer that makes `mlp_out` reads."""
+`mlp_post` are the neurons: what the linear layer that makes `mlp_out` reads.
+Of a model with several residual streams `embed` and `resid_*` have all of them, one after the other. The
+positions of an image held in rows and columns are its rows, one after the other. Keys that are no
+position's (several positions compressed to one) come behind those of the positions."""
 
 SELF_SITES = ("q", "k", "v", "scores", "pattern", "z")
 CROSS = "cross_"

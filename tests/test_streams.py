@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from circuits.heads.evidence import Evidence, evidence_patterns
 from interp.errors import Refused
 from interp.models.layout import STREAMS, axes_of, held, shown
 from interp.models.mixed import mixed_blocks
@@ -19,6 +20,7 @@ from interp.models.stack import layers_of
 from interp.models.verify import combined, relative_error
 from interp.run.batch import Batch
 from interp.run.edits import Edit
+from interp.run.statistics import Expected
 from tests.families import FAMILIES
 
 IDS = torch.randint(10, 97, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -158,6 +160,22 @@ def test_16_bits_find_the_same_modules(name: str, dtype: torch.dtype) -> None:
     assert not set(model.spec.refused) - model.spec.absent
     for mine, wide in zip(model.spec.blocks, model_of(name).spec.blocks, strict=True):
         assert (mine.mlp_out, mine.attn_out) == (wide.mlp_out, wide.attn_out)
+
+
+def test_keys_that_are_no_positions_come_behind_them() -> None:
+    """Where a model makes one key of several positions: patterns have them, statistics and pages do not."""
+    model = model_of("deepseek_v4")
+    batch = Batch.of_ids(IDS)
+    here = torch.arange(9).expand(2, -1)
+    wanted = {"where": Expected(here.float(), torch.ones(2, 9, dtype=torch.bool))}
+    run = model.run(batch, capture=["pattern"], statistics=wanted)
+    pattern = run.cache["pattern.1"]
+    assert pattern.shape == (2, 4, 9, 11)
+    assert model.spec.causal and (pattern[..., 9:] > 0).any()
+    by_hand = (pattern[..., :9] * here[:, None, None]).sum(-1).mean(-1)
+    assert torch.allclose(run.statistics["where"][:, 1].float(), by_hand, rtol=ROUNDING)
+    (shown_there,) = evidence_patterns(model, [Evidence("", Batch.of_ids(IDS[:1]), ["a"] * 9)])
+    assert shown_there.shape == (model.n_layers, 4, 9, 9)
 
 
 # --- what is mixed in, on a block made by hand ------------------------------------------------------

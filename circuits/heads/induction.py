@@ -47,7 +47,7 @@ def copying_logit(model: Model, prompts: Prompts, run: Run) -> PerPrompt:
     z_h W_O^h · g/σ · (W_U[t] − mean W_U), averaged over the second half: t is the token that prefix
     matching attends to, g and σ the final norm's gain and scale, σ frozen. The direction is pulled
     back through W_O, so no [pos, head, d_model] tensor is formed. Heads whose output passes a norm
-    before it enters the residual stream have no such direct path: NaN.
+    or a gate before it enters the residual stream have no such direct path: NaN.
     """
     rows = torch.arange(prompts.lead + prompts.period, prompts.length)
     targets = prompts.ids[:, rows - prompts.period + 1].to(model.device)
@@ -58,7 +58,7 @@ def copying_logit(model: Model, prompts: Prompts, run: Run) -> PerPrompt:
     out = torch.full((len(prompts), model.n_layers, model.spec.n_heads), torch.nan)
     for layer in run.cache.layers("z"):
         block = model.spec.blocks[layer]
-        if block.attn_write is None or not block.direct:
+        if block.attn_write is None or not block.direct or block.between:
             continue
         z = run.cache[f"z.{layer}"][:, rows].float()
         pulled = torch.einsum("bpm,hdm->bphd", direction, model.W_O(layer).float())
