@@ -343,10 +343,12 @@ class _Run:
     def _in_place_of(self, name: str) -> Iterator[None]:
         """A projection returns what was made for it, and computes nothing."""
         module = self.parts.model.module.get_submodule(name)
-        before = module.__dict__.get("forward")
+        before, own = module.__dict__.get("forward"), module.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            leaf = self.leaves[name]
+            leaf = self.leaves.get(name)
+            if leaf is None:  # asked for its weights (`linear_map`), which are not in memory
+                return own(x, *args, **kwargs)
             return leaf.view(*x.shape[:-1], leaf.shape[-1]).to(x.device)
 
         try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from interp.models.model import Model
 from interp.models.verify import RELATIVE_TOLERANCE, relative_error
-from interp.models.weights import FrozenNorm
+from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Run
 from interp.run.edits import Edit
@@ -166,7 +166,7 @@ def _recorded(model: Model) -> Iterator[dict[nn.Module, Calls]]:
         x = args[0]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return
-        if _bias(module) is None and (x.shape != output.shape or not _is_small(module, x)):
+        if not _biased(module) and (x.shape != output.shape or not _is_small(module, x)):
             return
         calls = seen.setdefault(module, Calls())
         calls.inputs.append(x.clone())
@@ -185,18 +185,18 @@ def _is_small(module: nn.Module, x: Tensor) -> bool:
     return sum(parameter.numel() for parameter in module.parameters()) <= 2 * x.shape[-1]
 
 
-def _bias(module: nn.Module) -> Tensor | None:
-    """The bias of a linear layer, where it has one that is not zero."""
+def _biased(module: nn.Module) -> bool:
+    """Whether a linear layer has a bias that is not zero, or one that is not in memory."""
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     bias = getattr(module, "bias", None) if linear else None
-    return bias.detach().float() if isinstance(bias, Tensor) and bool(bias.any()) else None
+    return isinstance(bias, Tensor) and (bias.is_meta or bool(bias.any()))
 
 
 def _held(module: nn.Module, calls: Calls) -> Held | None:
     """How a module is held: as a norm, or (None as `norm`) as a linear layer with a bias."""
-    bias = _bias(module)
-    if bias is not None:
-        return Held(bias, calls.outputs)
+    if _biased(module):
+        bias = linear_map(module, calls.inputs[0].shape[-1])[1]
+        return Held(bias.float(), calls.outputs)
     x, out = calls.inputs[0], calls.outputs[0]
     if x.shape[-1] % 2 or torch.equal(x, out) or not bool(x.any()):
         return None

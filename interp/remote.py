@@ -248,22 +248,20 @@ def _check(name: str, ours: Tensor, theirs: Tensor) -> Check:
 
 def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Tensor | None]:
     """An edit as (what, number or tensor, where): code of ours does not travel."""
-    kind = edit.change.__qualname__.removeprefix("Edit.").partition(".")[0]
-    held = inspect.getclosurevars(edit.change).nonlocals
+    kind, given = edit.kind, edit.given
     where = edit.where(torch.zeros(()).expand(shape), seen)
     ones = torch.ones(shape[:2], dtype=torch.bool) if seen.mask is None else seen.mask
     what: tuple[str, Any]
     if kind == "zero":
         what = ("set", torch.zeros(()))
     elif kind == "scale":
-        what = ("scale", float(held["factor"]))
+        what = ("scale", float(given))
     elif kind == "add":
-        what = ("add", held["vector"].detach().cpu())
+        what = ("add", given.detach().cpu())
     elif kind == "patch":
-        value = held["value"]
-        what = ("set", (value[seen.layer] if isinstance(value, Mapping) else value).detach().cpu())
+        value = given[seen.layer] if isinstance(given, Mapping) else given
+        what = ("set", value.detach().cpu())
     elif kind == "mean":
-        given = held["mean"]
         what = ("mean", ones) if given is None else ("set", given[seen.layer].detach().cpu())
     elif kind == "resample":
         if shape[0] < 2:

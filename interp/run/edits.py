@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from interp.errors import BadInput
 from interp.sites import Site, by_query, has_heads, head_axis, ranges
 
 Positions = Sequence[int] | Tensor | None
+Kind = Literal["apply", "zero", "scale", "add", "mean", "resample", "patch"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class Edit:
         positions: the same positions in every row; or one position a row (LongTensor [batch]);
             or a mask (BoolTensor [batch pos]). For scores and pattern: query positions.
 
+    `kind` is the constructor's name and `given` its factor, vector, mean or value: what travels where a function
+    does not.
+
     >>> edit = Edit.zero("z", heads=[(5, 1)])
+    >>> edit.kind
+    'zero'
     >>> edit(torch.ones(1, 2, 3, 4), Seen(layer=5))[0, 0].sum(-1)
     tensor([4., 0., 4.])
     >>> edit.layers(range(8))
@@ -49,6 +56,8 @@ class Edit:
     heads: tuple[tuple[int, int], ...] | None = None
     positions: Positions = None
     rows: slice | None = None
+    kind: Kind = "apply"
+    given: Any = None
 
     @staticmethod
     def apply(
@@ -77,12 +86,13 @@ class Edit:
     @staticmethod
     def zero(site, heads=None, positions=None) -> Edit:
         """Zero in place of the activation."""
-        return Edit.apply(site, lambda x, seen: 0.0, heads, positions)
+        return replace(Edit.apply(site, lambda x, seen: 0.0, heads, positions), kind="zero")
 
     @staticmethod
     def scale(site, factor: float, heads=None, positions=None) -> Edit:
         """`factor` times the activation."""
-        return Edit.apply(site, lambda x, seen: x * factor, heads, positions)
+        edit = Edit.apply(site, lambda x, seen: x * factor, heads, positions)
+        return replace(edit, kind="scale", given=factor)
 
     @staticmethod
     def add(site, vector: Tensor, heads=None, positions=None) -> Edit:
@@ -97,7 +107,8 @@ class Edit:
                     f"{list(x.shape)}; give one of width {x.shape[-1]}"
                 ) from error
 
-        return Edit.apply(site, change, heads, positions)
+        edit = Edit.apply(site, change, heads, positions)
+        return replace(edit, kind="add", given=vector)
 
     @staticmethod
     def mean(site, heads=None, positions=None, mean: Mapping[int, Tensor] | None = None) -> Edit:
@@ -120,7 +131,8 @@ class Edit:
                 return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
             return x[seen.mask.to(x.device)].mean(dim=0).expand_as(x)
 
-        return Edit.apply(site, change, heads, positions)
+        edit = Edit.apply(site, change, heads, positions)
+        return replace(edit, kind="mean", given=mean)
 
     @staticmethod
     def resample(site, heads=None, positions=None, seed: int = 0) -> Edit:
@@ -134,7 +146,8 @@ class Edit:
             source[order] = order.roll(1)
             return x[source.to(x.device)]
 
-        return Edit.apply(site, change, heads, positions)
+        edit = Edit.apply(site, change, heads, positions)
+        return replace(edit, kind="resample")
 
     @staticmethod
     def patch(site, value: Mapping[int, Tensor] | Tensor, heads=None, positions=None) -> Edit:
@@ -146,7 +159,8 @@ class Edit:
                 new = new[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]]
             return new.to(x)
 
-        return Edit.apply(site, change, heads, positions)
+        edit = Edit.apply(site, change, heads, positions)
+        return replace(edit, kind="patch", given=value)
 
     @staticmethod
     def several(edits: Sequence[Edit]) -> Sequence[Edit]:
