@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
 
 import pandas as pd
@@ -80,6 +81,13 @@ def spreads() -> dict[bool, Model]:
         return {False: parted("other:0", "other:1"), True: parted("other:0", "cpu")}
 
 
+@cache
+def report_of(name: str, model: Model) -> Report:
+    """What an analysis finds on a model, found once."""
+    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
+    return ANALYSES[name].function(model, *positional, **options)
+
+
 def same_tables(theirs: Report, mine: Report) -> None:
     """The same rows, whatever the order of those that tie."""
     assert mine.tables.keys() == theirs.tables.keys()
@@ -145,19 +153,14 @@ def test_a_run_is_there_and_the_same(here: Model, there: Model) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_analysis_is_the_same_there(name: str, here: Model, there: Model) -> None:
-    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
-    mine, theirs = (ANALYSES[name].function(m, *positional, **options) for m in (here, there))
-    assert mine.tables.keys() == theirs.tables.keys()
-    same_tables(theirs, mine)
+    same_tables(report_of(name, there), report_of(name, here))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_analysis_is_the_same_on_two_devices(name: str, here: Model, spreads: dict) -> None:
-    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
-    spread = spreads[name in DIFFERENTIATES]
+    mine = report_of(name, here)
     with other_device():
-        mine, theirs = (ANALYSES[name].function(m, *positional, **options) for m in (here, spread))
-    same_tables(theirs, mine)
+        same_tables(report_of(name, spreads[name in DIFFERENTIATES]), mine)
 
 
 @pytest.mark.parametrize("name", [d.name for d in catalogue() if d.slow])
