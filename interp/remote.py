@@ -154,7 +154,8 @@ class RemoteModel(Model):
     def _summands(self, layer: int) -> tuple[str, str]:
         """The sites whose sum is resid_mid."""
         block = self.spec.blocks[layer]
-        if block.before_mid != (block.attn_write,) or block.norm_mid is not None:
+        normed = block.norm_mid is not None or block.rescales
+        if block.before_mid != (block.attn_write,) or normed:
             raise Refused(
                 f"{self.id} cannot give 'resid_mid.{layer}' in a trace: it is not resid_pre plus attn_write"
             )

@@ -54,6 +54,8 @@ class FrozenNorm:
         if module is None:
             self.gain, self.bias = self.gain.to(device), self.bias.to(device)
             return
+        if any(parameter.numel() > d_model for parameter in module.parameters()):
+            raise Refused(f"{type(module).__name__} is not a norm: it mixes channels")
         if d_model % 2:
             raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
         # ±c in equal numbers has mean 0 and size c: LayerNorm and RMSNorm both make ±1 of it. A large c

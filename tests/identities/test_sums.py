@@ -14,6 +14,7 @@ from circuits.attribution import direct_contributions
 from circuits.decomposition import Decomposition
 from circuits.edges import edge_attribution
 from circuits.flow import flow_graph
+from circuits.heads.own_token import written
 from circuits.words import word_vectors
 from interp.data.pairs import Pairs
 from interp.errors import Refused
@@ -78,3 +79,11 @@ def test_decomposed_parts_add_up_or_are_refused(name: str) -> None:
     for part in whole.split([f"{whole.model.spec.attention_layers[0]}.1", "embed"]):
         allowed = ROUNDING * float(part.logit_diff.abs().max()) + ROUNDING
         assert torch.allclose(part.logit_diff + part.rest, diff, atol=allowed)
+
+
+@pytest.mark.parametrize("name", [n for n in OTHERS if "rescaled stream" in FAMILIES[n].traits])
+def test_heads_of_a_rescaled_stream_are_not_read_as_weights(name: str) -> None:
+    """What W_O makes is scaled by channel, or rescaled behind it: no norm explains the write."""
+    model = model_of(name)
+    with pytest.raises(Refused):
+        written(model, 0)
