@@ -95,7 +95,9 @@ def test_code_is_as_tidy_as_the_rest():
 def test_it_runs_from_a_fresh_kernel(name, tmp_path):
     shown = execute(read(name), tmp_path)
     data = [output.get("data", {}) for output in shown]
-    assert any(PLOTLY in one for one in data)
+    drawn = [one for one in data if PLOTLY in one]
+    assert drawn and all(HTML in one for one in drawn)  # also where nothing knows plotly's own type
+    assert any("plotly.js v" in one.get(HTML, "") for one in data)
     assert any("<iframe" in one.get(HTML, "") for one in data) == (name not in WITHOUT_PAGE)
     assert not any("UserWarning" in str(output.get("text", "")) for output in shown)
     assert len(shown) < 60  # progress is updated in place
