@@ -77,7 +77,7 @@ def test_a_folded_norm_is_the_norm(name: str, size: float) -> None:
 @pytest.mark.parametrize("name", NORMS)
 def test_epsilon_is_found(name: str, eps: float) -> None:
     norm, gain, _ = made(name, eps)
-    found = Norm.of(norm, WIDTH)
+    found = Norm.of(norm, WIDTH, torch.device("cpu"))
     # Asked at a mean square of 1e-6, float32 tells no smaller epsilon than its rounding of that.
     assert found.eps == pytest.approx(eps, rel=1e-4, abs=1e-11)
     torch.testing.assert_close(found.gain, gain, rtol=2e-7, atol=1e-6)
