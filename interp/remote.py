@@ -224,11 +224,15 @@ class RemoteModel(Model):
         """Refused: hooks of ours do not run there."""
         self._refuse("hooked")
 
-    def W_O(self, layer: int) -> Tensor:
+    def W_O(self, layer: int, *, cross: bool = False) -> Tensor:
         """Refused: weights do not leave that machine."""
         return self._refuse("weights")
 
-    b_O = W_out = b_out = W_V = W_O  # noqa: N815
+    def W_out(self, layer: int) -> Tensor:
+        """Refused: weights do not leave that machine."""
+        return self._refuse("weights")
+
+    b_O, b_out, W_V = W_O, W_out, W_out  # noqa: N815
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Refused: weights do not leave that machine."""

@@ -37,7 +37,7 @@ def print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
 def print_listing(rows: pd.DataFrame) -> None:
     """A table where it fits; else a line for each row, and its long texts under it."""
     console = Console()
-    long = [name for name in rows if rows[name].map(lambda value: len(str(value)) > LONG).any()]
+    long = [name for name in rows if any(len(str(value)) > LONG for value in rows[name])]
     if not long or console.width >= WIDE:
         return print_table(rows, wrap=True)
     first, *others = [name for name in rows if name not in long]

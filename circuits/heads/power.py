@@ -69,11 +69,13 @@ def _least_shift(df: int, level: float) -> float:
     shares = (np.arange(2000) + 0.5) / 2000
     size = stats.t.isf(level, df) * np.sqrt(stats.chi2.ppf(shares, df) / df)
     high = float(size.max()) + 10
-    return float(brentq(lambda shift: stats.norm.cdf(shift - size).mean() - POWER, 0.0, high))
+    found: Any = brentq(lambda shift: stats.norm.cdf(shift - size).mean() - POWER, 0.0, high)
+    return float(found)
 
 
-def power_notes(table: pd.DataFrame) -> list[str]:
+def power_notes(power: pd.DataFrame) -> list[str]:
     """What the reader should know of it, in at most two sentences."""
+    table: Any = power
     notes: list[str] = []
     if not len(table):
         return notes

@@ -541,6 +541,7 @@ class Model:
             if site.head is not None:
                 block = self.spec.blocks[site.layer or 0]
                 of = block.cross if site.name in CROSS_SITES else block
+                assert of is not None  # one of `layers`
                 n_heads = of.n_kv_heads if "n_kv_heads" in site.axes else of.n_heads
                 if site.head >= n_heads:
                     raise BadInput(f"no site '{site}' in {self.id}: heads are 0 to {n_heads - 1}")

@@ -68,7 +68,7 @@ def gated_attention_map(
     """
     attention, seen = layer.attention, layer.inside
     assert attention is not None
-    after = []
+    after: list[tuple[int, str, Tensor, Tensor]] = []
     for name in _projections(seen, attention.tensors["z"]):
         call, other = seen.call(name), changed.inside.once(name)
         matrix = getattr(seen.module.get_submodule(name), "weight", None)
@@ -77,7 +77,8 @@ def gated_attention_map(
             x, y = call.inputs[0].double().reshape(-1), other.inputs[0].double().reshape(-1)
             if not torch.equal(x, y):
                 after.append((call.order, name, x, y))
-    _, name, x, y = min(after, key=lambda found: found[0], default=(0, "", None, None))
+    none = (0, "", torch.empty(0), torch.empty(0))
+    _, name, x, y = min(after, key=lambda found: found[0], default=none)
     if not name or seen.call(name).inputs[0].shape[-1] != block.n_heads * block.d_head:
         # No projection of its own, or one a group of heads: the attention module's output is all there is.
         return with_output(layer, block, key)

@@ -49,6 +49,8 @@ def smallest_sum(
     A = torch.stack([value.double().reshape(-1) for value in values], dim=1)
     A = torch.where(A.isfinite(), A, 0.0)
     size = before.abs() + after.abs()
+    if not size.any():  # nothing on either side: nothing tells that anything was added
+        return None
     # Entries that are 0 on both sides would weigh without end.
     floor = eps * float(size.max()) * eps + torch.finfo(torch.float64).tiny
     weight = 1 / (eps * size + floor)
