@@ -173,6 +173,8 @@ def _kind(module: nn.Module) -> str:
     parts = [name for name in ("vision_config", "text_config") if hasattr(module.config, name)]
     if parts:
         return "multimodal" if main == "input_ids" else ""
+    if main == "input_ids" and not hasattr(module.config, "vocab_size"):
+        return ""  # a part of a larger model: it reads cut patches or sound
     return {"input_ids": "encoder", "pixel_values": "vision"}.get(main, "")
 
 

@@ -320,7 +320,3 @@ def _slug(model: str, *others: str) -> str:
     name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
     return f"{slug}-and-{len(others)}-more" if others else slug
-
-
-if __name__ == "__main__":
-    main()

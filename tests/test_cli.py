@@ -211,7 +211,7 @@ def test_resume_refuses_other_options(run, folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_on_the_default_model(tmp_path):
     command = [
-        sys.executable, "-m", "interp.cli", "heads", "smollm2-135m", "--out", str(tmp_path),
+        sys.executable, "-m", "interp", "heads", "smollm2-135m", "--out", str(tmp_path),
         "--prompts", "16", "--detectors", "induction", "--no-ablate",
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interp.commands", "interp.terminal"),
     ("interp.batch",),
     ("interp.cli",),
+    ("interp.__main__",),
 )
 """A module imports from its own group and from groups above it. Groups on one line do not import
 each other."""
