@@ -14,7 +14,7 @@ import sys
 import time
 import webbrowser
 from contextlib import nullcontext
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +113,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What every attention head of a transformer does, how sure that is, and whether it matters.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"interp-suite {version('interp-suite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def show(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 import pandas as pd
@@ -261,6 +261,11 @@ def test_help_shows_an_example(run, command):
     code, text, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"interp {command}" in " ".join(text.replace("Usage: interp", "").split())
+
+
+def test_version_is_the_installed_one(run):
+    code, text, _ = run("--version")
+    assert code == 0 and text == f"interp-suite {version('interp-suite')}\n"
 
 
 def test_detectors_are_listed_with_cost_and_source(run):
