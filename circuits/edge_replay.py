@@ -14,7 +14,7 @@ layer's way from projection to attention, which then sees one k and v a query he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from interp.data.pairs import Pairs
 from interp.errors import unknown
 from interp.models.attention import Watch, window
 from interp.models.calls import at_home
+from interp.models.hooks import other_forwards
 from interp.models.spec import first_tensor, with_first
 
 ABLATIONS = ("resample", "mean", "zero")
@@ -339,11 +340,10 @@ class _Run:
             after(model.spec.blocks[-1].name, self._at_end)
             yield
 
-    @contextmanager
-    def _in_place_of(self, name: str) -> Iterator[None]:
+    def _in_place_of(self, name: str) -> AbstractContextManager[None]:
         """A projection returns what was made for it, and computes nothing."""
         module = self.parts.model.module.get_submodule(name)
-        before, own = module.__dict__.get("forward"), module.forward
+        own = module.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             leaf = self.leaves.get(name)
@@ -351,14 +351,7 @@ class _Run:
                 return own(x, *args, **kwargs)
             return leaf.view(*x.shape[:-1], leaf.shape[-1]).to(x.device)
 
-        try:
-            module.forward = forward
-            yield
-        finally:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = before
+        return other_forwards({module: forward})
 
     def _at_block(self, layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from circuits.graph import Circuit, Graph, Receiver, Scores, Sender
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm
 from interp.run.batch import Batch
 from interp.run.cache import Run
 from interp.run.edits import Edit
@@ -64,9 +63,7 @@ def _head_write(model: Model, run: Run, layer: int, head: int) -> Tensor:
     assert block.attn_write is not None
     own = run.cache[f"z.{layer}.{head}"].float() @ model.W_O(layer)[head].float()
     if not block.direct:
-        norm = FrozenNorm(
-            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
-        )
+        norm = model.norm(block.attn_write.module)
         out = run.cache[f"attn_out.{layer}"].float()
         z = run.cache[f"z.{layer}"].float()
         bias = out - torch.einsum("bphd,hdm->bpm", z, model.W_O(layer).float())

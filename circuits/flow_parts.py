@@ -21,7 +21,7 @@ from circuits.relevance import SINK
 from interp.devices import float_type
 from interp.errors import Refused
 from interp.models.model import Model
-from interp.models.verify import RELATIVE_TOLERANCE
+from interp.models.verify import relative_tolerance
 from interp.models.weights import FrozenNorm
 from interp.run.cache import Run
 
@@ -118,7 +118,7 @@ def sums(
 def check_sum(model: Model, layer: int, what: str, parts: Tensor, written: Tensor) -> None:
     """Refused unless the parts sum to what was written; only rounding may lie between."""
     off = float((parts - written).abs().max() / written.abs().max().clamp_min(1e-6))
-    if off > (allowed := RELATIVE_TOLERANCE.get(model.dtype, 6e-2)):
+    if off > (allowed := relative_tolerance(model.dtype)):
         raise Refused(
             f"layer {layer} of {model.id}: parts and biases do not sum to what {what} writes "
             f"(off by {off:.1e} of it, allowed {allowed:.1e}); its flow cannot be drawn"

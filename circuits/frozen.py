@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.model import Model
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Run
@@ -86,7 +86,7 @@ class Frozen:
             if (held := _held(module, seen)) is not None and (held.norm or share_bias):
                 self._modules[module] = held
         self.held = tuple(names[module] for module, held in self._modules.items() if held.norm)
-        self.allowed = RELATIVE_TOLERANCE.get(model.dtype, 6e-2)
+        self.allowed = relative_tolerance(model.dtype)
         self.error = self._error()
         if self.error > self.allowed:
             self._modules, self.held = {}, ()
@@ -200,7 +200,7 @@ def _held(module: nn.Module, calls: Calls) -> Held | None:
     x, out = calls.inputs[0], calls.outputs[0]
     if x.shape[-1] % 2 or torch.equal(x, out) or not bool(x.any()):
         return None
-    allowed = RELATIVE_TOLERANCE.get(x.dtype, 6e-2)
+    allowed = relative_tolerance(x.dtype)
     if relative_error(module(x * LARGE), module(x * 2 * LARGE))[0] > allowed:
         return None
     norm = FrozenNorm(module, x.shape[-1])

@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.graph import Receiver, Sender
 from circuits.path_replay import TOKENS, Columns, PathReplay, Streams, columns_of
 from interp.models.calls import at_home
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import relative_error, relative_tolerance
 from interp.run.cache import Run
 from interp.run.resume import Checkpoint
 
@@ -71,7 +71,7 @@ class Senders:
     def fault(self) -> str | None:
         """None where a norm between W_O and the residual stream is a function of what W_O returns."""
         model = self.replay.model
-        allowed = RELATIVE_TOLERANCE.get(model.dtype, 6e-2)
+        allowed = relative_tolerance(model.dtype)
         for layer, block in enumerate(model.spec.blocks):
             if block.attn_write is None:
                 return f"what the attention of layer {layer} writes is not known"

@@ -26,11 +26,11 @@ from circuits.measure import Measure
 from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import at_home, call_model, text_config
-from interp.models.hooks import Stop, with_hidden
+from interp.models.hooks import Stop, other_forwards, with_hidden
 from interp.models.layout import shown
 from interp.models.model import Model
 from interp.models.spec import first_tensor, module_device, with_first
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import linear_map
 from interp.run.batch import Batch
 from interp.run.cache import Run
@@ -346,7 +346,7 @@ class PathReplay:
             return f"a block cannot be called on its own ({type(error).__name__}: {error})"
 
     def _first_fault(self, columns: Columns, blocks: bool, attention: bool) -> str | None:
-        allowed = RELATIVE_TOLERANCE.get(self.model.dtype, 6e-2)
+        allowed = relative_tolerance(self.model.dtype)
         eps = torch.finfo(self.model.dtype).eps
         _ = self.softmaxes if attention else None  # shared by the copy
         few = copy.copy(self)
@@ -404,7 +404,7 @@ class PathReplay:
             if not block.W_O.startswith(f"{block.attention}."):
                 # The projection is outside (ViT, BERT): the attention module returns anything.
                 projection = self.model.module.get_submodule(block.W_O)
-                stack.enter_context(_forward(projection, lambda *args, **kwargs: value))
+                stack.enter_context(other_forwards({projection: lambda *args, **kwargs: value}))
             if (
                 block.v is not None
                 and block.v.input not in ("", "resid_pre")
@@ -412,9 +412,9 @@ class PathReplay:
             ):
                 # Only the attention reads what this norm makes.
                 norm = self.model.module.get_submodule(block.v.input)
-                stack.enter_context(_forward(norm, lambda x: x))
+                stack.enter_context(other_forwards({norm: lambda x: x}))
             stack.enter_context(
-                _forward(module, lambda *args, **kwargs: with_first(call.attention, value))
+                other_forwards({module: lambda *args, **kwargs: with_first(call.attention, value)})
             )
             yield
 
@@ -486,20 +486,6 @@ def replace_rows(measure: Measure, rows: slice) -> Measure:
     ):
         object.__setattr__(few, name, value)
     return few
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling `module` calls `forward`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
 
 
 def _recorded_calls(model: Model, ids: Int[Tensor, "1 pos"], columns: Columns) -> list[Call]:

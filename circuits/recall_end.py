@@ -18,7 +18,6 @@ from circuits.heads.claims import INTERVAL
 from circuits.recall_facts import ALPHA, Asked, corrected_p, log_p
 from interp.data.prompts import prose
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm
 from interp.run.cache import Run
 from interp.run.edits import Edit
 from interp.unembedding import Unembedding
@@ -198,9 +197,7 @@ def head_writes(model: Model, run: Run, layer: int, end: int) -> Float[Tensor, "
     z = run.cache[f"z.{layer}"][:, end].float()
     writes = torch.einsum("bhd,hdm->bhm", z, model.W_O(layer).float())
     if not block.direct:
-        norm = FrozenNorm(
-            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
-        )
+        norm = model.norm(block.attn_write.module)
         scale = norm.scale(run.cache[f"attn_out.{layer}"][:, end])
         writes = norm.gain.float() * norm.centre(writes) / scale[:, None]
     return writes * block.attn_write.scale

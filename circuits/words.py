@@ -29,7 +29,7 @@ from interp.direction import places_of
 from interp.errors import BadInput
 from interp.lens import read
 from interp.models.model import Model
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import FrozenNorm, linear_map
 from interp.registry import analysis
 from interp.report import Report, provenance
@@ -459,7 +459,7 @@ def _forgets_size(module: nn.Module, x: Tensor, output: Tensor) -> bool:
         return False
     some = x[:1, :1] if x.ndim > 2 else x[:1]
     large, larger = module(some * 1e3), module(some * 2e3)
-    allowed = RELATIVE_TOLERANCE.get(x.dtype, 6e-2)
+    allowed = relative_tolerance(x.dtype)
     return bool(large.any()) and relative_error(larger, large)[0] <= allowed
 
 
@@ -475,7 +475,7 @@ def _linear(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
             gain, bias = held.gain.to(x.device).float(), held.bias.to(x.device).float()
             scale = held.scale(x).nan_to_num(1.0) if gain.ndim == 1 else torch.ones(1)
         made = gain * held.centre(x.float()) / scale + bias
-        allowed = RELATIVE_TOLERANCE.get(x.dtype, 6e-2)
+        allowed = relative_tolerance(x.dtype)
         if (
             made.shape == output.shape
             and relative_error(made.detach(), output.detach().float())[0] <= allowed

@@ -64,7 +64,7 @@ def norm_behind(
     block = model.spec.blocks[layer]
     write = block.attn_write if kind == "attn" else block.mlp_write
     assert write is not None
-    norm = FrozenNorm(model.module.get_submodule(write.module), model.spec.d_model, model.device)
+    norm = model.norm(write.module)
     wanted = written.float() / write.scale
     made = norm.gain.float() * norm.centre(out.float()) / norm.scale(out) + norm.bias.float()
     if not torch.allclose(made, wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max())):

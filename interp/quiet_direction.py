@@ -49,10 +49,10 @@ def quiet_direction(
     gain = norm.gain.cpu().double()
     gram *= gain[:, None] * gain
     if norm.centred:
-        one = torch.full_like(gain, len(gain) ** -0.5)
-        gram -= torch.outer(one, one @ gram)
-        gram -= torch.outer(gram @ one, one)
-        gram += 2 * gram.diagonal().sum() * torch.outer(one, one)
+        along = torch.full_like(gram, 1 / len(gain))  # projects onto 1
+        across = torch.eye(len(gain), dtype=gram.dtype) - along
+        gram = across @ gram @ across
+        gram += 2 * gram.trace() * along  # 1 itself is not what is looked for
     v = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, 0].float()
     flip = towards is not None and float(towards.float().cpu() @ v) < 0
     return -v if flip else v

@@ -182,11 +182,7 @@ class Weights:
         source = self.model.spec.blocks[layer].v
         if source is None or source.input in ("", "resid_pre"):
             return None
-        return FrozenNorm(
-            self.model.module.get_submodule(source.input),
-            self.model.spec.d_model,
-            self.model.device,
-        )
+        return self.model.norm(source.input)
 
     @torch.no_grad()
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor
 from interp.data.prompts import plain_tokens
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm
 from interp.run.edits import Edit
 
 TOKENS = 32
@@ -149,7 +148,7 @@ def values(
             raise Refused(
                 f"layer {layer} of {model.id}: v is read from a latent, not from the stream"
             )
-        norm = FrozenNorm(module, model.spec.d_model, model.device)
+        norm = model.norm(block.v.input)
         stream = norm.centre(stream) / norm.scale(stream)
     W_V = model.W_V(layer).float()
     v = torch.einsum("nm,kmd->nkd", stream, W_V)
@@ -168,7 +167,7 @@ def written(model: Model, layer: int) -> Float[Tensor, "n_heads d_head d_model"]
     if block.direct:
         return W_O * block.attn_write.scale
     module = model.module.get_submodule(block.attn_write.module)
-    norm = FrozenNorm(module, model.spec.d_model, model.device)
+    norm = model.norm(block.attn_write.module)
     some = W_O.flatten(0, 1)[:4].to(norm.gain)
     made = norm.gain * norm.centre(some) / norm.scale(some) + norm.bias
     if not torch.allclose(made.float(), module(some).float(), rtol=1e-2, atol=1e-3):

@@ -77,16 +77,19 @@ def check_source(module: Any, batch: Batch) -> None:
     """BadInput where there is no source, or one of tokens that are not in the encoder's vocabulary."""
     _check_main(module, batch)
     ids = batch.inputs.get("input_ids")
-    if ids is None:
-        return
+    if ids is not None:
+        embedding = module.get_encoder().get_input_embeddings()
+        check_tokens(ids, getattr(embedding, "num_embeddings", None), "source")
+
+
+def check_tokens(ids: Tensor, d_vocab: int | None, of: str = "prompt") -> None:
+    """BadInput where there are no token ids, or some outside the vocabulary."""
     if ids.numel() == 0:
-        raise BadInput("the source has no tokens: give at least one")
-    d_vocab = getattr(module.get_encoder().get_input_embeddings(), "num_embeddings", None)
+        raise BadInput(f"the {of} has no tokens: give at least one")
     low, high = int(ids.min()), int(ids.max())
     if d_vocab is not None and (high >= d_vocab or low < 0):
-        raise BadInput(
-            f"the source's token id {low if low < 0 else high} is outside the vocabulary of {d_vocab}"
-        )
+        wrong = low if low < 0 else high
+        raise BadInput(f"the {of}'s token id {wrong} is outside the vocabulary of {d_vocab} tokens")
 
 
 def output_tensor(output: Any) -> Tensor:

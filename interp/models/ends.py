@@ -14,7 +14,7 @@ from interp.models.readout import WHOLE, rest_of_model
 from interp.models.recording import ModuleCall, Recording
 from interp.models.spec import Spec
 from interp.models.stack import Layer
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 LONGEST_READOUT = 6
@@ -148,7 +148,7 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     if spec.tuple_blocks or not of_tokens or seen.output.ndim != residual.ndim:
         return False
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
-    allowed = RELATIVE_TOLERANCE.get(seen.output.dtype, 6e-2)
+    allowed = relative_tolerance(seen.output.dtype)
     return relative_error(logits, seen.output)[0] <= allowed
 
 

@@ -17,6 +17,7 @@ from interp.models.attention import Watch, window
 from interp.models.calls import (
     call_model,
     check_source,
+    check_tokens,
     is_encoder_decoder,
     output_tensor,
     with_decoder_start,
@@ -30,6 +31,7 @@ from interp.models.hooks import (
     Stop,
     Turns,
     argument,
+    other_forwards,
     with_hidden,
     write_change,
 )
@@ -213,7 +215,7 @@ class Model:
             )
         gain = torch.ones(self.spec.d_model)
         if block.v.input != "resid_pre":
-            gain = FrozenNorm(self.module.get_submodule(block.v.input), self.spec.d_model).gain
+            gain = self.norm(block.v.input).gain
         columns = block.v.columns.to(W.device)
         return (gain.to(W)[:, None, None] * W[:, columns]).permute(1, 0, 2)
 
@@ -236,12 +238,12 @@ class Model:
     @cached_property
     def final_norm(self) -> FrozenNorm:
         """The final norm, to be held fixed for direct attribution; the identity where there is none."""
-        name = self.spec.final_norm
-        return FrozenNorm(
-            None if name is None else self.module.get_submodule(name),
-            self.spec.d_model,
-            self.device,
-        )
+        return self.norm(self.spec.final_norm)
+
+    def norm(self, name: str | None) -> FrozenNorm:
+        """The norm of the residual stream that the module called `name` is; the identity for None."""
+        module = None if name is None else self.module.get_submodule(name)
+        return FrozenNorm(module, self.spec.d_model, self.device)
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
@@ -374,18 +376,12 @@ class Model:
         return batch.to(self.device)
 
     def _check_ids(self, ids: Tensor) -> None:
-        if ids.numel() == 0:
-            raise BadInput("the prompt has no tokens: give at least one")
-        n_ctx, d_vocab = self.spec.n_ctx, self.spec.d_vocab
+        n_ctx = self.spec.n_ctx
         if n_ctx is not None and ids.shape[1] > n_ctx:
             raise BadInput(
                 f"the prompt has {ids.shape[1]} tokens, {self.id} reads at most {n_ctx} (n_ctx): shorten it"
             )
-        low, high = int(ids.min()), int(ids.max())
-        if d_vocab is not None and (high >= d_vocab or low < 0):
-            raise BadInput(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {d_vocab} tokens"
-            )
+        check_tokens(ids, self.spec.d_vocab)
 
     # --- run and replay ------------------------------------------------------------------------
 
@@ -725,10 +721,12 @@ class Model:
         for block in blocks[start:]:  # a module that is called again later on works then
             if block in skipped:
                 skipped[block].append(None)
-        before = {block: block.__dict__.get("forward") for block in skipped}
-        try:
-            for block, outputs in skipped.items():
-                block.forward = _returning(outputs, block.forward, self.spec)
+        others = {
+            block: _returning(outputs, block.forward, self.spec)
+            for block, outputs in skipped.items()
+        }
+        with ExitStack() as stack:
+            stack.enter_context(other_forwards(others))
             if start == 0:
                 first = cycle([resid] + [None] * (blocks.count(blocks[0]) - 1))
 
@@ -737,15 +735,8 @@ class Model:
                     return None if given is None else with_hidden(args, kwargs, given, self.spec)
 
                 hook = blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
             yield
-        finally:
-            if start == 0:
-                hook.remove()  # type: ignore[possibly-undefined]
-            for block, forward in before.items():
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.forward = forward
 
 
 def _returning(

@@ -20,7 +20,7 @@ from interp.models.calls import call_model, is_encoder_decoder, output_tensor, t
 from interp.models.discover import discover
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error, verify
+from interp.models.verify import relative_error, relative_tolerance, verify
 from interp.run.batch import Batch
 
 PROBE_ROWS, PROBE_LENGTH, PROBE_TARGET = 2, 7, 5
@@ -42,7 +42,7 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
         seen = record(module, batch)
-        if relative_error(seen.output, plain)[0] > RELATIVE_TOLERANCE.get(plain.dtype, 6e-2):
+        if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
             seen = _with_masks(module, batch, seen, plain)
         mapped = discover(seen, batch)
         if first := first_position(module, batch, plain):

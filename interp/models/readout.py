@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from interp.models.calls import (
     output_tensor,
     uncapped_logits,
 )
-from interp.models.hooks import argument, with_hidden
+from interp.models.hooks import argument, other_forwards, with_hidden
 from interp.models.layout import PLAIN, held
 from interp.models.spec import Spec, module_device
 from interp.run.batch import Batch
@@ -67,26 +66,11 @@ def rest_of_model(
     return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
-@contextmanager
-def _returning(spec: Spec, module: nn.Module, resid: Tensor) -> Iterator[None]:
+def _returning(spec: Spec, module: nn.Module, resid: Tensor) -> AbstractContextManager[None]:
     """Inside, every block returns `resid` [batch pos d_model] whatever it is given."""
     blocks = {module.get_submodule(block.name) for block in spec.blocks}
-    before = {block: block.__dict__.get("forward") for block in blocks}
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         return argument(*with_hidden(args, kwargs, resid, spec), spec.hidden)
 
-    try:
-        for block in blocks:
-            block.forward = forward
-        yield
-    finally:
-        for block, own in before.items():
-            _restore(block, own)
-
-
-def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    if own is None:
-        block.__dict__.pop("forward", None)
-    else:
-        block.forward = own
+    return other_forwards(dict.fromkeys(blocks, forward))

@@ -42,7 +42,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     # Some models return logits in float32 whatever the stream is in.
     dtypes = (seen.output.dtype, layers[-1].output.dtype)
     dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    relative = RELATIVE_TOLERANCE.get(dtype, 6e-2)
+    relative = relative_tolerance(dtype)
 
     def check(
         name: str,
@@ -194,7 +194,7 @@ def _check_writes(
         if linked:
             # An addition rounds by at most eps/2 of the stream, and n independent roundings add up to
             # sqrt(n) of one; times 4, since the stream may have been larger on the way.
-            allowed = max(RELATIVE_TOLERANCE.get(final.dtype, 6e-2), 2 * eps * roundings**0.5)
+            allowed = max(relative_tolerance(final.dtype), 2 * eps * roundings**0.5)
             detail = "embedding plus writes equals the final residual"
             passed &= check("writes", total, final, detail, sites, allowed)
         return passed
@@ -283,6 +283,11 @@ def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:
 def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
     call, norm = layer.inside.call(name), layer.inside.module.get_submodule(name)
     return at_home(norm, x.reshape(call.inputs[0].shape)).reshape(x.shape)
+
+
+def relative_tolerance(dtype: torch.dtype) -> float:
+    """How far an identity may be off in this dtype, relative to its size; as in bfloat16 where none is known."""
+    return RELATIVE_TOLERANCE.get(dtype, RELATIVE_TOLERANCE[torch.bfloat16])
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, str]:

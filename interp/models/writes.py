@@ -20,7 +20,7 @@ from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
 from interp.models.spec import BlockMap, Carry, Write
 from interp.models.stack import Layer
-from interp.models.verify import RELATIVE_TOLERANCE, added, relative_error
+from interp.models.verify import added, relative_error, relative_tolerance
 
 
 @dataclass(eq=False)
@@ -343,7 +343,7 @@ def _with_mid(
     if sums.rescales:  # nothing inside reads a middle
         return replace(block, parallel=block.attn_write is not None)
     mid = added(layer.hidden(key).double(), layer, before)
-    allowed = RELATIVE_TOLERANCE.get(layer.output.dtype, 6e-2)
+    allowed = relative_tolerance(layer.output.dtype)
     sequential = any(
         x.numel() == mid.numel() and relative_error(x.reshape(mid.shape), mid)[0] <= allowed
         for calls in layer.inside.calls.values()

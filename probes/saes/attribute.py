@@ -21,7 +21,6 @@ from torch import Tensor
 from interp.direction import logit_direction, norm_behind, places_of, token_ids
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm
 from interp.run.batch import Batch
 from interp.run.cache import Cache
 from interp.sites import Site
@@ -275,9 +274,7 @@ def _writes(
     W_O = model.W_O(layer)[list(heads)].float().flatten(0, 1)
     out = sae.W_dec[chosen.to(sae.W_dec.device)].float().to(W_O.device) @ W_O
     if not block.direct:
-        norm = FrozenNorm(
-            model.module.get_submodule(block.attn_write.module), model.spec.d_model, model.device
-        )
+        norm = model.norm(block.attn_write.module)
         out = norm.centre(out) * norm.gain.float()
     return out * block.attn_write.scale
 

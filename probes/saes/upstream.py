@@ -21,7 +21,7 @@ from torch import Tensor
 from interp.direction import places_of
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
-from interp.models.weights import FrozenNorm, linear_map
+from interp.models.weights import linear_map
 from interp.run.cache import Cache
 from probes.saes.attribute import (
     Place,
@@ -180,8 +180,7 @@ class _Tree:
         pulled = before_norm(model, self.cache, layer, r, 0)
         bias = (model.b_O(layer).float() * pulled).sum(-1)
         if not block.direct:
-            module = model.module.get_submodule(block.attn_write.module)
-            norm_bias = FrozenNorm(module, model.spec.d_model, model.device).bias.float()
+            norm_bias = model.norm(block.attn_write.module).bias.float()
             bias = bias + (r @ norm_bias) * block.attn_write.scale
         add("attn_bias", bias, layer)
         g = torch.einsum("sm,hdm->shd", pulled, model.W_O(layer).float())
@@ -267,8 +266,7 @@ def _directions(
     if len(W) != model.spec.d_model:
         raise Refused(not_linear)
     W_V = model.W_V(layer).float()
-    module = None if block.v.input == "resid_pre" else model.module.get_submodule(block.v.input)
-    norm = FrozenNorm(module, model.spec.d_model, model.device)
+    norm = model.norm(None if block.v.input == "resid_pre" else block.v.input)
     columns = block.v.columns.to(W.device)
     b_V = (norm.bias.float() @ W.float() + b.float())[columns]  # [kv_head d_head]
     groups = [model.spec.kv_group(layer, head) for head in heads]
