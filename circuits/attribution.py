@@ -115,7 +115,7 @@ def direct_contributions(
     if wanted is None:
         wanted = model.unembed(final).argmax(-1).cpu()
     direction = logit_direction(model, final, wanted, other)
-    parts = _Parts(model, batch.size)
+    parts = Parts(model, batch.size)
     for layer in range(model.n_layers):
         parts.add_attention(layer, kept, direction.vector)
         parts.add_mlp(layer, kept, direction.vector)
@@ -282,8 +282,8 @@ def rows_at(
     return kept
 
 
-class _Parts:
-    """The dense results, filled layer by layer."""
+class Parts:
+    """What heads, biases and MLPs add along a direction, filled layer by layer from `rows_at`."""
 
     def __init__(self, model: Model, size: int):
         n = model.n_layers

@@ -1,5 +1,6 @@
 """Massive activations: planted ones are found, and what hangs on them falls when they are removed."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,44 @@ def test_the_sink_hangs_on_it(report):
     assert effects.loc["set to their mean", "loss"] == pytest.approx(kept["loss"], rel=1e-5)
 
 
+def test_writers_add_up_to_the_entry_and_name_the_planted_one(report):
+    """By linearity: embedding, heads, biases and MLPs sum to the entry."""
+    writers = report.tables["writers"]
+    top = writers.iloc[0]
+    assert (top["writer"], top["at"], top["dimension"]) == ("mlp", 0, DIMENSION)
+    assert top["share"] == pytest.approx(1, abs=1e-2)
+    value = report.table.set_index(["layer", "dimension"]).loc[(top["layer"], DIMENSION), "value"]
+    assert writers["adds"].sum() == pytest.approx(value, rel=1e-5)
+
+
+def test_a_head_that_writes_it_is_named(planted):
+    """The same entry, written by a head instead: BOS attends to itself alone, so z is its v."""
+    model = interp.load(copy.deepcopy(planted.module))
+    body = model.module.model
+    with torch.no_grad():
+        attention = body.layers[0].self_attn
+        attention.v_proj.weight[:8] = 0.0
+        attention.v_proj.weight[2, 7] = 10.0
+        attention.o_proj.weight[DIMENSION] = 0.0
+        attention.o_proj.weight[DIMENSION, 2] = SIZE / 100
+        body.layers[0].mlp.down_proj.weight[DIMENSION] = 0.0
+    found = massive(model, n=4, intervene=False, progress=False).tables["writers"]
+    top = found.iloc[0]
+    assert (top["writer"], top["at"], top["head"], top["dimension"]) == ("head", 0, 0, DIMENSION)
+    assert top["share"] == pytest.approx(1, abs=1e-2)
+
+
+def test_each_head_has_its_attention_without_the_entry(report):
+    """The head that looks for it attends evenly then; it stays without that head: an MLP writes it."""
+    heads = report.tables["heads"].set_index(["layer", "head"])
+    lost = heads["first_token"] - heads["first_token_without"]
+    assert lost.idxmax() == SINK and heads.loc[SINK, "first_token_without"] < 0.2
+    effects = report.tables["interventions"].set_index("condition")
+    assert effects.loc["set to 0", "largest"] < 100
+    whole = effects.loc["clean", "largest"]
+    assert effects.loc["z of sink heads set to 0", "largest"] == pytest.approx(whole, rel=1e-2)
+
+
 def test_the_sink_rate_is_that_of_the_patterns(planted, report):
     """By whole patterns: mean over rows and prompts of A[q, 0], then the share of heads over 0.3."""
     from interp.data.prompts import repeated_tokens
@@ -170,6 +209,11 @@ def test_the_default_model(smollm):
     assert top["largest"] == pytest.approx(24_926, rel=1e-3)
     assert top["layer"] == 11 and top["mlp_write"] > 0.99 * top["value"]
     assert report.table["first"].all()
+    writers = report.tables["writers"]
+    assert (writers.iloc[0]["writer"], writers.iloc[0]["at"]) == ("mlp", 11)
+    assert writers.iloc[0]["share"] > 0.99
+    entry = writers[writers["dimension"] == 507]["adds"].sum()
+    assert entry == pytest.approx(top["value"], rel=1e-3)
     assert 0.6 < report.meta["sink_rate"] < 0.85
     assert 0.6 < report.meta["sink_rate_without_lead"] < 0.85
     reference = Path(__file__).parent / "reference" / "smollm2_heads.csv"

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.heads.detector import head_table
+from circuits.heads.outliers import NEEDED, Place, peaks, writers_table, written_to
 from interp.data.prompts import lead_notes, lead_token, repeated_tokens, text_windows
 from interp.errors import BadInput, Refused
 from interp.metrics import loss
@@ -34,6 +35,7 @@ SINK = 0.3
 """A head whose mean attention to the first token is over this is a sink head (Gu et al., epsilon)."""
 LENGTH = 64
 """Tokens of a prompt, lead included (Gu et al., T)."""
+ZEROED = "set to 0"
 
 
 def check_options(*, n: int = 8, length: int = LENGTH, **others: Any) -> None:
@@ -72,8 +74,10 @@ def massive(
     (or CLS or EOS) where the tokenizer has one, else the first token of the text.
 
     With `intervene`, massive entries are set to 0, or to their mean over prompts, as soon as they
-    appear, beside a control (as many other entries of the same tokens set to 0): the loss and the sink
-    rate say what hangs on them now. That no-op heads made training grow them is not shown by this.
+    appear, beside a control (as many other entries of the same tokens set to 0): the loss, the sink rate
+    and each head's attention to the first token say what hangs on them now. The other way about, z of all
+    sink heads is set to 0: what stays of the largest entry does not hang on them. Both speak of the model
+    as it is; that heads without use made training grow the entries (Bondarenko et al. 2023) is not shown.
 
     Args:
         prompts: text or texts; by default windows of English prose (random tokens, with no tokenizer).
@@ -87,10 +91,14 @@ def massive(
 
     Returns: a Report. Table "massive", largest first: (layer, dimension, first, token, prompts (how many),
         value (mean), largest |value|, times_median, attn_write and mlp_write: what that layer itself adds
-        there). Table "layers": largest, second, third and median |x|, peak (norm of the largest token
-        over the median norm), first_peak (the same for the first token), sink_share of its heads. Table
-        "heads": mean attention to the first token. Table "interventions": loss (nats a token), sink
-        rate, mean attention to the first token. Means over prompts, in units of the stream.
+        there). Table "writers": for the largest entry of each of up to four dimensions (layer, dimension,
+        token) what adds most to it: writer ("embed", "head", "attn bias", "mlp"), at (its layer), head,
+        adds (in units of the stream), share; with the rest they sum to the entry. Table "layers":
+        largest, second, third and median |x|, peak (norm of the largest token over the median norm),
+        first_peak (the same for the first token), sink_share of its heads. Table "heads": mean attention
+        to the first token, and first_token_without, the same with the massive entries set to 0. Table
+        "interventions": loss (nats a token), largest |x| behind the layer where it is largest in the
+        clean run, sink rate, mean attention to the first token. Means over prompts, in units of the stream.
         meta["sink_rate"]; meta["sink_rate_without_lead"] for the same windows without the lead token.
 
     Raises:
@@ -129,6 +137,11 @@ def massive(
         table = _massive_table(model, passes)
         layers = _layer_table(passes)
         tables = {"massive": table, "layers": layers}
+        missing = [name for name in NEEDED if name in model.spec.refused]
+        if reason := model.spec.not_a_sum or ", ".join(missing):
+            notes.append(f"What writes the entries is not taken apart: {reason}")
+        elif len(table):
+            tables["writers"] = _writers(model, batches, passes, table)
         means = _means(model, passes)
         rate: dict[str, float] = {}
         if sees_heads:
@@ -145,10 +158,21 @@ def massive(
                 rate["sink_rate_without_lead"] = float((without > SINK).mean())
         if intervene:
             edits = _edits(chosen, means) if len(table) else {}
+            sinks = tables["heads"].query("sink") if sees_heads else []
+            if len(edits) and len(sinks) and "z" not in model.spec.refused:
+                off = [
+                    (int(layer), int(head)) for layer, head in sinks[["layer", "head"]].to_numpy()
+                ]
+                edits["z of sink heads set to 0"] = [Edit.zero("z", heads=off)]
             advance = bars.stage("Taking them out", 1 + len(edits))
+            peak = int(layers["layer"][layers["largest"].argmax()])
             rows = []
             for name, edit in {"clean": [], **edits}.items():
-                rows.append({"condition": name, **_effects(model, batches, edit, sees_heads)})
+                found, first = _effects(model, batches, edit, peak, sees_heads)
+                rows.append({"condition": name, **found})
+                if name == ZEROED and first is not None:
+                    heads = tables["heads"]
+                    heads["first_token_without"] = first[heads["layer"], heads["head"]]
                 advance(1)
             tables["interventions"] = pd.DataFrame(rows)
     if not len(table):
@@ -303,29 +327,65 @@ def _edits(chosen, means: Float[Tensor, "n_layers d_model"]) -> dict[str, list[E
         elsewhere = chosen(x).roll(x.shape[-1] // 2, dims=-1) & ~chosen(x)
         return x.masked_fill(elsewhere, 0.0)
 
-    changes = {"set to 0": zero, "set to their mean": mean, "others set to 0": others}
+    changes = {ZEROED: zero, "set to their mean": mean, "others set to 0": others}
     return {name: [Edit.apply("resid_post", change)] for name, change in changes.items()}
 
 
 @torch.no_grad()
 def _effects(
-    model: Model, batches: Sequence[Batch], edits: Sequence[Edit], sees_heads: bool
-) -> dict[str, float]:
-    """Loss, sink rate and mean attention to the first token under these edits."""
-    losses, first = [], []
+    model: Model, batches: Sequence[Batch], edits: Sequence[Edit], layer: int, sees_heads: bool
+) -> tuple[dict[str, float], Float[np.ndarray, "n_layers n_heads"] | None]:
+    """Loss, largest entry behind `layer`, sink rate and attention to the first token; the last also by head."""
+    losses, largest, first = [], [], []
     speaks = model.spec.causal and model.spec.unembedding is not None
-    for batch in batches if speaks or sees_heads else ():
+
+    def size(x: Tensor, seen: Seen) -> Tensor:
+        largest.append(x.abs().flatten(1).amax(1).float().cpu())
+        return x
+
+    for batch in batches:
         wanted = {"first": _to_first(batch)} if sees_heads else None
-        run = model.run(batch, edits=edits, statistics=wanted, logits=speaks)
+        sized = [*edits, Edit.apply(f"resid_post.{layer}", size)]
+        run = model.run(batch, edits=sized, statistics=wanted, logits=speaks)
         if speaks and batch.ids.shape[1] > 1:
             assert run.logits is not None
             losses.append(loss(run.logits[:, :-1], batch.ids[:, 1:]).cpu())
         if sees_heads:
             first.append(run.statistics["first"])
-    found = {"loss": float(torch.cat(losses).mean()) if losses else float("nan")}
-    if sees_heads:
-        of_head = torch.cat(first).mean(0)
-        of_head = of_head[~of_head.isnan()]
-        found["sink_rate"] = float((of_head > SINK).float().mean())
-        found["first_token"] = float(of_head.mean())
-    return found
+    found = {
+        "loss": float(torch.cat(losses).mean()) if losses else float("nan"),
+        "largest": float(torch.cat(largest).mean()),
+    }
+    if not sees_heads:
+        return found, None
+    of_head = torch.cat(first).mean(0)
+    there = of_head[~of_head.isnan()]
+    found["sink_rate"] = float((there > SINK).float().mean())
+    found["first_token"] = float(there.mean())
+    return found, of_head.cpu().numpy()
+
+
+def _writers(
+    model: Model,
+    batches: Sequence[Batch],
+    passes: Sequence[Mapping[str, Any]],
+    massive: pd.DataFrame,
+) -> pd.DataFrame:
+    """What adds to the largest entry of each dimension (`written_to`), one below the other."""
+    tables = []
+    for peak in peaks(massive).to_dict("records"):
+        layer, dimension = int(peak["layer"]), int(peak["dimension"])
+        places: list[Place] = []
+        for batch, seen in zip(batches, passes, strict=True):
+            here = seen["entries"].query(
+                "layer == @layer and dimension == @dimension and token_id == @peak['token_id']"
+            )
+            here = here[(here["position"] == 0) == peak["first"]].drop_duplicates("prompt")
+            if len(here):
+                positions = torch.zeros(batch.size, dtype=torch.long)
+                positions[here["prompt"].tolist()] = torch.tensor(here["position"].tolist())
+                places.append((batch, positions, here["prompt"].tolist()))
+        table = writers_table(*written_to(model, places, layer, dimension))
+        told = {"layer": layer, "dimension": dimension, "token": peak["token"]}
+        tables.append(table.assign(**told)[[*told, *table.columns]])
+    return pd.concat(tables, ignore_index=True)
