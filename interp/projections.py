@@ -73,10 +73,9 @@ class Projections:
         if (name, layer) not in self.columns:
             raise Refused(f"layer {layer}: no linear layer whose outputs are {name} was found")
         where, columns = self.columns[name, layer]
-        W, b = linear_map(
-            self.module.get_submodule(where), self.spec.d_model, module_device(self.module)
-        )
-        if W.shape[0] != self.spec.d_model:
+        d_model = self.spec.blocks[layer].d_model
+        W, b = linear_map(self.module.get_submodule(where), d_model, module_device(self.module))
+        if W.shape[0] != d_model:
             raise Refused(f"layer {layer}: {name} is read from a latent of width {W.shape[0]}")
         columns = columns.to(W.device)
         return W[:, columns].permute(1, 0, 2), b[columns]
@@ -91,7 +90,7 @@ class Projections:
             raise Refused(f"layer {layer}: its neurons are not made by one or two linear layers")
         device = module_device(self.module)
         maps = [
-            linear_map(self.module.get_submodule(name), self.spec.d_model, device)
+            linear_map(self.module.get_submodule(name), self.spec.blocks[layer].d_model, device)
             for name in self._readers[layer]
         ]
         return maps[0], maps[1] if len(maps) > 1 else None

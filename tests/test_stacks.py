@@ -159,14 +159,34 @@ def test_towers_side_by_side_are_not_one_stream() -> None:
         Model(Towers(config).eval())
 
 
-def test_stages_of_other_widths_are_named() -> None:
+def test_towers_of_two_widths_are_not_stages() -> None:
+    """Stages are called in turn, and each reads what was made of the one before."""
+
+    class Towers(transformers.BertPreTrainedModel):
+        main_input_name = "input_ids"
+
+        def __init__(self, config: Any, narrow: Any) -> None:
+            super().__init__(config)
+            self.one, self.two = transformers.BertModel(config), transformers.BertModel(narrow)
+            self.post_init()
+
+        def forward(self, input_ids: Tensor) -> Any:
+            out = self.one(input_ids)
+            mean = self.two(input_ids).last_hidden_state.mean(-1, keepdim=True)
+            out.last_hidden_state = out.last_hidden_state + mean
+            return out
+
+    options = FAMILIES["bert"].options
+    wide, narrow = (
+        transformers.BertConfig(**{**options, "hidden_size": width}) for width in (32, 16)
+    )
+    with pytest.raises(Refused, match=r"2 stacks of attention blocks.*`model.one` or `model.two`"):
+        Model(Towers(wide, narrow).eval())
+
+
+def test_a_part_that_reads_neither_tokens_nor_pixels_is_refused() -> None:
     config = transformers.SwinConfig(
         image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
     )
-    module = transformers.SwinModel(config).eval()
-    with pytest.raises(
-        Refused, match=r"layers.0.blocks, encoder.layers.1.blocks\) of widths 16, 32"
-    ):
-        Model(module)
     with pytest.raises(Refused, match="neither tokens nor pixels"):
-        Model(module.encoder.layers[1])
+        Model(transformers.SwinModel(config).eval().encoder.layers[1])

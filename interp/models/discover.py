@@ -7,6 +7,7 @@ member of the ModuleList that holds the attention module; what a block writes is
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from interp.models.calls import text_config
 from interp.models.ends import with_ends
 from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
-from interp.models.recording import Recording
+from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
-from interp.models.stack import Layer, find_stack
+from interp.models.stack import Layer, find_stack, starts_stage
 from interp.models.trials import scaled_z, works_by_position
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
@@ -32,19 +33,21 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     """The map that the recording suggests, not yet verified."""
     refused: dict[str, str] = {}
     stack, layers, key = find_stack(seen, batch, refused)
-    pre = layers[0].hidden(key)
-    blocks = [BlockMap(layer.name) for layer in layers]
+    shapes = [layer.hidden(key).shape for layer in layers]
+    starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
+    blocks = [
+        BlockMap(layer.name, d_model=shape[-1], starts_stage=start)
+        for layer, shape, start in zip(layers, shapes, starts, strict=True)
+    ]
     absent: set[str] = set()
     causal = False
     if any(layer.attention for layer in layers):
-        layers = _without_windows(layers, pre.shape[0], refused)
+        layers = _without_windows(layers, shapes[0][0], refused)
         blocks = _with_attention(seen, layers, blocks, key, batch, refused)
         blocks = _with_writes(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)
         causal = any(layer.attention for layer in layers) and all(
-            not torch.cat(layer.attention.rows, dim=2)[..., : pre.shape[1]].triu(1).any()
-            for layer in layers
-            if layer.attention
+            _causal(layer.attention) for layer in layers if layer.attention
         )
     of_ids = batch.has_source or "input_ids" in batch.inputs
     config: Any = getattr(seen.module, "config", None)
@@ -53,7 +56,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         family=getattr(config, "model_type", type(seen.module).__name__),
         stack=stack,
         blocks=tuple(blocks),
-        d_model=pre.shape[-1],
+        d_model=shapes[-1][-1],
         causal=causal,
         d_vocab=getattr(text, "vocab_size", None) if of_ids else None,
         n_ctx=getattr(text, "max_position_embeddings", None),
@@ -68,6 +71,13 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         absent=frozenset(absent),
     )
     return with_ends(spec, seen, layers, batch)
+
+
+def _causal(attention: AttentionCall) -> bool:
+    """Whether no query sees a key after itself; keys fewer than queries are each of several positions."""
+    n_queries, n_keys = (attention.tensors[name].shape[2] for name in ("q", "k"))
+    rows = torch.cat(attention.rows, dim=2)[..., :n_queries]
+    return n_keys >= n_queries and not bool(rows.triu(1).any())
 
 
 def _without_windows(layers: list[Layer], rows: int, refused: dict[str, str]) -> list[Layer]:

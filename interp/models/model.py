@@ -208,12 +208,12 @@ class Model:
             raise Refused(
                 f"layer {layer} of {self.id}: v is not read from the normed residual stream"
             )
-        W, _ = linear_map(self.module.get_submodule(block.v.module), self.spec.d_model, self.device)
-        if W.shape[0] != self.spec.d_model:
+        W, _ = linear_map(self.module.get_submodule(block.v.module), block.d_model, self.device)
+        if W.shape[0] != block.d_model:
             raise Refused(
                 f"layer {layer} of {self.id}: v is read from a latent of width {W.shape[0]}"
             )
-        gain = torch.ones(self.spec.d_model)
+        gain = torch.ones(block.d_model)
         if block.v.input != "resid_pre":
             gain = self.norm(block.v.input).gain
         columns = block.v.columns.to(W.device)
@@ -243,7 +243,8 @@ class Model:
     def norm(self, name: str | None) -> FrozenNorm:
         """The norm of the residual stream that the module called `name` is; the identity for None."""
         module = None if name is None else self.module.get_submodule(name)
-        return FrozenNorm(module, self.spec.d_model, self.device)
+        inside = (b.d_model for b in self.spec.blocks if f"{name}.".startswith(f"{b.name}."))
+        return FrozenNorm(module, next(inside, self.spec.d_model), self.device)
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
@@ -713,11 +714,12 @@ class Model:
     ) -> Iterator[None]:
         """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
         blocks, size = self.blocks, resid.shape[0] // times
+        begin = next(stage[0] for stage in self.spec.stages if start in stage)
         skipped: dict[nn.Module, list[Any]] = {}
         for layer, block in enumerate(blocks[:start]):
             rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
-            output = (resid, *rest) if self.spec.tuple_blocks else resid
-            skipped.setdefault(block, []).append(output)
+            output = None if layer < begin else resid  # other stages return what they are given
+            skipped.setdefault(block, []).append((output, rest))
         for block in blocks[start:]:  # a module that is called again later on works then
             if block in skipped:
                 skipped[block].append(None)
@@ -727,32 +729,36 @@ class Model:
         }
         with ExitStack() as stack:
             stack.enter_context(other_forwards(others))
-            if start == 0:
-                first = cycle([resid] + [None] * (blocks.count(blocks[0]) - 1))
+            if start == begin:
+                first = cycle([resid] + [None] * (blocks.count(blocks[start]) - 1))
 
                 def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
                     given = next(first)
                     return None if given is None else with_hidden(args, kwargs, given, self.spec)
 
-                hook = blocks[0].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+                hook = blocks[start].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
             yield
 
 
 def _returning(
-    outputs: Sequence[Any], forward: Callable[..., Any], spec: Spec
+    outputs: Sequence[tuple[Tensor | None, tuple] | None], forward: Callable[..., Any], spec: Spec
 ) -> Callable[..., Any]:
-    """A block's forward that returns one output a call in turn, and works as before where it is None."""
+    """A block's forward that returns one output a call in turn, and works as before where it is None.
+
+    An output is a hidden state (its own input, where that is None), and what comes besides.
+    """
     turns = cycle(outputs)
 
     def returning(*args: Any, **kwargs: Any) -> Any:
         output = next(turns)
         if output is None:
             return forward(*args, **kwargs)
-        resid = first_tensor(output)
-        assert resid is not None
-        args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
-        return with_first(output, argument(args, kwargs, spec.hidden))
+        resid, rest = output
+        if resid is not None:
+            args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
+        hidden = argument(args, kwargs, spec.hidden)
+        return (hidden, *rest) if spec.tuple_blocks else hidden
 
     return returning
 

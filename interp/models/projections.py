@@ -214,9 +214,12 @@ def _tagged_columns(
 
 
 def _input_name(layer: Layer, key: int | str, x: Tensor) -> str:
-    """ "resid_pre", or the module of the block whose output `x` is; "" if neither."""
-    if same(layer.hidden(key), x):
+    """ "resid_pre", or the module of the block whose output `x` is, position by position; "" if neither."""
+    hidden = layer.hidden(key)
+    if same(hidden, x):
         return "resid_pre"
+    if x.shape[:-1].numel() != hidden.shape[:-1].numel():  # of several positions together
+        return ""
     for name, calls in layer.inside.calls.items():
         if len(calls) == 1 and calls[0].output is not None and same(calls[0].output, x):
             return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,10 +103,13 @@ class BlockMap:
     into them, with weights that depend on the token; it has no writes then. `attends`: where a layer attends
     several times, the module of each call in order; `along` then says whether their heads lie side by side
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
-    linear layer that makes mlp_out from the neurons (`d_mlp` of them).
+    linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
+    that the block reads. `starts_stage`: it is of another width or length than the block before returned.
     """
 
     name: str
+    d_model: int = 0
+    starts_stage: bool = False
     attention: str | None = None
     attends: tuple[str, ...] = ()
     along: str = ""
@@ -168,6 +172,8 @@ class Spec:
     that its architecture does not have (nothing lies between parallel branches; routed experts have no
     one set of neurons; behind a transform there is no "unembedding" of the residual).
     `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn.
+    Blocks of a model with stages work on streams of several widths and lengths one after the other; `d_model`
+    is then that of the last, and `stages` says which layers belong together.
     `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword;
     `hidden_axes` how blocks hold it (`interp.models.layout`). With several residual streams `d_model` is
     what all `n_streams` have together, and attn_out and mlp_out are as wide as one of them.
@@ -233,6 +239,9 @@ class Spec:
             return f"it has {self.n_streams} residual streams, mixed by weights that depend on the token"
         if not self.chained:
             return "something is done to the residual stream between blocks"
+        if len(self.stages) > 1:
+            widths = ", ".join(str(self.blocks[stage[0]].d_model) for stage in self.stages)
+            return f"its blocks work in stages, on streams of widths {widths} one after the other"
         if self.shared:
             return f"several layers are calls of one module ('{self.blocks[0].name}')"
         for block in self.blocks:
@@ -265,8 +274,17 @@ class Spec:
         return ""
 
     @property
+    def stages(self) -> list[range]:
+        """Layers that share one residual stream: all of them, in most models.
+
+        A module between two stages makes the stream of the one of that of the other (it merges patches, say).
+        """
+        starts = [i for i, block in enumerate(self.blocks) if i == 0 or block.starts_stage]
+        return [range(a, b) for a, b in pairwise([*starts, self.n_layers])]
+
+    @property
     def chained(self) -> bool:
-        """Whether each block reads what the one before it returned; a replay runs every block otherwise."""
+        """Whether each block of a stage reads what the one before it returned; a replay runs all otherwise."""
         return all(check.passed for check in self.checks if check.name == "stream")
 
     @property

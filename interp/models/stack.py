@@ -148,16 +148,15 @@ def _reads_any(seen: Recording, attention: AttentionCall, given: list[Tensor]) -
 
 def _channels_last(layers: list[Layer], key: int | str) -> bool:
     """Whether linear layers of every block read the last axis of its hidden state."""
-    width = layers[0].hidden(key).shape[-1]
 
-    def reads(inside: Recording, name: str, call: ModuleCall) -> bool:
+    def reads(inside: Recording, name: str, call: ModuleCall, width: int) -> bool:
         weight = getattr(inside.module.get_submodule(name), "weight", None)
         matrix = isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
         return matrix and bool(call.inputs) and call.inputs[0].shape[-1] == width
 
     return all(
         any(
-            reads(layer.inside, name, call)
+            reads(layer.inside, name, call, layer.hidden(key).shape[-1])
             for name, calls in layer.inside.calls.items()
             for call in calls
         )
@@ -186,17 +185,17 @@ def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> lis
 
 
 def _hidden_key(layers: list[Layer]) -> int | str | None:
-    """The argument in which every block gets what the one before it returned."""
+    """The argument in which every block gets what the one before it returned, but for the first of a stage."""
     first = layers[0].call
     for key in first.keys:
         if not all(key in layer.call.keys for layer in layers):
             continue
-        shape = layers[0].hidden(key).shape
-        linked = [(a.call.output, b.hidden(key)) for a, b in pairwise(layers)]
-        if all(out is not None and out.shape == x.shape for out, x in linked):
-            equal = all(out is not None and torch.equal(out, x) for out, x in linked)
-            if equal and (linked or _same_shape(first, shape)):
-                return key
+        linked = [
+            (a.output, b.hidden(key)) for a, b in pairwise(layers) if not starts_stage(a, b, key)
+        ]
+        equal = all(torch.equal(out, x) for out, x in linked)
+        if equal and (linked or _same_shape(first, layers[0].hidden(key).shape)):
+            return key
     # Something may be done to the stream between blocks: `verify` says so; the shape still tells.
     return next(
         (
@@ -206,6 +205,11 @@ def _hidden_key(layers: list[Layer]) -> int | str | None:
         ),
         None,
     )
+
+
+def starts_stage(before: Layer, layer: Layer, key: int | str) -> bool:
+    """Whether a block reads a stream of another width or length than the block before it returned."""
+    return layer.hidden(key).shape != before.output.shape
 
 
 def _same_shape(call: ModuleCall, shape: torch.Size) -> bool:
@@ -231,8 +235,9 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
             if name not in levels[level]:
                 levels[level].append(name)
     single = [level for level in levels if len(level) == 1]
-    if single and levels[0] != single[0] and _stages(seen, levels[0]):
-        return levels[0], outside
+    if single and levels[0] != single[0]:
+        if _stages(seen, levels[0]) or _reshapes(seen, single[0][0]):
+            return levels[0], outside
     # Two stacks of blocks that are lists: the fewest lists that hold every call.
     whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
     return (single or sorted(whole, key=len) or levels or [[]])[0], outside
@@ -252,17 +257,16 @@ def _lists_around(module: nn.Module, name: str) -> list[str]:
 def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
     """Why several lists do not work on one residual stream, one after the other; "" if they do.
 
-    They do where what the last block of one list returns, changed, changes what the next block reads.
+    They do where what the last block of one list returns, changed, changes what the next block reads. Blocks
+    of one class may work on streams of several shapes: they are the stages of one model.
     """
     layers = layers_of(seen, ", ".join(stacks))
     key = _hidden_key(layers)
-    shapes = [None if key is None else layer.hidden(key).shape for layer in layers]
-    widths = list(dict.fromkeys(shape[-1] for shape in shapes if shape is not None))
-    if len(widths) == len(stacks):
-        some = ", ".join(map(str, widths))
-        return f" of widths {some}: no one residual stream leads through them"
     apart = f"; pass one part of the model{_parts(seen.module, stacks)}"
-    if key is None or len(set(shapes)) > 1 or len(layers[0].hidden(key).shape) != 3:
+    if key is None:
+        return apart
+    classes = {type(seen.module.get_submodule(layer.name)) for layer in layers}
+    if len({layer.hidden(key).shape for layer in layers}) > 1 and len(classes) > 1:
         return apart
     lists = [layer.name.rpartition(".")[0] for layer in layers]
     ends = [i for i in range(len(layers) - 1) if lists[i] != lists[i + 1]]
@@ -291,6 +295,16 @@ def _stages(seen: Recording, lists: list[str]) -> bool:
     return any(
         len({type(seen.module.get_submodule(name)) for name in found}) < len(found)
         for found in members.values()
+    )
+
+
+def _reshapes(seen: Recording, stack: str) -> bool:
+    """Whether a member of the list returns another shape than it reads: a stage, and what follows it."""
+    members = range(len(seen.module.get_submodule(stack)))  # type: ignore[arg-type]
+    calls = [call for i in members for call in seen.calls.get(f"{stack}.{i}", [])]
+    return any(
+        call.inputs and call.output is not None and call.inputs[0].shape != call.output.shape
+        for call in calls
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, starmap
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -46,13 +47,14 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
 
     def check(
         name: str,
-        got: Tensor,
-        wanted: Tensor,
+        got: Sequence[Tensor],
+        wanted: Sequence[Tensor],
         detail: str,
         sites: tuple[str, ...] = (),
         allowed: float = relative,
     ) -> bool:
-        error, note = relative_error(got, wanted)
+        errors = starmap(relative_error, _side_by_side(got, wanted))
+        error, note = max(errors, key=lambda found: (isnan(found[0]), found[0]))
         return judge(name, error, detail, sites, allowed, note)
 
     def judge(
@@ -73,8 +75,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     if spec.attention_layers:
         check(
             "window",
-            seen.output,
-            plain,
+            [seen.output],
+            [plain],
             "logits under the window equal the model's own",
             ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
             max(relative, 2 * between_kernels),
@@ -83,12 +85,16 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     _check_linear(spec, layers, check)
     linked = True
     if len(layers) > 1:
-        links = [(a.output, b.hidden(spec.hidden)) for a, b in pairwise(layers)]
-        linked = check(
+        links = [
+            (a.output, b.hidden(spec.hidden))
+            for (a, b), block in zip(pairwise(layers), spec.blocks[1:], strict=True)
+            if not block.starts_stage
+        ]
+        where = "of a stage " if len(spec.stages) > 1 else ""
+        linked = not links or check(
             "stream",
-            torch.cat([a for a, _ in links], -1),
-            torch.cat([b for _, b in links], -1),
-            "each block reads what the one before it returned",
+            *map(list, zip(*links, strict=True)),
+            f"each block {where}reads what the one before it returned",
         )
     proven = _check_writes(spec, layers, linked, check, judge)
     if "attn_write" in spec.absent and not proven and spec.n_streams == 1:
@@ -101,8 +107,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         ]
         check(
             "streams",
-            torch.cat(mixed, -1),
-            torch.cat([layer.output for layer in layers], -1),
+            mixed,
+            [layer.output for layer in layers],
             "each residual stream is a combination of those the block read and of what it computed",
             ("mlp_out", "mlp_post"),
         )
@@ -110,8 +116,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         final = layers[-1].output
         passed = check(
             "unembedding",
-            unembed(spec, seen.module, final),
-            seen.output,
+            [unembed(spec, seen.module, final)],
+            [seen.output],
             "unembedding the final residual gives the logits",
             ("unembedding",),
         )
@@ -143,8 +149,7 @@ def _check_heads(spec: Spec, layers: list[Layer], check: Check_) -> None:
             outs.append(out.reshape(heads.shape))
             sums.append(heads + b)
         if outs:
-            made, wanted = torch.cat(sums, -1), torch.cat(outs, -1)
-            check(name, made, wanted, f"head outputs plus bias sum to {what}", (site,))
+            check(name, sums, outs, f"head outputs plus bias sum to {what}", (site,))
 
 
 def _check_linear(spec: Spec, layers: list[Layer], check: Check_) -> None:
@@ -167,7 +172,7 @@ def _check_linear(spec: Spec, layers: list[Layer], check: Check_) -> None:
             outs.append(call.output.reshape(len(x), -1))
             sums.append(x @ W + b)
         if outs:
-            check(name, torch.cat(sums, -1), torch.cat(outs, -1), detail, (site,))
+            check(name, sums, outs, detail, (site,))
 
 
 def _check_writes(
@@ -180,23 +185,28 @@ def _check_writes(
     if any(block.cross for block in spec.blocks):
         sites += ("cross_write",)
     if not any(block.norm_mid or block.norm_post or block.rescales for block in spec.blocks):
-        total = layers[0].hidden(spec.hidden).double()
-        final = layers[-1].output
-        eps, roundings, most = rounding(final.dtype), 0, 0.0
+        totals: list[Tensor] = []
+        dtype = layers[-1].output.dtype
+        eps, roundings, most = rounding(dtype), 0, 0.0
         for layer, block in zip(layers, spec.blocks, strict=True):
             pre, post = layer.hidden(spec.hidden).double(), layer.output
             parts = written(layer, block.writes, pre.shape)
             most = max(most, float(off_by(pre, post.double(), parts, eps).max()))
-            total = total + sum(parts)
+            if not totals or block.starts_stage:
+                totals.append(pre)
+            totals[-1] = totals[-1] + sum(parts)
             roundings += len(parts)
         detail = "each block adds its writes, entry by entry to the rounding of these additions"
         passed = judge("block writes", most * eps, detail, sites, SLACK * eps)
         if linked:
             # An addition rounds by at most eps/2 of the stream, and n independent roundings add up to
             # sqrt(n) of one; times 4, since the stream may have been larger on the way.
-            allowed = max(relative_tolerance(final.dtype), 2 * eps * roundings**0.5)
+            allowed = max(relative_tolerance(dtype), 2 * eps * roundings**0.5)
             detail = "embedding plus writes equals the final residual"
-            passed &= check("writes", total, final, detail, sites, allowed)
+            if len(totals) > 1:
+                detail = "what a stage begins with plus its writes equals what it ends with"
+            finals = [layers[stage[-1]].output for stage in spec.stages]
+            passed &= check("writes", totals, finals, detail, sites, allowed)
         return passed
     made, wanted = [], []
     for layer, block in zip(layers, spec.blocks, strict=True):
@@ -220,8 +230,8 @@ def _check_writes(
         wanted.append(layer.output)
     return check(
         "writes",
-        torch.cat(made, -1),
-        torch.cat(wanted, -1),
+        made,
+        wanted,
         "each block's writes, through its norms and carries, give what it returns",
         sites,
     )
@@ -288,6 +298,17 @@ def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
 def relative_tolerance(dtype: torch.dtype) -> float:
     """How far an identity may be off in this dtype, relative to its size; as in bfloat16 where none is known."""
     return RELATIVE_TOLERANCE.get(dtype, RELATIVE_TOLERANCE[torch.bfloat16])
+
+
+def _side_by_side(
+    got: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Vectors of all layers as one a position, of each stage (whose number of positions may be its own)."""
+    places: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(wanted):
+        places.setdefault(x.shape[:-1], []).append(i)
+    for same in places.values():
+        yield torch.cat([got[i] for i in same], -1), torch.cat([wanted[i] for i in same], -1)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, str]:

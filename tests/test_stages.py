@@ -1,0 +1,214 @@
+"""Models whose blocks work in stages, on streams of several widths and lengths, one after the other."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.model import Model
+from interp.run.batch import Batch
+from interp.run.edits import Edit
+
+BATCH = Batch(
+    {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+)
+ROUNDING = 1e-5
+"""A few float32 roundings, four blocks deep."""
+STAGED = ("segformer", "swin")
+
+
+@cache
+def staged(name: str, depth: int = 2) -> Model:
+    """Two stages of `depth` blocks: widths 16 and 32, 2 and 4 heads; 64 and 16 positions, or 256 and 64."""
+    torch.manual_seed(0)
+    depths = [depth, depth]
+    config: Any
+    if name == "segformer":  # keys of the first stage are 4 × 4 positions each
+        config = transformers.SegformerConfig(
+            num_encoder_blocks=2,
+            depths=depths,
+            hidden_sizes=[16, 32],
+            num_attention_heads=[2, 4],
+            sr_ratios=[4, 1],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            mlp_ratios=[2, 2],
+        )
+        module: Any = transformers.SegformerModel(config)
+    else:
+        config = transformers.SwinConfig(
+            image_size=32,
+            patch_size=2,
+            embed_dim=16,
+            depths=depths,
+            num_heads=[2, 4],
+            window_size=4,
+        )
+        module = transformers.SwinModel(config)
+    assert sum(parameter.numel() for parameter in module.parameters()) < 100_000
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return Model(module.eval(), id=name)
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+@torch.no_grad()
+def called(model: Model, modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """What each of the modules is called with and returns in a plain forward."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        kept[module] = (
+            args[0].clone(),
+            (output[0] if isinstance(output, tuple) else output).clone(),
+        )
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    model.module(**BATCH.inputs)
+    for hook in hooks:
+        hook.remove()
+    return [kept[module] for module in modules]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_each_stage_has_a_stream_of_its_own_shape(name: str) -> None:
+    model = staged(name)
+    spec = model.spec
+    assert [list(stage) for stage in spec.stages] == [[0, 1], [2, 3]]
+    assert [block.d_model for block in spec.blocks] == [16, 16, 32, 32] and spec.d_model == 32
+    assert not {"resid_pre", "resid_post", "mlp_out", "mlp_write"} & set(spec.refused)
+    assert all(check.passed for check in spec.checks)
+    cache = model.run(BATCH, capture=["resid_pre", "resid_post", "mlp_out"]).cache
+    for layer, (given, returned) in enumerate(called(model, model.blocks)):
+        assert torch.equal(cache[f"resid_pre.{layer}"], given)
+        assert torch.equal(cache[f"resid_post.{layer}"], returned)
+        assert cache[f"mlp_out.{layer}"].shape == given.shape
+    assert not torch.equal(
+        cache["resid_post.1"].flatten()[:100], cache["resid_pre.2"].flatten()[:100]
+    )
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_stage_of_one_block_is_a_stage(name: str) -> None:
+    """The list of stages, whose members return another shape than they read, is not the list of blocks."""
+    spec = staged(name, depth=1).spec
+    assert [block.d_model for block in spec.blocks] == [16, 32]
+    assert spec.blocks[1].starts_stage and "resid_post" not in spec.refused
+
+
+def test_the_writes_of_a_stage_sum_to_its_stream() -> None:
+    model = staged("segformer")
+    assert not model.spec.refused
+    sites = ["resid_pre", "resid_post", "attn_write", "mlp_write", "resid_mid"]
+    cache = model.run(BATCH, capture=sites).cache
+    for stage in model.spec.stages:
+        total = cache[f"resid_pre.{stage[0]}"]
+        for layer in stage:
+            total = total + cache[f"attn_write.{layer}"]
+            assert off(total, cache[f"resid_mid.{layer}"]) < ROUNDING
+            total = total + cache[f"mlp_write.{layer}"]
+        assert off(total, cache[f"resid_post.{stage[-1]}"]) < ROUNDING
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_what_needs_one_stream_says_so(name: str) -> None:
+    with pytest.raises(Refused, match="in stages, on streams of widths 16, 32"):
+        staged(name).require_sum("this test")
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_replay_starts_in_any_stage(name: str) -> None:
+    model = staged(name)
+    run = model.run(BATCH, capture=["resid_pre"])
+    calls: list[int] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args, layer=layer: calls.append(layer))
+        for layer, block in enumerate(block.mlp for block in model.blocks)  # type: ignore
+    ]
+    try:
+        for layer in range(model.n_layers):
+            edit = Edit.zero(f"mlp_out.{layer}", positions=[3])
+            rerun = model.run(BATCH, edits=[edit]).logits
+            assert rerun is not None and run.logits is not None
+            calls.clear()
+            # two variants a forward, the second of which changes nothing
+            edits = [[edit], [Edit.scale(f"mlp_out.{layer}", 1.0)]]
+            first, second = model.replay(run, edits, lambda variant: variant.logits)
+            assert calls == list(range(layer, model.n_layers))
+            assert off(first, rerun) < ROUNDING < 100 * ROUNDING < off(rerun, run.logits)
+            assert off(second, run.logits) < ROUNDING
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- fewer keys than queries -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(attention: Any, x: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """(pattern, z) of one head of a plain attention over keys that are pooled first, from its weights."""
+    keys = x
+    if attention.sequence_reduction_ratio > 1:
+        reduce = attention.sequence_reduction
+        grid = x.mT.reshape(len(x), -1, 8, 8)
+        keys = reduce.layer_norm(reduce.sequence_reduction(grid).flatten(2).mT)
+    columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+    q, k, v = (
+        part(given)[..., columns]
+        for part, given in (
+            (attention.q_proj, x),
+            (attention.k_proj, keys),
+            (attention.v_proj, keys),
+        )
+    )
+    pattern = (q @ k.mT / attention.head_dim**0.5).softmax(-1)
+    return pattern, pattern @ v
+
+
+def test_pooled_keys_are_the_pattern_s_last_axis() -> None:
+    model = staged("segformer")
+    assert not model.spec.causal
+    cache = model.run(BATCH, capture=["pattern", "scores", "z", "k"]).cache
+    shapes = [cache[f"pattern.{layer}"].shape for layer in range(4)]
+    assert shapes == [(2, 2, 64, 4)] * 2 + [(2, 4, 16, 16)] * 2
+    assert cache["k.0"].shape == (2, 4, 2, 8)
+    attentions = [block.attention for block in model.blocks]
+    for layer, (x, _) in enumerate(called(model, attentions)):  # type: ignore[arg-type]
+        pattern, z = by_hand(attentions[layer], x, 1)
+        assert off(cache[f"pattern.{layer}.1"], pattern) < ROUNDING
+        assert off(cache[f"z.{layer}.1"], z) < ROUNDING
+
+
+def test_v_of_pooled_keys_is_no_map_of_the_stream() -> None:
+    model = staged("segformer")
+    with pytest.raises(Refused, match="not read from the normed residual stream"):
+        model.W_V(0)
+    assert model.W_V(2).shape == (4, 32, 8) and model.W_O(0).shape == (2, 8, 16)
+
+
+def test_a_key_of_many_positions_can_be_taken_away() -> None:
+    """-inf for a key's scores is the softmax over the others."""
+    model = staged("segformer")
+    clean = model.run(BATCH, capture=["pattern.0", "v.0"]).cache
+
+    def without(x: Tensor, seen: Any) -> Tensor:
+        return x.index_fill(-1, torch.tensor([2]), -torch.inf)
+
+    cut = model.run(BATCH, capture=["z.0"], edits=[Edit.apply("scores.0", without)]).cache["z.0"]
+    pattern = clean["pattern.0"].index_fill(-1, torch.tensor([2]), 0.0)
+    pattern = pattern / pattern.sum(-1, keepdim=True)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", pattern, clean["v.0"])
+    assert off(cut, wanted) < ROUNDING
