@@ -1,9 +1,9 @@
 """How many model types of the installed transformers verify: a tiny random model of each, probed.
 
-For every causal language model, encoder, encoder-decoder and vision model type that transformers' auto
-classes know (and the text part of multimodal ones, listed apart), the default config is shrunk by the
-names of its fields, a random model is built from it, and the probe makes and verifies its map. No model
-type has code of its own here. An encoder-decoder has a row of its own for its decoder, with the attention
+For every causal language model, encoder, encoder-decoder and model of images, sound or video that
+transformers' auto classes know (and the text part of multimodal ones, listed apart), the default config
+is shrunk by the names of its fields, a random model is built from it, and the probe makes and verifies
+its map. No model type has code of its own here. An encoder-decoder has a row of its own for its decoder, with the attention
 to the source, besides the row of its encoder or of its decoder without a source. A model type is
 
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
@@ -33,7 +33,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -57,8 +57,13 @@ SECONDS, GIGABYTES = 60, 8
 """What one model may take."""
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
-WHOLE = "encoder-decoder"
-KINDS = ("decoder", "encoder", WHOLE, "vision", "multimodal")
+WHOLE, SENSED = "encoder-decoder", "sound and video"
+KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, "multimodal")
+KIND_OF_INPUT = {
+    "input_ids": "encoder",
+    "pixel_values": "vision",
+    **dict.fromkeys(("input_values", "input_features", "pixel_values_videos"), SENSED),
+}
 ROUNDING = 1e-4
 """float32, a few blocks deep: a capturing pass may form patterns where the plain one called SDPA."""
 
@@ -82,6 +87,10 @@ def model_types() -> list[tuple[str, str, list[str]]]:
     mappings = (
         ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
         ("decoder", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (SENSED, auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
+        (SENSED, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+        (SENSED, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+        (SENSED, auto.MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES),
         ("vision", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         ("vision", auto.MODEL_FOR_IMAGE_MAPPING_NAMES),
         ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
@@ -99,18 +108,17 @@ def model_types() -> list[tuple[str, str, list[str]]]:
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     ):
-        known = {name for name, kind, _ in rows if kind == WHOLE}
-        rows += [(name, WHOLE, [of]) for name, of in mapping.items() if name not in known]
+        rows += [row for name, of in mapping.items() if (row := (name, WHOLE, [of])) not in rows]
     return sorted(row for row in rows if row[0] in CONFIG_MAPPING_NAMES)
 
 
 def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
-    """The row of one model type; None where it is neither a text nor a vision model."""
+    """The row of one model type; None where it reads neither text, images, sound nor video."""
     row = Row(model_type, kind, classes[0], "not built")
     reasons = []
     for name in classes[:3]:
         try:
-            module = _part(tiny_model(model_type, name, partial(runs, kind=kind)), kind)
+            module = _part(_tiny(model_type, name, kind), kind)
         except Unbuildable as error:
             reasons.append(f"{name}: {error}")
             continue
@@ -124,10 +132,23 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
     return replace(row, reason="; ".join(reasons[:1]))
 
 
-def runs(module: nn.Module, kind: str = "") -> None:
-    """Raise what the model's own forward raises on random inputs of its kind, or for NaN."""
+def _tiny(model_type: str, name: str, kind: str) -> nn.Module:
+    """A tiny model; one for whose input no shape is found only where no other is made."""
+    try:
+        return tiny_model(model_type, name, partial(runs, kind=kind, strict=True))
+    except Unbuildable as error:
+        if "Refused" not in str(error):
+            raise
+        return tiny_model(model_type, name, partial(runs, kind=kind))
+
+
+def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
+    """Raise what the model's own forward raises on random inputs of its kind, or for NaN.
+
+    `strict`: and where the probe finds no such inputs.
+    """
     module = _part(module, kind)
-    with suppress(Refused), torch.no_grad():
+    with nullcontext() if strict else suppress(Refused), torch.no_grad():
         if not output_tensor(call_model(module, probe_batch(module))).isfinite().all():
             raise ArithmeticError("its random weights give NaN")
 
@@ -175,7 +196,7 @@ def _kind(module: nn.Module) -> str:
         return "multimodal" if main == "input_ids" else ""
     if main == "input_ids" and not hasattr(module.config, "vocab_size"):
         return ""  # a part of a larger model: it reads cut patches or sound
-    return {"input_ids": "encoder", "pixel_values": "vision"}.get(main, "")
+    return KIND_OF_INPUT.get(main, "")
 
 
 def _line(error: BaseException) -> str:

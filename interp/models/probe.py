@@ -18,6 +18,7 @@ from interp.models import attention
 from interp.models.attention import implementation
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor, text_config
 from interp.models.discover import discover
+from interp.models.inputs import numbers_taken
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
@@ -106,15 +107,15 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
 
 def probe_batch(module: nn.Module) -> Batch:
     """Random inputs of the kind the model takes; for an encoder-decoder a source and a shorter target."""
-    source = _source(module)
-    if not is_encoder_decoder(module):
-        return source
-    generator = torch.Generator().manual_seed(1)
-    target = _random_ids(module, PROBE_TARGET, generator)
-    return Batch.of_inputs({**source.inputs, "decoder_input_ids": target})
+    target = {}
+    if is_encoder_decoder(module):
+        generator = torch.Generator().manual_seed(1)
+        target = {"decoder_input_ids": _random_ids(module, PROBE_TARGET, generator)}
+    source = _source(module, target)
+    return Batch.of_inputs({**source.inputs, **target}) if target else source
 
 
-def _source(module: nn.Module) -> Batch:
+def _source(module: nn.Module, target: dict[str, Tensor]) -> Batch:
     config: Any = getattr(module, "config", None)
     kind = getattr(module, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
@@ -131,14 +132,11 @@ def _source(module: nn.Module) -> Batch:
         )
         dtype = next(module.parameters()).dtype
         return Batch({"pixel_values": torch.randn(shape, generator=generator).to(dtype)})
-    bins, positions = (getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions"))
-    if kind == "input_features" and bins and positions:  # sound: the encoder halves its frames
-        features = torch.randn(PROBE_ROWS, bins, 2 * positions, generator=generator)
-        return Batch({kind: features.to(next(module.parameters()).dtype)})
-    if kind != "input_ids" or config is None:
+    if kind != "input_ids":
+        return Batch({kind: numbers_taken(module, kind, target)})
+    if config is None:
         raise Refused(
-            f"{type(module).__name__} takes '{kind}' and only token and image models can be probed; "
-            "pass its text or vision part"
+            f"{type(module).__name__} takes '{kind}' and has no config to tell its vocabulary"
         )
     return Batch.of_ids(_random_ids(module, PROBE_LENGTH, generator))
 

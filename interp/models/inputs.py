@@ -1,0 +1,152 @@
+"""Random sound, video or other numbers in a shape that a model's own forward takes.
+
+Shapes follow from sizes that configs name alike in every model, and from what the layer that failed
+wanted; the first with which the forward works is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from interp.errors import Refused
+from interp.models.calls import call_model, output_tensor
+from interp.models.spec import module_device
+from interp.run.batch import Batch
+
+ROWS, SAMPLES, FRAMES = 2, 6400, 72
+"""0.4 s at 16 kHz; frames for models that take any number: several positions after pooling by 8."""
+BINS = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim")
+MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
+VIDEO_FRAMES = ("num_frames", "frames_per_clip")
+SIDES = ("image_size", "crop_size")
+MOST = 2**24
+"""Numbers an input may have in all: a learned size beyond is a misunderstanding."""
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What models raise for an input of another shape."""
+
+_known: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+
+
+def numbers_taken(module: nn.Module, name: str, others: dict[str, Tensor]) -> Float[Tensor, "row ..."]:
+    """Random numbers as the model's input `name`, in the first shape with which its forward works.
+
+    Args:
+        others: the other inputs that the forward gets, such as an encoder-decoder's target.
+
+    Raises:
+        Refused: it works with none; with the shapes tried, and why the last failed.
+    """
+    if module in _known:
+        return _numbers(module, _known[module])
+    waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
+    tried: list[tuple[int, ...]] = []
+    why = ""
+    for learns in (True, False):
+        learned = []
+        for shape in waiting:
+            tried.append(shape)
+            batch = Batch.of_inputs({name: _numbers(module, shape), **others})
+            wanted, why = _wanted(module, batch.to(module_device(module)))
+            if not why:
+                _known[module] = shape
+                return _numbers(module, shape)
+            learned += _moved(shape, wanted) if learns else ()
+        waiting = [shape for shape in dict.fromkeys(learned) if shape not in tried]
+    raise Refused(
+        f"{type(module).__name__} takes '{name}', and its forward works with no random input that was "
+        f"tried (shapes {', '.join(map(str, tried))}; the last: {why}); pass its text or vision part"
+    )
+
+
+def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
+    """Video where the config tells frames and sides, spectrograms where it tells bins, waves, both unknown."""
+    for frames in _sizes(config, VIDEO_FRAMES):
+        for side in _sizes(config, SIDES):
+            for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
+                yield ROWS, frames, channels, side, side
+                yield ROWS, channels, frames, side, side
+    lengths = [n for size in _sizes(config, MOST_FRAMES) for n in (size, 2 * size)]
+    for bins in _sizes(config, BINS):
+        for frames in (FRAMES, *lengths):
+            yield ROWS, frames, bins
+            yield ROWS, bins, frames
+    yield ROWS, SAMPLES
+    yield ROWS, 1, SAMPLES
+    yield ROWS, FRAMES, FRAMES - 1
+    yield ROWS, FRAMES
+
+
+def _sizes(config: Any, names: tuple[str, ...]) -> list[int]:
+    """The values that a config and its parts have under these names."""
+    own = [getattr(config, name, None) for name in names]
+    parts = [p for p in vars(config).values() if isinstance(p, PreTrainedConfig)] if config else []
+    inner = [size for part in parts for size in _sizes(part, names)]
+    return [size for size in own if isinstance(size, int) and size > 0] + inner
+
+
+def _numbers(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Spectrograms without negative numbers: some models take the first for indices of a table."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    numbers = numbers.abs() if len(shape) == 3 else numbers
+    return numbers.to(next(module.parameters()).dtype)
+
+
+def _wanted(module: nn.Module, batch: Batch) -> tuple[int, str]:
+    """(by how many channels the layer that failed wanted more, why the forward failed); (0, "") if it works."""
+    inside: list[tuple[nn.Module, Tensor]] = []
+
+    def enter(layer: nn.Module, args: tuple) -> None:
+        if args and isinstance(args[0], Tensor):
+            inside.append((layer, args[0]))
+
+    def leave(layer: nn.Module, args: tuple, output: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            inside.pop()
+
+    leaves = [m for m in module.modules() if _channels(m) is not None]
+    hooks = [leaf.register_forward_pre_hook(enter) for leaf in leaves]
+    hooks += [leaf.register_forward_hook(leave) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            made = output_tensor(call_model(module, batch))
+    except FAILURES as error:
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        for layer, x in inside:
+            channels, axis = _channels(layer) or (0, 0)
+            if x.ndim >= -axis:
+                return channels - x.shape[axis], why
+        return 0, why
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if made.ndim < 2 or made.shape[0] != ROWS:
+        return 0, f"returns {tuple(made.shape)} for {ROWS} rows"
+    return 0, ""
+
+
+def _channels(layer: nn.Module) -> tuple[int, int] | None:
+    """How many channels a layer reads, and on which axis."""
+    for name, axis in (("in_features", -1), ("normalized_shape", -1), ("in_channels", 0)):
+        size = getattr(layer, name, None)
+        size = size[-1] if isinstance(size, tuple) and size else size
+        if isinstance(size, int):
+            kernel = getattr(layer, "kernel_size", ())
+            return size, axis or -1 - len(kernel)
+    return None
+
+
+def _moved(shape: tuple[int, ...], by: int) -> list[tuple[int, ...]]:
+    """The shapes with one axis behind the rows longer by so much."""
+    moved = [
+        (*shape[:axis], shape[axis] + by, *shape[axis + 1 :])
+        for axis in reversed(range(1, len(shape)))
+        if by and shape[axis] + by > 0
+    ]
+    return [new for new in moved if torch.Size(new).numel() <= MOST]
