@@ -3,8 +3,9 @@
 For every causal language model, encoder, encoder-decoder and model of images, sound or video that
 transformers' auto classes know (and the text part of multimodal ones, listed apart), the default config
 is shrunk by the names of its fields, a random model is built from it, and the probe makes and verifies
-its map. No model type has code of its own here. An encoder-decoder has a row of its own for its decoder, with the attention
-to the source, besides the row of its encoder or of its decoder without a source. A model type is
+its map. No model type has code of its own here. An encoder-decoder has a row of its own for its decoder,
+with the attention to the source, besides the row of its encoder or of its decoder without a source. A
+model type is
 
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
@@ -274,7 +275,7 @@ def counts(rows: list[Row]) -> str:
     built = sum(set(outcomes) != {"not built"} for outcomes in asked.values())
     more = count["multimodal", "in full"]
     lines.append(
-        f"{full} model types verified in full (decoders, encoders, vision; of encoder-decoders every "
+        f"{full} model types verified in full (all kinds but the last; of encoder-decoders every "
         f"row), of {built} built and {len(asked)} known; {more} multimodal ones besides, by their text"
     )
     return "\n".join(lines)

@@ -6,7 +6,8 @@ wanted; the first with which the forward works is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from interp.errors import Refused
-from interp.models.calls import call_model, output_tensor
+from interp.errors import BadInput, Refused
+from interp.models.calls import call_model, is_encoder_decoder, output_tensor
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -26,47 +27,73 @@ BINS = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_proje
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
 VIDEO_FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
-MOST = 2**24
-"""Numbers an input may have in all: a learned size beyond is a misunderstanding."""
+UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
+"""Of it the first layer says how many bins it wants; two axes that can be told apart."""
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What models raise for an input of another shape."""
 
 _known: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
-def numbers_taken(module: nn.Module, name: str, others: dict[str, Tensor]) -> Float[Tensor, "row ..."]:
+def numbers_taken(
+    module: nn.Module, name: str, others: dict[str, Tensor]
+) -> Float[Tensor, "row ..."]:
     """Random numbers as the model's input `name`, in the first shape with which its forward works.
 
     Args:
         others: the other inputs that the forward gets, such as an encoder-decoder's target.
 
     Raises:
-        Refused: it works with none; with the shapes tried, and why the last failed.
+        Refused: it works with none; with why the likeliest shape failed.
     """
     if module in _known:
         return _numbers(module, _known[module])
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
-    tried: list[tuple[int, ...]] = []
-    why = ""
-    for learns in (True, False):
-        learned = []
-        for shape in waiting:
-            tried.append(shape)
-            batch = Batch.of_inputs({name: _numbers(module, shape), **others})
-            wanted, why = _wanted(module, batch.to(module_device(module)))
-            if not why:
-                _known[module] = shape
-                return _numbers(module, shape)
-            learned += _moved(shape, wanted) if learns else ()
-        waiting = [shape for shape in dict.fromkeys(learned) if shape not in tried]
+    tried: dict[tuple[int, ...], str] = {}
+    while waiting:
+        shape = waiting.pop(0)
+        batch = Batch.of_inputs({name: _numbers(module, shape), **others})
+        wanted, why = _wanted(module, batch.to(module_device(module)))
+        if not why:
+            _known[module] = shape
+            return _numbers(module, shape)
+        tried[shape] = why
+        if shape == UNKNOWN:
+            waiting += _moved(shape, wanted)
+    shape, why = next(iter(tried.items()))
     raise Refused(
-        f"{type(module).__name__} takes '{name}', and its forward works with no random input that was "
-        f"tried (shapes {', '.join(map(str, tried))}; the last: {why}); pass its text or vision part"
+        f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
+        f"shapes of random input that were tried (of {shape}: {why}); pass its text or vision part"
     )
 
 
+def check_kind(module: nn.Module, data: Any) -> None:
+    """BadInput where a model of sound, images or video is given something else, or numbers of other axes."""
+    main = getattr(module, "main_input_name", "input_ids")
+    if main == "input_ids":
+        return
+    named = data.inputs if isinstance(data, Batch) else data
+    named = named if isinstance(named, Mapping) else {"input_ids": named}
+    read = inspect.signature(type(module).forward).parameters
+    if main not in named and not any(n in read and not n.endswith("mask") for n in named):
+        given = "text" if isinstance(data, (str, list, tuple)) else ", ".join(named)
+        after = ', "decoder_input_ids": …' if is_encoder_decoder(module) else ""
+        raise BadInput(
+            f"{type(module).__name__} reads '{main}' and was given {given}: "
+            f'model.run({{"{main}": …{after}}})'
+        )
+    shape, x = _known.get(module), named.get(main)
+    if shape is None or x is None:
+        return
+    if x.ndim != len(shape) or not x.is_floating_point():
+        raise BadInput(
+            f"'{main}' has shape {tuple(x.shape)} and type {x.dtype}; {type(module).__name__} reads "
+            f"floating-point numbers of {len(shape)} axes, such as {shape}"
+        )
+
+
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
-    """Video where the config tells frames and sides, spectrograms where it tells bins, waves, both unknown."""
+    """Video where the config tells frames and sides, spectrograms where it tells bins, waves, anything."""
     for frames in _sizes(config, VIDEO_FRAMES):
         for side in _sizes(config, SIDES):
             for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
@@ -79,8 +106,7 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
             yield ROWS, bins, frames
     yield ROWS, SAMPLES
     yield ROWS, 1, SAMPLES
-    yield ROWS, FRAMES, FRAMES - 1
-    yield ROWS, FRAMES
+    yield UNKNOWN
 
 
 def _sizes(config: Any, names: tuple[str, ...]) -> list[int]:
@@ -143,10 +169,9 @@ def _channels(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def _moved(shape: tuple[int, ...], by: int) -> list[tuple[int, ...]]:
-    """The shapes with one axis behind the rows longer by so much."""
-    moved = [
+    """The shapes with one axis behind the rows longer by so much, the last one first."""
+    return [
         (*shape[:axis], shape[axis] + by, *shape[axis + 1 :])
         for axis in reversed(range(1, len(shape)))
         if by and shape[axis] + by > 0
     ]
-    return [new for new in moved if torch.Size(new).numel() <= MOST]

@@ -35,6 +35,7 @@ from interp.models.hooks import (
     with_hidden,
     write_change,
 )
+from interp.models.inputs import check_kind
 from interp.models.probe import probe
 from interp.models.readout import unembed
 from interp.models.several import Part, attention_calls
@@ -352,6 +353,7 @@ class Model:
 
     def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor]) -> Batch:
         """Any accepted form of input as a checked Batch on the model's device."""
+        check_kind(self.module, data)
         if isinstance(data, Batch):
             batch = data
         elif isinstance(data, Tensor):

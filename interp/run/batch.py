@@ -45,6 +45,8 @@ class Batch:
             return Batch._of_decoder(inputs)
         mask = inputs.get("attention_mask")
         mask = None if mask is None else mask.bool()
+        if "input_ids" not in inputs and mask is not None and bool(mask.all()):
+            mask = None  # of samples or frames: there may be fewer positions
         if "input_ids" not in inputs or "position_ids" in inputs:
             return Batch(dict(inputs), mask)
         batch = Batch.of_ids(inputs["input_ids"], mask)
@@ -78,7 +80,7 @@ class Batch:
     def source_mask(self) -> Bool[Tensor, "batch source_pos"] | None:
         """Which positions of an encoder-decoder's source are real; None where all are."""
         mask = self.inputs.get("attention_mask") if self.has_source else None
-        return None if mask is None else mask.bool()
+        return None if mask is None or bool(mask.all()) else mask.bool()
 
     def mask_of(self, site: str) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of a site's second axis are real: of the source, for cross_k and cross_v."""

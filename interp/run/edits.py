@@ -129,6 +129,11 @@ class Edit:
                 return x.mean(dim=0, keepdim=True).expand_as(x)
             if seen.mask is None:
                 return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
+            if seen.mask.shape != x.shape[:2]:
+                raise BadInput(
+                    f"which of the {x.shape[1]} positions of '{site}' are padding cannot be told of a mask "
+                    f"of {seen.mask.shape[1]} samples or frames: give rows of one length, or the mean itself (mean=)"
+                )
             return x[seen.mask.to(x.device)].mean(dim=0).expand_as(x)
 
         edit = Edit.apply(site, change, heads, positions)
