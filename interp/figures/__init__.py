@@ -34,7 +34,8 @@ FIGURES: dict[str, dict[str, str]] = {
         "redundancy": "interp.figures.head_groups:redundancy",
     },
     "prune": {"curve": "interp.figures.pruning_curve:pruning_curve"},
-    "shapley": {"map": "interp.figures.shapley_map:shapley_map"},
+    "ablate": {"map": "interp.figures.head_values:ablation_map"},
+    "shapley": {"map": "interp.figures.head_values:shapley_map"},
     "duo_attention": {
         "gates": "interp.figures.duo_gates:duo_gates",
         "tradeoff": "interp.figures.duo_gates:duo_tradeoff",

@@ -95,6 +95,7 @@ ARGUMENTS = {
     "emergence": ((), {"prompts": 4, "progress": False}),
     "compare_weights": ((), {"prompts": 4, "progress": False}),
     "head_groups": ((), {"prompts": 2, "progress": False}),
+    "ablate": ((), {"prompts": 8, "length": 8, "progress": False}),
     "prune": ((), {"prompts": 2, "step": 0.25, "progress": False}),
     "shapley": ((), {"prompts": 2, "budget": 3.0, "progress": False}),
     "flow": ((PROMPT,), {"max_flow": False}),
