@@ -98,7 +98,7 @@ def read(
     True
     """
     unembed = Unembedding(model)
-    d_vocab = model.spec.d_vocab or 0
+    d_vocab = model.spec.d_vocab or unembed(residual.reshape(-1, residual.shape[-1])[:1]).shape[-1]
     _check_top_k(top_k, d_vocab)
     *lead, n, d_model = residual.shape
     stack = residual.reshape(-1, n, d_model)
@@ -262,6 +262,11 @@ def logit_lens(
     sites = [sites] if isinstance(sites, (str, Site)) else list(sites)
     check_options(sites=sites, lens=lens, top_k=top_k, follow=follow)
     Unembedding(model)
+    if model.spec.d_vocab is None:
+        raise Refused(
+            f"{model.id} reads no tokens, and the table of a lens has one at every position; "
+            "interp.lens.read gives what any of its residual vectors says"
+        )
     _check_top_k(top_k, model.spec.d_vocab)
     parsed = [Site.parse(site) for site in sites]
     _check_writes(model, parsed)

@@ -32,6 +32,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     of_ids = batch.has_source or "input_ids" in batch.inputs
     embedding = _name_of(seen, of, "get_input_embeddings") if of_ids else None
     unembedding = _name_of(seen, module, "get_output_embeddings")
+    if unembedding is None and not of_ids:
+        unembedding = _head_of_letters(seen, last)
     final = seen.once(unembedding)
     if final is not None and not final.inputs:  # an embedding, multiplied with outside any module
         final = None
@@ -84,6 +86,19 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     )
 
 
+def _head_of_letters(seen: Recording, last: ModuleCall) -> str | None:
+    """The linear layer behind the blocks that gives each position of sound logits of the vocabulary (CTC)."""
+    d_vocab = getattr(text_config(seen.module), "vocab_size", None)
+    if last.output is None or seen.output.shape != (*last.output.shape[:-1], d_vocab):
+        return None
+    for name, calls in seen.calls.items():
+        (call, *more), weight = calls, getattr(seen.module.get_submodule(name), "weight", None)
+        if not more and call.start >= last.order and isinstance(weight, Tensor):
+            if weight.ndim == 2 and call.output is not None and call.output.equal(seen.output):
+                return name
+    return None
+
+
 def _biased(raw: Tensor, out: Tensor) -> bool:
     """Whether out is raw plus the same vector at every position (translation models' final bias)."""
     added = (out.double() - raw.double()).reshape(-1, out.shape[-1])
@@ -101,7 +116,8 @@ def _final_norm(
     None for the factor where the unembedding reads neither the norm's output nor the residual itself.
     """
     for name, call in after.items():
-        leaf = not any(True for _ in seen.module.get_submodule(name).children())
+        part = seen.module.get_submodule(name)
+        leaf = not isinstance(part, nn.Dropout) and not any(True for _ in part.children())
         if leaf and call.output is not None and same(call.inputs[0], residual):
             if final is None:
                 return name, 1.0

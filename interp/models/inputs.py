@@ -80,7 +80,7 @@ def check_kind(module: nn.Module, data: Any) -> None:
         after = ', "decoder_input_ids": …' if is_encoder_decoder(module) else ""
         raise BadInput(
             f"{type(module).__name__} reads '{main}' and was given {given}: "
-            f'model.run({{"{main}": …{after}}})'
+            f'model.run({{"{main}": …{after}}}); what takes prompts of text cannot be done here'
         )
     shape, x = _known.get(module), named.get(main)
     if shape is None or x is None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput, Refused
+from interp.lens import logit_lens, read
 from interp.models.attention import implementation
 from interp.models.calls import call_model, output_tensor
 from interp.models.inputs import numbers_taken
@@ -224,3 +225,36 @@ def test_the_layer_that_failed_says_what_it_wanted(first: nn.Module, axis: int) 
 def test_a_forward_that_works_with_nothing_is_refused() -> None:
     with pytest.raises(Refused, match=r"takes 'bands'.*none of the \d shapes.*\(2, 6400\)"):
         numbers_taken(Toy(nn.Bilinear(3, 3, 3)), "bands", {})
+
+
+def test_letters_are_read_off_any_layer() -> None:
+    """A CTC head is an unembedding: linear in the final residual, and the lens of the last layer is the model."""
+    model, given = model_of("waves"), inputs("waves")
+    run = model.run(given, capture=["resid_post"])
+    last = run.cache["resid_post.2"]
+    assert close(model.unembed(last), run.logits)
+    normed = (
+        last
+        if model.spec.final_norm is None
+        else model.module.get_submodule(model.spec.final_norm)(last)
+    )
+    assert close(normed @ model.W_U + model.module.lm_head.bias, run.logits)
+    layers = run.cache["resid_post"].permute(2, 0, 1, 3).flatten(1, 2)
+    reading = read(model, layers, final=layers[-1], top_k=3)
+    assert reading.kl is not None and not reading.kl[-1].any() and reading.kl[0].min() > 1e-3
+    assert torch.equal(reading.top_ids[-1, :, 0].view(3, -1), run.logits.argmax(-1))
+    with pytest.raises(Refused, match="reads no tokens"):
+        logit_lens(model, given)
+    with pytest.raises(Refused, match="no language-model head"):
+        model_of("frames, a fixed number").unembed(last)
+
+
+@pytest.mark.parametrize("name", ["waves", "video", "frames to text"])
+def test_a_replay_is_a_run_anew(name: str) -> None:
+    model, given = model_of(name), inputs(name)
+    clean = model.run(given, capture=["resid_pre"])
+    variants = [[Edit.zero("z", heads=[(1, 2)])], [Edit.resample("resid_mid.1")], []]
+    replayed = model.replay(clean, variants, lambda run: run.logits)
+    for logits, edits in zip(replayed, variants, strict=True):
+        assert close(logits, model.run(given, edits=edits).logits)
+    assert not close(replayed[0], replayed[2])
