@@ -118,7 +118,8 @@ def _final_norm(
     for name, call in after.items():
         part = seen.module.get_submodule(name)
         leaf = not isinstance(part, nn.Dropout) and not any(True for _ in part.children())
-        if leaf and call.output is not None and same(call.inputs[0], residual):
+        vectors = all(parameter.ndim < 2 for parameter in part.parameters())
+        if leaf and vectors and call.output is not None and same(call.inputs[0], residual):
             if final is None:
                 return name, 1.0
             if (factor := _factor(call.output, final.inputs[0])) is not None:

@@ -243,6 +243,7 @@ def test_letters_are_read_off_any_layer() -> None:
     reading = read(model, layers, final=layers[-1], top_k=3)
     assert reading.kl is not None and not reading.kl[-1].any() and reading.kl[0].min() > 1e-3
     assert torch.equal(reading.top_ids[-1, :, 0].view(3, -1), run.logits.argmax(-1))
+    assert model_of("frames").spec.final_norm is None  # its head is a convolution, and no norm
     with pytest.raises(Refused, match="reads no tokens"):
         logit_lens(model, given)
     with pytest.raises(Refused, match="no language-model head"):
