@@ -404,7 +404,8 @@ class Model:
         Args:
             data: text, token ids [batch pos], a Batch, or a mapping of model inputs. For an
                 encoder-decoder a text is the source, its decoder having read its start token alone; or
-                a mapping with `input_ids` (the source) and `decoder_input_ids`.
+                a mapping with `input_ids` (the source; of sound `input_features` or `input_values`)
+                and `decoder_input_ids`.
             capture: sites to keep, after edits. Captured tensors are views where they can be.
             edits: applied in order at their sites.
             statistics: row statistics by name (`interp.run.statistics`), streamed over the pattern.
