@@ -76,8 +76,9 @@ def test_values_are_those_of_plain_forwards(tiny):
 def test_an_interrupted_call_goes_on(hand_built, report, tmp_path, monkeypatch):
     options = {"prompts": 32, "error": 1e-4, "progress": False, "checkpoint": tmp_path / "units"}
     ablate_heads(hand_built, **options)
-    last = max((tmp_path / "units").glob("round.*"), key=lambda path: int(path.name.split(".")[1]))
-    last.unlink()
+    max(
+        (tmp_path / "units").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns
+    ).unlink()
     calls = []
     toggled = Game.toggled
     monkeypatch.setattr(Game, "toggled", lambda *args: calls.append(1) or toggled(*args))
