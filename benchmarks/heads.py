@@ -1,23 +1,29 @@
 """What claims about heads cost, and how far they can be trusted, on the default model.
 
-speed: every fast detector beside the plain forwards over its prompts; exact ablation of every head by
-replay beside a loop of full forwards, in time and in multiplications, with the largest difference of the
-two; Shapley values until every standard error is under 0.05 of the largest value, in exact ablation sweeps.
+speed: every fast detector beside the plain forwards over its prompts; exact ablation of every head beside a
+loop of full forwards.
 
 The loop is what one would write without this package: for each head a plain Hugging Face forward with a hook
-on what W_O reads, all logits, cross-entropy at the judged positions. How far replay can be ahead of it is
-bounded. Whatever a head of layer l changes, all positions of every block behind it change too, so an exact
-effect costs the blocks from l on (half of them on average) and the logits of the judged positions. Of the
-default model's forward, 30 blocks take 79 % of the multiplications and the unembedding 21 %; with half of the
-positions judged that leaves 0.5 · 0.79 + 0.5 · 0.21, so about 2 x fewer multiplications, whatever is done. Leaving
-out the head's own attention and the last block's unjudged positions would add 4 %. On a CPU products of one
-forward are as good as those of nine, so time follows the work; an accelerator that a short forward leaves idle
-gains by the batch besides.
+on what W_O reads, all logits, cross-entropy at the judged positions. Ablation is compared with it three times:
+on four prompts of 129 tokens, in time and in multiplications, with the largest difference of the two; on one
+prompt of 17 tokens; and to a standard error of at most 2 % of the largest effect, where the loop, which does not
+look at what it has seen, must run every head on as many prompts as the hardest head needs.
+
+On the same prompts, how far replay can be ahead is bounded. Whatever a head of layer l changes, all positions
+of every block behind it change too, so an exact effect costs the blocks from l on (half of them on average) and
+the logits of the judged positions. Of the default model's forward, 30 blocks take 79 % of the multiplications
+and the unembedding 21 %; with half of the positions judged that leaves 0.5 · 0.79 + 0.5 · 0.21, so about 2 x
+fewer multiplications, whatever is done. Leaving out the head's own attention and the last block's unjudged
+positions would add 4 %. Where a forward is long enough to keep the machine busy, time follows the work; a short
+one (17 tokens) spends most of its time on reading weights, which the nine heads of a layer share.
+
+shapley: Shapley values until every standard error is under 0.05 of the largest value, in exact ablation sweeps.
 
 labels: agreement of labels over three seeds; labels on the same architecture with random weights, every
 detector on, as a share of all heads × roles.
 
     python -m benchmarks.heads speed
+    python -m benchmarks.heads shapley
     python -m benchmarks.heads labels
 """
 
@@ -34,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import circuits
 import interp
 from benchmarks.capture import medians
+from circuits.heads.ablate import ablate_heads
 from circuits.heads.ablation import ablation_effects
 from circuits.heads.detector import choose
 from circuits.heads.scan import prompt_sets, scan
@@ -72,9 +79,9 @@ def fast_detectors(model: Model, n: int, repeats: int) -> None:
     )
 
 
-def exact_ablation(model: Model, looped: int = 27) -> None:
+def exact_ablation(model: Model, n: int, length: int, looped: int = 27) -> None:
     """Replay of every head beside a loop of full forwards, of which `looped` heads are timed: all cost the same."""
-    prompts, _ = repeated_tokens(model, 4)
+    prompts, _ = repeated_tokens(model, n, length=length)
     read, heads = prompts.judged, model.spec.heads
     targets = prompts.ids[:, read + 1]
     some = heads[:: max(1, len(heads) // looped)]
@@ -82,25 +89,43 @@ def exact_ablation(model: Model, looped: int = 27) -> None:
     def replay(of=heads) -> np.ndarray:
         return ablation_effects(model, prompts, of)
 
-    def loop(of=some) -> list[np.ndarray]:
-        return [forward_without(model, prompts, head) for head in of]
-
     with torch.no_grad():
         clean = loss(model.module(input_ids=prompts.ids).logits[:, read], targets).numpy()
     start = time.perf_counter()
     replayed = replay()
     middle = time.perf_counter()
-    full = np.stack(loop()) - clean
+    full = np.stack([forward_without(model, prompts, head) for head in some]) - clean
     seconds = (time.perf_counter() - middle) * len(heads) / len(some)
     one_a_layer = [(layer, 0) for layer in model.spec.attention_layers]
     once = work(lambda: model.run(prompts.batch, logits=read))
     mine = work(lambda: replay(one_a_layer)) - once  # the clean run serves all heads
-    theirs = work(lambda: loop(heads[:1])) * len(one_a_layer)
+    theirs = work(lambda: forward_without(model, prompts, heads[0])) * len(one_a_layer)
     difference = np.abs(replayed[:: max(1, len(heads) // looped)] - full).max()
     print(
-        f"exact ablation of {len(heads)} heads, {len(prompts)} prompts: {middle - start:.0f} s by replay, "
-        f"{seconds:.0f} s in a loop of forwards, {seconds / (middle - start):.1f} x; multiplications "
+        f"exact ablation of {len(heads)} heads, {n} prompts of {prompts.length} tokens: {middle - start:.0f} s by "
+        f"replay, {seconds:.0f} s in a loop of forwards, {seconds / (middle - start):.1f} x; multiplications "
         f"{theirs / mine:.1f} x; largest difference {difference:.1e} nats"
+    )
+
+
+def ablation_to_an_error(model: Model, length: int = 32, looped: int = 27) -> None:
+    """`ablate_heads` beside a loop in which every head sees as many prompts as the hardest one needs."""
+    heads = model.spec.heads
+    some = heads[:: max(1, len(heads) // looped)]
+    prompts, _ = repeated_tokens(model, 8, length=length)
+    start = time.perf_counter()
+    report = ablate_heads(model, length=length, progress=False)
+    middle = time.perf_counter()
+    for head in some:
+        forward_without(model, prompts, head)
+    each = (time.perf_counter() - middle) / len(some) / len(prompts)
+    told = report.meta["ablation"]
+    seconds, loop = middle - start, each * told["all_as_the_hardest"]
+    used = report.table["prompts"]
+    print(
+        f"to a standard error of {told['largest_error'] / told['largest']:.3f} of the largest effect (within "
+        f"what was asked: {told['within']}): {used.mean():.1f} prompts a head, the hardest {used.max()}; "
+        f"{seconds:.0f} s, {loop:.0f} s in a loop of forwards, {loop / seconds:.1f} x"
     )
 
 
@@ -136,7 +161,7 @@ def work(do: Callable[[], object]) -> int:
 
 
 def shapley(model: Model) -> None:
-    report = shapley_values(model, progress=False)
+    report = shapley_values(model, prompts=16, length=8, progress=False)
     table, game = report.table, report.meta["game"]
     share = table["error"].max() / table["value"].abs().max()
     print(f"Shapley: largest standard error {share:.3f} of the largest value; {game}")
@@ -171,7 +196,7 @@ def false_labels(model: Model, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("speed", "labels"))
+    parser.add_argument("what", choices=("speed", "shapley", "labels"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
@@ -180,7 +205,10 @@ def main() -> None:
     model = interp.load(options.model)
     if options.what == "speed":
         fast_detectors(model, options.prompts, options.repeats)
-        exact_ablation(model)
+        exact_ablation(model, 4, 64)
+        exact_ablation(model, 1, 8)
+        ablation_to_an_error(model)
+    elif options.what == "shapley":
         shapley(model)
     else:
         stability(model)
