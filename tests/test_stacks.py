@@ -45,8 +45,8 @@ def read_by(model: Model, module: nn.Module, data: dict[str, Tensor]) -> list[Te
 
 
 @cache
-def image_model(window: int) -> Model:
-    """Three blocks on an image of 8 x 8 patches; the last attends to all of it, others in windows or not."""
+def image_model() -> Model:
+    """Three blocks on an image of 8 x 8 patches, which attend to all of it."""
     torch.manual_seed(0)
     config = transformers.Sam3ViTConfig(
         hidden_size=32,
@@ -56,8 +56,8 @@ def image_model(window: int) -> Model:
         image_size=32,
         pretrain_image_size=32,
         patch_size=4,
-        window_size=window,
-        global_attn_indexes=[2] if window else [0, 1, 2],
+        window_size=0,
+        global_attn_indexes=[0, 1, 2],
     )
     module = transformers.Sam3ViTModel(config).eval()
     with torch.no_grad():
@@ -69,7 +69,7 @@ def image_model(window: int) -> Model:
 
 @pytest.mark.parametrize("name", ["sam_vision", "sam3"])
 def test_positions_are_the_rows_of_an_image_one_after_the_other(name: str) -> None:
-    model = image_model(0) if name == "sam3" else Model(FAMILIES[name](), id=name)
+    model = image_model() if name == "sam3" else Model(FAMILIES[name](), id=name)
     assert (model.spec.hidden_axes, model.spec.d_model) == (IMAGE, 32)
     cache = model.run({"pixel_values": PIXELS}, capture=["resid_pre"]).cache
     side = 8 if name == "sam3" else 4
@@ -82,7 +82,7 @@ def test_positions_are_the_rows_of_an_image_one_after_the_other(name: str) -> No
 
 
 def test_attention_to_the_whole_image_has_every_site() -> None:
-    model = image_model(0)
+    model = image_model()
     assert not model.spec.refused
     batch = Batch({"pixel_values": PIXELS})
     run = model.run(batch, capture=["resid_pre", "attn_write", "resid_mid", "mlp_write", "pattern"])
@@ -95,18 +95,6 @@ def test_attention_to_the_whole_image_has_every_site() -> None:
         rerun = model.run(batch, edits=[edit]).logits
         assert off(replayed, rerun) < ROUNDING
         assert off(rerun, run.logits) > 100 * ROUNDING
-
-
-def test_attention_in_windows_is_refused_by_name_and_the_stream_is_there() -> None:
-    model = image_model(4)
-    for site in ("z", "pattern", "attn_out"):
-        with pytest.raises(Refused, match=r"'layers.0' attends in windows \(8 of 16 positions"):
-            model.run({"pixel_values": PIXELS}, capture=[site])
-    batch = Batch({"pixel_values": PIXELS})
-    run = model.run(batch, capture=["resid_pre"])
-    edit = Edit.zero("resid_post.0", positions=[3])
-    (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
-    assert off(replayed, model.run(batch, edits=[edit]).logits) < ROUNDING
 
 
 def test_what_is_held_of_an_image_has_any_number_of_rows() -> None:

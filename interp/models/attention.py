@@ -37,6 +37,8 @@ class Watch:
 
     needs_rows = False
     """Whether scores or patterns are wanted; if not, SDPA computes z."""
+    at_once = False
+    """Whether scores and patterns are wanted whole, not a chunk of their rows at a time."""
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v to go on with."""
@@ -205,7 +207,8 @@ def _attend_in_chunks(
     n_queries, n_keys = query.shape[2], key.shape[2]
     outputs = []
     chunks = row_chunks(query.shape[0] * query.shape[1], n_queries, n_keys)
-    if torch.is_grad_enabled():  # the graph keeps every chunk: one of them saves as much as many
+    # The graph of gradients keeps every chunk: one of them saves as much as many.
+    if torch.is_grad_enabled() or watch.at_once:
         chunks = [(0, n_queries)]
     for start, stop in chunks:
         # A causal row sees no key after itself: leave those keys out instead of masking them.

@@ -22,6 +22,7 @@ from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
 from interp.models.trials import scaled_z, works_by_position
+from interp.models.windows import find_windows, in_order
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
 from interp.sites import SELF_SITES
@@ -42,7 +43,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     absent: set[str] = set()
     causal = False
     if any(layer.attention for layer in layers):
-        layers = _without_windows(layers, shapes[0][0], refused)
+        layers, blocks = _with_windows(seen, layers, blocks, key, batch, refused)
         blocks = _with_attention(seen, layers, blocks, key, batch, refused)
         blocks = _with_writes(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)
@@ -80,21 +81,32 @@ def _causal(attention: AttentionCall) -> bool:
     return n_keys >= n_queries and not bool(rows.triu(1).any())
 
 
-def _without_windows(layers: list[Layer], rows: int, refused: dict[str, str]) -> list[Layer]:
-    """The layers, less attention that is computed on parts of the input, each a row of its own: refused."""
-    kept = []
-    for layer in layers:
+def _with_windows(
+    seen: Recording,
+    layers: list[Layer],
+    blocks: list[BlockMap],
+    key: int | str,
+    batch: Batch,
+    refused: dict[str, str],
+) -> tuple[list[Layer], list[BlockMap]]:
+    """Attention within windows in the order of positions; refused where it is not known how they are cut."""
+    windows = find_windows(seen, layers, key, batch)
+    layers = [
+        in_order(layer, windows[i].layout) if i in windows else layer
+        for i, layer in enumerate(layers)
+    ]
+    for i, layer in enumerate(layers):
+        rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
         if q is not None and q.shape[0] != rows:
             why = (
                 f"'{layer.name}' attends in windows ({q.shape[0]} of {q.shape[2]} positions, for {rows} "
-                "rows of the batch): their rows and positions are not those of the residual stream"
+                "rows of the batch), and which positions of the residual stream they hold was not found"
             )
             for site in (*SELF_SITES, "attn_out"):
                 refused.setdefault(site, why)
-            layer = replace(layer, attention=None)
-        kept.append(layer)
-    return kept
+            layers[i] = replace(layer, attention=None)
+    return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
 
 
 def _with_attention(
@@ -110,12 +122,12 @@ def _with_attention(
         attention_map(layer, block, key, batch) if layer.attention else block
         for layer, block in zip(layers, blocks, strict=True)
     ]
-    if any(block.attention and block.W_O is None and not block.along for block in blocks):
+    if any(map(_with_something_between, blocks)):
         changed, factors = scaled_z(seen, layers, batch)
         of_call = {id(call): factor for call, factor in zip(seen.attention, factors, strict=True)}
         blocks = [
             gated_attention_map(layer, again, of_call[id(layer.attention)], block, key)
-            if layer.attention and block.W_O is None and not block.along
+            if _with_something_between(block)
             else block
             for layer, again, block in zip(layers, changed, blocks, strict=True)
         ]
@@ -132,6 +144,12 @@ def _with_attention(
                 "attn_out", f"no module of '{block.name}' returns the output of '{block.attention}'"
             )
     return blocks
+
+
+def _with_something_between(block: BlockMap) -> bool:
+    """Whether W_O was not seen to read z, where a trial can tell what stands between them."""
+    alone = not block.along and block.windows is None
+    return block.attention is not None and block.W_O is None and alone
 
 
 def _with_writes(

@@ -66,10 +66,14 @@ class RunWatch(Watch):
         self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
         self.prefix, self.part = prefix, part
         self.statistics = plan.statistics if prefix == "" else None
-        rows = (prefix + "scores", prefix + "pattern")
-        self.needs_rows = self.statistics is not None or plan.wants_any(rows, layer)
+        self.needs_rows = self.wants("scores") or self.wants("pattern")
         self._whole: dict[str, list[Tensor]] = {}
         self._n_keys = 0
+
+    def wants(self, which: str) -> bool:
+        """Whether something is read or changed of "scores" or of "pattern"."""
+        of_rows = self.statistics is not None and which == "pattern"
+        return of_rows or self.plan.wants(self.prefix + which, self.layer)
 
     def inputs(self, q, k, v):
         self._n_keys = k.shape[2]

@@ -30,17 +30,17 @@ from interp.models.hooks import (
     RunWatch,
     Stop,
     Turns,
-    argument,
-    other_forwards,
-    with_hidden,
     write_change,
 )
 from interp.models.inputs import check_kind
+from interp.models.layout import Layout
 from interp.models.probe import probe
 from interp.models.readout import unembed
 from interp.models.several import Part, attention_calls
-from interp.models.spec import BlockMap, Spec, first_tensor, module_device, with_first
+from interp.models.skipping import skipping
+from interp.models.spec import BlockMap, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
+from interp.models.windows import InWindows, Layouts
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
@@ -79,6 +79,7 @@ class Model:
         self.id = id
         self.notes = tuple(notes)
         self.spec = probe(self.module)
+        self._windows = Layouts(self.module, self.spec)
         # Positions are an index into the last hidden state, which may lie on another device than they.
         self._keeps_logits = (
             "logits_to_keep" in inspect.signature(type(module).forward).parameters
@@ -418,6 +419,7 @@ class Model:
             BadInput: unknown site, head, or bad input. Refused: a site this model cannot give.
         """
         batch = self.as_batch(data)
+        self._windows.of(batch)
         plan = self._plan(capture, edits, statistics)
         if stop_at is None and logits is False:
             stop_at = plan.last_layer + 1
@@ -448,6 +450,7 @@ class Model:
             logits, capture: as in `run`; layers before a variant's first edit are not captured.
             progress: called with the number of variants done since the last call.
         """
+        self._windows.of(run.batch)
         starts = [self._first_layer(variant) for variant in variants]
         results: list[Any] = [None] * len(variants)
         per_forward = max(1, tokens_per_forward // (run.batch.size * self._length(run)))
@@ -479,6 +482,7 @@ class Model:
         `data` is then any number of copies of its batch.
         """
         run = Run(self.as_batch(data))
+        self._windows.of(run.batch)
         plan = self._plan(capture, edits, None)
         with ExitStack() as stack:
             self._hook(stack, run, plan, None, grad=False)
@@ -486,7 +490,9 @@ class Model:
                 start = start if self.spec.chained else 0
                 times = run.batch.size // clean.batch.size
                 resid = clean.cache[Site("resid_pre", start)].repeat(times, 1, 1)
-                stack.enter_context(self._skipping(start, resid, clean.extras, times))
+                stack.enter_context(
+                    skipping(self.module, self.spec, start, resid, clean.extras, times)
+                )
             yield run
 
     def _replayed(
@@ -501,7 +507,7 @@ class Model:
         plan = self._plan(capture, edits, None)
         resid = run.cache[Site("resid_pre", start)].repeat(n, 1, 1)
         stop_at = plan.last_layer + 1 if logits is False else None
-        with self._skipping(start, resid, run.extras, n):
+        with skipping(self.module, self.spec, start, resid, run.extras, n):
             return self._forward(run.batch.repeat(n), plan, stop_at=stop_at, logits=logits)
 
     def _first_layer(self, edits: Sequence[Edit]) -> int:
@@ -602,6 +608,7 @@ class Model:
 
         if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):
             raise BadInput("stop_at=0 runs no block: nothing to capture")
+        layouts = self._windows.of(run.batch)
         turns = Turns([block.name for block in self.spec.blocks]) if self.spec.shared else None
         if any(name in ATTENTION_SITES for name, _ in plan.sites) or plan.statistics is not None:
             places: dict[nn.Module, list[tuple[int, str, Part | None]]] = {}
@@ -615,7 +622,8 @@ class Model:
                 if module not in next_call:
                     return Watch()
                 layer, prefix, part = next(next_call[module])
-                return RunWatch(turns.now if turns else layer, plan, touch, run, prefix, part)
+                watching = RunWatch(turns.now if turns else layer, plan, touch, run, prefix, part)
+                return InWindows(watching, layouts[layer]) if layer in layouts else watching
 
             stack.enter_context(window(self.module, watch))
         if turns:
@@ -636,12 +644,12 @@ class Model:
                 stack.callback(block.register_forward_pre_hook(on(pre), with_kwargs=True).remove)
             if where.W_out and plan.wants("mlp_post", layer):
                 self._on_input(stack, where.W_out, partial(touch, "mlp_post", layer), run, on)
+            on_output = partial(self._on_output, stack, run, on, layouts.get(layer))
             for name, module, factor in self._outputs(where):
                 if plan.wants(name, layer):
-                    change = write_change(name, layer, factor, touch)
-                    self._on_output(stack, module, change, run, on)
+                    on_output(module, write_change(name, layer, factor, touch))
             if where.before_mid and plan.wants("resid_mid", layer):
-                self._on_middle(stack, layer, where, touch, pre, run, on)
+                self._on_middle(on_output, layer, where, touch, pre)
             last = stop_at == layer + 1 == self.n_layers
             post = BlockOutput(layer, touch, run, plan, self.spec.hidden_axes, stop=last)
             if post.needed or self.spec.tuple_blocks:
@@ -662,20 +670,19 @@ class Model:
                 yield name, write.module, write.factor(self.module)
 
     def _on_middle(
-        self, stack: ExitStack, layer: int, where: BlockMap, touch, pre: BlockInput, run: Run, on
+        self, on_output: Callable[..., None], layer: int, where: BlockMap, touch, pre: BlockInput
     ) -> None:
         """Hooks for resid_mid: on the norm that returns it, or on the writes that make it."""
         if where.norm_mid is not None:
-            change = write_change("resid_mid", layer, 1.0, touch)
-            self._on_output(stack, where.norm_mid, change, run, on)
+            on_output(where.norm_mid, write_change("resid_mid", layer, 1.0, touch))
             return
         factors = [write.factor(self.module) for write in where.before_mid]
         middle = Middle(layer, factors, touch, pre, where.carry_mid)
         if where.norm_pre is not None:
-            self._on_output(stack, where.norm_pre, middle.keep_normed, run, on)
+            on_output(where.norm_pre, middle.keep_normed)
         for write in where.before_mid[:-1]:
-            self._on_output(stack, write.module, middle.keep, run, on)
-        self._on_output(stack, where.before_mid[-1].module, middle.change, run, on)
+            on_output(write.module, middle.keep)
+        on_output(where.before_mid[-1].module, middle.change)
 
     def _on_input(
         self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run, on
@@ -691,90 +698,41 @@ class Model:
         stack.callback(self.module.get_submodule(name).register_forward_pre_hook(on(hook)).remove)
 
     def _on_output(
-        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run, on
+        self,
+        stack: ExitStack,
+        run: Run,
+        on,
+        layout: Layout | None,
+        name: str,
+        change: Callable[[Tensor], Tensor],
     ) -> None:
-        """Hook a module's output, seen as [batch pos d_model] even where the block flattened it."""
+        """Hook a module's output, seen as [batch pos d_model] even where the block flattened or cut it."""
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             x = first_tensor(output)
             assert x is not None
-            seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
+            cut = layout is not None and layout.holds(name, x, run.batch.size)
+            if layout is not None and cut:
+                seen = layout.positions(x.flatten(1, -2))
+            else:
+                seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
             if name in self.spec.copies:  # the block changes this tensor in place later on
                 seen = seen.clone()
             new = change(seen)
-            if new is x:
+            if new is x or (new is seen and cut and not torch.is_grad_enabled()):
                 return None
             # A view or a copy goes on in place of x, so that what is captured has a gradient; where
             # the block writes into it, it gets a copy of its own.
             new = new.clone() if name in self.spec.copies else new
+            if layout is not None and cut:
+                new = layout.windows(new, x.flatten(1, -2))
             return with_first(output, new.reshape(x.shape))
 
         stack.callback(self.module.get_submodule(name).register_forward_hook(on(hook)).remove)
 
-    @contextmanager
-    def _skipping(
-        self, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
-    ) -> Iterator[None]:
-        """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
-        blocks, size = self.blocks, resid.shape[0] // times
-        begin = next(stage[0] for stage in self.spec.stages if start in stage)
-        skipped: dict[nn.Module, list[Any]] = {}
-        for layer, block in enumerate(blocks[:start]):
-            rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
-            output = None if layer < begin else resid  # other stages return what they are given
-            skipped.setdefault(block, []).append((output, rest))
-        for block in blocks[start:]:  # a module that is called again later on works then
-            if block in skipped:
-                skipped[block].append(None)
-        others = {
-            block: _returning(outputs, block.forward, self.spec)
-            for block, outputs in skipped.items()
-        }
-        with ExitStack() as stack:
-            stack.enter_context(other_forwards(others))
-            if start == begin:
-                first = cycle([resid] + [None] * (blocks.count(blocks[start]) - 1))
-
-                def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-                    given = next(first)
-                    return None if given is None else with_hidden(args, kwargs, given, self.spec)
-
-                hook = blocks[start].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
-                stack.callback(hook.remove)
-            yield
-
-
-def _returning(
-    outputs: Sequence[tuple[Tensor | None, tuple] | None], forward: Callable[..., Any], spec: Spec
-) -> Callable[..., Any]:
-    """A block's forward that returns one output a call in turn, and works as before where it is None.
-
-    An output is a hidden state (its own input, where that is None), and what comes besides.
-    """
-    turns = cycle(outputs)
-
-    def returning(*args: Any, **kwargs: Any) -> Any:
-        output = next(turns)
-        if output is None:
-            return forward(*args, **kwargs)
-        resid, rest = output
-        if resid is not None:
-            args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
-        hidden = argument(args, kwargs, spec.hidden)
-        return (hidden, *rest) if spec.tuple_blocks else hidden
-
-    return returning
-
 
 def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
-
-
-def _repeated(x: Any, size: int, times: int) -> Any:
-    """A block's extra output for `times` copies of a batch of `size` rows."""
-    if isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == size and size > 1:
-        return x.repeat(times, *[1] * (x.ndim - 1))
-    return x
 
 
 def _rows(joint: Run, size: int, place: int) -> Run:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.models.layout import Windows
+
 
 @dataclass(frozen=True)
 class Write:
@@ -105,11 +107,13 @@ class BlockMap:
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before returned.
+    `windows`: where the block cuts its positions into windows, each of which attends to itself.
     """
 
     name: str
     d_model: int = 0
     starts_stage: bool = False
+    windows: Windows | None = None
     attention: str | None = None
     attends: tuple[str, ...] = ()
     along: str = ""

@@ -18,6 +18,7 @@ from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
 from interp.models.stack import Layer, layers_of, with_cross
 from interp.models.weights import linear_map
+from interp.models.windows import in_order
 from interp.sites import ATTENTION_SITES, SELF_SITES
 
 Check_ = Callable[..., bool]
@@ -39,7 +40,12 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     """
     checks, refused = [], dict(spec.refused)
     layers = layers_of(seen, spec.stack, spec.hidden_axes)
-    layers = [with_cross(layer, spec.hidden) for layer in layers]
+    layers = [
+        layer if block.windows is None else in_order(layer, block.windows.layout)
+        for layer, block in zip(
+            (with_cross(layer, spec.hidden) for layer in layers), spec.blocks, strict=True
+        )
+    ]
     # Some models return logits in float32 whatever the stream is in.
     dtypes = (seen.output.dtype, layers[-1].output.dtype)
     dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -75,8 +81,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     if spec.attention_layers:
         check(
             "window",
-            [seen.output],
-            [plain],
+            [_whole_maps(spec, seen.output)],
+            [_whole_maps(spec, plain)],
             "logits under the window equal the model's own",
             ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
             max(relative, 2 * between_kernels),
@@ -298,6 +304,11 @@ def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
 def relative_tolerance(dtype: torch.dtype) -> float:
     """How far an identity may be off in this dtype, relative to its size; as in bfloat16 where none is known."""
     return RELATIVE_TOLERANCE.get(dtype, RELATIVE_TOLERANCE[torch.bfloat16])
+
+
+def _whole_maps(spec: Spec, x: Tensor) -> Tensor:
+    """A model's output; a map over an image, whose last axis holds no channels, as one vector an image."""
+    return x.flatten(1) if spec.d_vocab is None and x.ndim == 4 else x
 
 
 def _side_by_side(

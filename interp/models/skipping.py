@@ -1,0 +1,73 @@
+"""Skipping the blocks before a layer: they return what they returned before, and cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from typing import Any
+
+from torch import Tensor, nn
+
+from interp.models.hooks import argument, other_forwards, with_hidden
+from interp.models.spec import Spec
+
+
+@contextmanager
+def skipping(
+    model: nn.Module, spec: Spec, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
+) -> Iterator[None]:
+    """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
+    size = resid.shape[0] // times
+    blocks = [model.get_submodule(block.name) for block in spec.blocks]
+    begin = next(stage[0] for stage in spec.stages if start in stage)
+    skipped: dict[nn.Module, list[Any]] = {}
+    for layer, block in enumerate(blocks[:start]):
+        rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
+        output = None if layer < begin else resid  # other stages return what they are given
+        skipped.setdefault(block, []).append((output, rest))
+    for block in blocks[start:]:  # a module that is called again later on works then
+        if block in skipped:
+            skipped[block].append(None)
+    others = {block: _returning(outputs, block.forward, spec) for block, outputs in skipped.items()}
+    with ExitStack() as stack:
+        stack.enter_context(other_forwards(others))
+        if start == begin:
+            first = cycle([resid] + [None] * (blocks.count(blocks[start]) - 1))
+
+            def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+                given = next(first)
+                return None if given is None else with_hidden(args, kwargs, given, spec)
+
+            hook = blocks[start].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _returning(
+    outputs: Sequence[tuple[Tensor | None, tuple] | None], forward: Callable[..., Any], spec: Spec
+) -> Callable[..., Any]:
+    """A block's forward that returns one output a call in turn, and works as before where it is None.
+
+    An output is a hidden state (its own input, where that is None), and what comes besides.
+    """
+    turns = cycle(outputs)
+
+    def returning(*args: Any, **kwargs: Any) -> Any:
+        output = next(turns)
+        if output is None:
+            return forward(*args, **kwargs)
+        resid, rest = output
+        if resid is not None:
+            args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
+        hidden = argument(args, kwargs, spec.hidden)
+        return (hidden, *rest) if spec.tuple_blocks else hidden
+
+    return returning
+
+
+def _repeated(x: Any, size: int, times: int) -> Any:
+    """A block's extra output for `times` copies of a batch of `size` rows."""
+    if isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == size and size > 1:
+        return x.repeat(times, *[1] * (x.ndim - 1))
+    return x
