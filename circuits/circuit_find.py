@@ -123,6 +123,7 @@ def check_options(
     example="interp circuit find smollm2-135m ioi --method eap-ig --edges 500",
     figure="graph",
     validate=check_options,
+    takes="text",
 )
 def circuit_find(
     model: Model,

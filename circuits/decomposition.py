@@ -116,8 +116,7 @@ class Decomposition:
         capture: Iterable[str] = (),
     ):
         check_options(baseline=baseline, attention=attention, bias=bias)
-        model.layers_with("pattern")
-        _ = model.W_U  # refused before the pass
+        _check_model(model)
         self.model, self.pairs, self.attention = model, pairs, attention
         self.nodes = _nodes(model)
         self._index = {name: i for i, name in enumerate(self.nodes)}
@@ -423,6 +422,7 @@ def check_options(
     example="interp decompose smollm2-135m ioi --n 8",
     figure="map",
     validate=check_options,
+    takes="text",
 )
 @torch.no_grad()
 def decompose(
@@ -483,6 +483,7 @@ def decompose(
     """
     started = time.perf_counter()
     check_options(baseline=baseline, attention=attention, bias=bias, sources=sources, n=n)
+    _check_model(model)
     pairs = as_pairs(model, task, n=n, seed=seed)
     options = {
         "task": pairs.name,
@@ -525,6 +526,12 @@ def decompose(
     }
     arrays = {"to_logits": found.to_logits, "to_nodes": found.to_nodes}
     return Report("decompose", {"decompose": _table(found, seed)}, arrays, meta)
+
+
+def _check_model(model: Model) -> None:
+    """Refused where patterns or W_U are not there."""
+    model.layers_with("pattern")
+    _ = model.W_U
 
 
 def _notes(whole: Decomposition) -> list[str]:

@@ -56,6 +56,7 @@ def check_options(
     example="interp edges smollm2-135m ioi --method eap-ig --steps 5",
     figure="graph",
     validate=check_options,
+    takes="text",
 )
 def edge_attribution(
     model: Model,

@@ -187,6 +187,7 @@ def _method(scores: Any) -> str | None:
     figure="faithfulness",
     validate=check_options,
     summary=lambda report: report.table.loc[~report.table["ranking"].str.startswith(RANDOM)],
+    takes="text",
 )
 def circuit_evaluate(
     model: Model,
@@ -577,6 +578,7 @@ def _names(tasks: str | Sequence[str]) -> list[str]:
     example="interp circuit overlap smollm2-135m ioi,colored_objects",
     figure="overlap",
     validate=check_overlap,
+    takes="text",
 )
 def circuit_overlap(
     model: Model,

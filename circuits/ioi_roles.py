@@ -74,6 +74,7 @@ def check_options(*, min_effect: float = 0.02, min_attention: float = 0.2, n: in
     example="interp ioi-roles smollm2-135m",
     figure="map",
     validate=check_options,
+    takes="text",
 )
 def ioi_roles(
     model: Model,

@@ -87,6 +87,7 @@ def strongest(report: Report) -> pd.DataFrame:
     figure="map",
     validate=check_options,
     summary=strongest,
+    takes="text",
 )
 @torch.no_grad()
 def patch(

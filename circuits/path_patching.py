@@ -97,6 +97,7 @@ def summary(report: Report) -> pd.DataFrame:
     figure="map",
     validate=check_options,
     summary=summary,
+    takes="text",
 )
 def path_patch(
     model: Model,

@@ -146,6 +146,7 @@ def loudest(report: Report) -> pd.DataFrame:
     figure="words",
     validate=check_options,
     summary=loudest,
+    takes="text",
 )
 @torch.no_grad()
 def readout(

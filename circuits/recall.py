@@ -90,6 +90,7 @@ def movers(report: Report) -> pd.DataFrame:
     figure="overview",
     validate=check_options,
     summary=movers,
+    takes="text",
 )
 def recall(
     model: Model,
@@ -178,6 +179,7 @@ def recall(
         "final_layers": final_layers,
     }
     check_options(**options)
+    model.layers_with("pattern")
     if not model.spec.causal:
         raise Refused(
             f"{model.id} reads both ways: it has no last position that predicts an answer"

@@ -98,6 +98,7 @@ def check_options(
     example="interp repair smollm2-135m ioi --heads 23.0,23.1 --attend IO",
     figure="bars",
     validate=check_options,
+    takes="text",
 )
 @torch.no_grad()
 def repair(

@@ -196,6 +196,7 @@ def summary(report: Report) -> pd.DataFrame:
     figure="relations",
     validate=check_options,
     summary=summary,
+    takes="text",
 )
 def probe_attention(
     model: Model,

@@ -129,6 +129,7 @@ def summary(report: Report) -> pd.DataFrame:
     figure="doses",
     validate=check_options,
     summary=summary,
+    takes="text",
 )
 @torch.no_grad()
 def probe_causal(

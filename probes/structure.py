@@ -283,6 +283,7 @@ def summary(report: Report) -> pd.DataFrame:
     figure="layers",
     validate=check_options,
     summary=summary,
+    takes="text",
 )
 def probe_structure(
     model: Model,

@@ -23,7 +23,7 @@ from circuits.heads.prompt_sets import TOKENS
 from circuits.heads.scan import Scores
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
-from interp.registry import analysis
+from interp.registry import analysis, require_kind
 from interp.report import Report, combined_provenance
 from interp.resampling import INTERVAL
 from interp.run.progress import Progress
@@ -208,6 +208,7 @@ def _measured(
 
 
 def _check_model(model: Model, chosen: Sequence[Detector], reads_text: bool) -> None:
+    require_kind(model, "emergence", "text")
     model.layers_with("pattern")
     if not model.spec.causal or model.spec.unembedding is None:
         raise Refused(

@@ -65,6 +65,7 @@ def check_options(
     figure="map",
     validate=check_options,
     summary=strongest_heads,
+    takes="one stack",
 )
 def classify_heads(
     model: Model,

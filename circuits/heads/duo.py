@@ -102,6 +102,7 @@ def largest_gates(report: Report) -> pd.DataFrame:
     figure="gates",
     validate=check_options,
     summary=largest_gates,
+    takes="text",
 )
 def duo_attention(
     model: Model,

@@ -61,6 +61,7 @@ def check_options(
     example="interp head-groups smollm2-135m",
     figure="map",
     validate=check_options,
+    takes="text",
 )
 def head_groups(
     model: Model,

@@ -52,6 +52,7 @@ def check_options(
     figure="curve",
     validate=check_options,
     summary=lambda report: report.table,
+    takes="text",
 )
 def prune_heads(
     model: Model,

@@ -21,7 +21,7 @@ from interp.models.rescaled import rescaled
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
-from interp.models.trials import scaled_z, works_by_position
+from interp.models.trials import scaled_z, sees_no_later, works_by_position
 from interp.models.windows import find_windows, in_order
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
@@ -41,7 +41,6 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         for layer, shape, start in zip(layers, shapes, starts, strict=True)
     ]
     absent: set[str] = set()
-    causal = False
     if any(layer.attention for layer in layers):
         layers, blocks = _with_windows(seen, layers, blocks, key, batch, refused)
         blocks = _with_attention(seen, layers, blocks, key, batch, refused)
@@ -50,6 +49,8 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         causal = any(layer.attention for layer in layers) and all(
             _causal(layer.attention) for layer in layers if layer.attention
         )
+    else:
+        causal = sees_no_later(seen, layers, batch)
     of_ids = batch.has_source or "input_ids" in batch.inputs
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None

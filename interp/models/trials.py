@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.calls import call_model
+from interp.models.layout import shown
 from interp.models.recording import Recording, record
 from interp.models.spec import first_tensor, with_first
 from interp.models.stack import Layer
@@ -84,6 +85,25 @@ def works_by_position(
             stack.callback(module.register_forward_hook(compare).remove)
         call_model(seen.module, batch)
     return {name for name, same in passed.items() if same}
+
+
+def sees_no_later(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
+    """Whether another last token changes the last block's output at the last position alone.
+
+    Tells causal models whose attention, if any, is not seen; False for inputs that are no tokens.
+    """
+    if batch.has_source or set(batch.inputs) != {"input_ids"}:
+        return False
+    ids = batch.ids.clone()
+    other = [next((i for i in row if i != row[-1]), row[-1]) for row in ids.tolist()]
+    ids[:, -1] = torch.tensor(other).to(ids)
+    again = record(seen.module, Batch.of_ids(ids))
+    output = again.calls[layers[-1].name][-1].output
+    if output is None or output.shape != layers[-1].call.output.shape:  # type: ignore[union-attr]
+        return False
+    moved = (shown(output, layers[-1].axes) - layers[-1].output).abs().amax((0, 2))
+    allowed = 1e-3 * float(layers[-1].output.abs().max())
+    return float(moved[:-1].max()) <= allowed < float(moved[-1])
 
 
 def _reversed(x: Tensor, rows: int) -> Tensor:

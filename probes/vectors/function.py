@@ -27,6 +27,7 @@ from probes.vectors.answers import Answers, answers_of, answers_under, best_sett
 from probes.vectors.heads import (
     SITE,
     best_heads,
+    check_writes,
     function_vector,
     indirect_effects,
     last_means,
@@ -89,6 +90,7 @@ def of_conditions(report: Report) -> pd.DataFrame:
     figure="accuracy",
     validate=check_options,
     summary=of_conditions,
+    takes="text",
 )
 @torch.no_grad()
 def vector_function(
@@ -158,7 +160,10 @@ def vector_function(
     )  # fmt: skip
     started = time.perf_counter()
     places = checked_layers(model, layers, SITE)
-    n_heads = sum(len(model.W_O(layer)) for layer in model.layers_with("z"))
+    with_heads = model.layers_with("z")
+    n_heads = sum(len(model.W_O(layer)) for layer in with_heads)
+    if not any(model.spec.blocks[layer].direct for layer in with_heads):
+        check_writes(model, with_heads)
     if heads is None:
         heads = sorted({min(n, n_heads) for n in HEADS})
     if max(heads) > n_heads:

@@ -6,7 +6,7 @@ replaced by its mean over prompts with the right answers; how far the right answ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,17 +95,24 @@ def head_writes(
     Raises:
         Refused: a model that normalises after attention: what one head writes is then not its own.
     """
+    check_writes(model, means)
     writes = {}
     for layer, z in means.items():
+        W_O, write = model.W_O(layer).float(), model.spec.blocks[layer].attn_write
+        assert write is not None
+        writes[layer] = torch.einsum("hd,hdm->hm", z.to(W_O), W_O) * write.scale
+    return writes
+
+
+def check_writes(model: Model, layers: Iterable[int]) -> None:
+    """Refused where one head's write in these layers is not its own."""
+    for layer in layers:
         block = model.spec.blocks[layer]
         if not block.direct or block.attn_write is None:
             raise Refused(
                 f"layer {layer} of {model.id} does not write W_O's output as it is (a norm stands "
                 "between): the heads' writes do not add up; indirect effects still work"
             )
-        W_O = model.W_O(layer).float()
-        writes[layer] = torch.einsum("hd,hdm->hm", z.to(W_O), W_O) * block.attn_write.scale
-    return writes
 
 
 def function_vector(

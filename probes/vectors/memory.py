@@ -122,6 +122,7 @@ def held_out(report: Report) -> pd.DataFrame:
     figure="map",
     validate=check_options,
     summary=held_out,
+    takes="text",
 )
 @torch.no_grad()
 def vector_inject(

@@ -150,6 +150,7 @@ def of_strengths(report: Report) -> pd.DataFrame:
     figure="dose",
     validate=check_options,
     summary=of_strengths,
+    takes="text",
 )
 @torch.no_grad()
 def vector_steer(

@@ -30,7 +30,7 @@ from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 from probes.vectors.answers import Answers, answers_of, answers_under, condition_row
 from probes.vectors.function import of_conditions
-from probes.vectors.heads import SITE, head_writes, last_means
+from probes.vectors.heads import SITE, check_writes, head_writes, last_means
 from probes.vectors.in_context import (
     TEMPLATE,
     Asked,
@@ -214,6 +214,7 @@ def check_options(
     figure="accuracy",
     validate=check_options,
     summary=of_conditions,
+    takes="text",
 )
 def vector_task(
     model: Model,
@@ -277,6 +278,7 @@ def vector_task(
     started = time.perf_counter()
     if layer is not None:
         checked_layers(model, [layer], SITE)
+    check_writes(model, model.layers_with("z"))
     ((name, pairs),) = task_names(task).items()
     made = word_task(model, name, pairs, template=template, most=most, seed=seed)
     options = {
