@@ -8,6 +8,7 @@ imported when a cache is made.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -63,18 +64,18 @@ def activation_cache(cache: Cache, model: Model | View | None = None) -> Activat
     from transformer_lens import ActivationCache
 
     stored = {(name, layer): x for name in cache for layer, x in cache.by_layer(name).items()}
-    named = {
-        hook: x
+    named = _Named(
+        (hook, x)
         for (name, layer), x in stored.items()
         for hook in to_transformer_lens(Site(name, layer))
-    }
+    )
     if model is None:
         n_layers = 1 + max((layer for _, layer in stored), default=-1)
         return ActivationCache(named, SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers)))
     lens = model if isinstance(model, View) else View(model)
     if any(name in ("q", "k") for name, _ in stored) and lens.projections.as_projected:
         before = {name.replace("hook_rot_", "hook_"): x for name, x in named.items()}
-        named |= {name: x for name, x in before.items() if name.endswith(("hook_q", "hook_k"))}
+        named.update((name, x) for name, x in before.items() if name.endswith(("hook_q", "hook_k")))
     for layer in cache.layers("resid_pre"):
         if (norm := lens.norm_before_attention(layer)) is not None:
             named[f"blocks.{layer}.ln1.hook_scale"] = norm.scale(stored["resid_pre", layer])
@@ -82,6 +83,27 @@ def activation_cache(cache: Cache, model: Model | View | None = None) -> Activat
     if ("resid_post", last) in stored and lens.cfg.normalization_type is not None:
         named["ln_final.hook_scale"] = lens.model.final_norm.scale(stored["resid_post", last])
     return ActivationCache(named, lens)
+
+
+class NotCaptured(BadInput, KeyError):
+    """A cache has no activation of this name; a KeyError too, as TransformerLens code expects."""
+
+    __str__ = Exception.__str__
+
+
+class _Named(dict[str, Tensor]):
+    """Activations by hook name; what was not captured is told with the nearest names."""
+
+    def __missing__(self, name: str) -> Tensor:
+        near = difflib.get_close_matches(name, self, n=3)
+        there = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+        sites = list(
+            dict.fromkeys(key.removeprefix("blocks.").lstrip("0123456789.") for key in self)
+        )
+        raise NotCaptured(
+            f"'{name}' was not captured{there} captured: {', '.join(sites) or 'nothing'}. Name its site in "
+            "model.run(…, capture=[…])"
+        )
 
 
 class View(Weights):

@@ -10,6 +10,7 @@ weights, 1e-4 for the three blocks of a tiny model; weights are equal bit for bi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -234,8 +235,14 @@ def test_a_cache_without_its_model_is_indexed_and_stacked(tiny: Model) -> None:
     assert cache["blocks.0.attn.hook_pattern"].shape == (2, 4, 7, 7)
     assert cache["blocks.0.attn.o.hook_in"] is cache["z", 0]
     assert cache.stack_activation("z").shape == (2, 2, 7, 4, 8)
-    with pytest.raises(KeyError):
+    assert ("resid_pre", 0) not in cache.cache_dict
+    told = "'blocks.0.hook_resid_pre' was not captured; did you mean 'blocks.0.hook_resid_post'"
+    with pytest.raises(BadInput, match=re.escape(told)):
         _ = cache["resid_pre", 0]
+    with pytest.raises(
+        KeyError, match=r"captured: .*attn\.hook_z.*capture="
+    ):  # as their code catches it
+        _ = cache["attn_scores", 1]
 
 
 # --- bridges with processed weights, and what is no bridge of a Hugging Face model --------------------

@@ -60,6 +60,8 @@ def copying_logit(model: Model, prompts: Prompts, run: Run) -> PerPrompt:
         block = model.spec.blocks[layer]
         if block.attn_write is None or not block.direct or block.between:
             continue
+        if any(later.rescales for later in model.spec.blocks[layer:]):
+            continue  # the write is not at the logits what it was here
         z = run.cache[f"z.{layer}"][:, rows].float()
         pulled = torch.einsum("bpm,hdm->bphd", direction, model.W_O(layer).float())
         out[:, layer, : z.shape[2]] = block.attn_write.scale * (z * pulled).sum(-1).mean(1).cpu()

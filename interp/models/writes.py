@@ -59,9 +59,9 @@ class Sums:
         return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing norms or rescales what was added."""
-        return self.norm_mid is None and self.norm_post is None and not self.rescales
+    def stays(self) -> bool:
+        """Whether nothing norms what was added; that the stream is rescaled before leaves it as it is."""
+        return self.norm_mid is None and self.norm_post is None
 
 
 def taken_apart(layer: Layer, key: int | str) -> tuple[Sums | None, list[Candidate]]:
@@ -280,7 +280,7 @@ def write_map(
             if block.attn_write is not None:
                 others.append(write)
                 continue
-            plain = candidate.gain is None and candidate.channels is None and sums.is_plain
+            plain = candidate.gain is None and candidate.channels is None and sums.stays
             block = replace(
                 block, attn_write=write, direct=plain and block.W_O in candidate.modules
             )
