@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
@@ -114,8 +115,16 @@ def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     if spec.unembedding is None:
         raise Refused("this model has no unembedding (no language-model head)")
     if spec.final_norm is not None:
-        residual = at_home(module.get_submodule(spec.final_norm), residual)
-    return at_home(module.get_submodule(spec.unembedding), residual) * spec.logit_scale
+        norm = module.get_submodule(spec.final_norm)
+        residual = at_home(norm, _as_weights(norm, residual))
+    W_U = module.get_submodule(spec.unembedding)
+    return at_home(W_U, _as_weights(W_U, residual)) * spec.logit_scale
+
+
+def _as_weights(module: nn.Module, x: Tensor) -> Tensor:
+    """x in the dtype of a module's weights: a stream may be kept in float32 beside weights in 16 bits."""
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)
+    return x.to(dtype) if dtype in (torch.bfloat16, torch.float16) else x
 
 
 def at_home(module: nn.Module, x: Tensor) -> Tensor:

@@ -119,12 +119,16 @@ def _final_norm(
         part = seen.module.get_submodule(name)
         leaf = not isinstance(part, nn.Dropout) and not any(True for _ in part.children())
         vectors = all(parameter.ndim < 2 for parameter in part.parameters())
-        if leaf and vectors and call.output is not None and same(call.inputs[0], residual):
+        reads = call.inputs[0]  # a stream in float32 may be rounded first
+        found = leaf and vectors and call.output is not None
+        if found and same(reads, residual.to(reads.dtype)):
             if final is None:
                 return name, 1.0
             if (factor := _factor(call.output, final.inputs[0])) is not None:
                 return name, factor
-    return None, None if final is None else _factor(residual, final.inputs[0])
+    return None, None if final is None else _factor(
+        residual.to(final.inputs[0].dtype), final.inputs[0]
+    )
 
 
 def _factor(a: Tensor, b: Tensor) -> float | None:
