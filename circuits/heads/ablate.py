@@ -45,6 +45,7 @@ def check_options(
     figure="map",
     validate=check_options,
     summary=lambda report: report.table.sort_values("value", ascending=False).head(15),
+    takes="text",
 )
 def ablate_heads(
     model: Model,

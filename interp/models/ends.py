@@ -120,8 +120,9 @@ def _final_norm(
         leaf = not isinstance(part, nn.Dropout) and not any(True for _ in part.children())
         vectors = all(parameter.ndim < 2 for parameter in part.parameters())
         reads = call.inputs[0]  # a stream in float32 may be rounded first
-        found = leaf and vectors and call.output is not None
-        if found and same(reads, residual.to(reads.dtype)):
+        if call.output is None or not leaf or not vectors:
+            continue
+        if same(reads, residual.to(reads.dtype)):
             if final is None:
                 return name, 1.0
             if (factor := _factor(call.output, final.inputs[0])) is not None:
