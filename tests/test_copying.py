@@ -1,6 +1,5 @@
 """Copying and suppression by weights and on prompts, on models where they are planted."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +19,27 @@ from circuits.heads.scan import Scores
 from circuits.heads.suppression import SUPPRESSION
 from interp.data.prompts import repeated_tokens
 from tests.families import FAMILIES
+from tests.ground_truth.copying_model import (
+    COPY,
+    ELSEWHERE,
+    MATCH,
+    SUPPRESS,
+    copying_model,
+    looking_at_their_own_token,
+)
 from tests.ground_truth.induction_model import (
     INDUCTION_HEAD,
     character_tokenizer,
     induction_model,
 )
 
-COPY, SUPPRESS, ELSEWHERE, MATCH = (1, 0), (1, 1), (1, 2), (1, 3)
 BY_WEIGHTS = ["copying", "suppression", "copying_rank", "copying_eigenvalues", "qk_matching"]
 REFERENCE = pd.read_csv(Path(__file__).parent / "reference" / "smollm2_heads.csv")
 
 
 @pytest.fixture(scope="module")
-def planted(tiny_model):
-    """W_E = W_U and heads as wide as the stream: one W_OV is the identity, one its negative.
-
-    A third moves every coordinate to the next (it writes as much, of nothing it read); the fourth
-    writes like the third and its queries are its keys. The other layer is random.
-    """
-    model = tiny_model(num_key_value_heads=4, head_dim=32, num_hidden_layers=2)
-    body = model.module.model
-    with torch.no_grad():
-        model.module.lm_head.weight.copy_(body.embed_tokens.weight)
-        for layer in body.layers:
-            layer.mlp.down_proj.weight.zero_()
-            layer.input_layernorm.weight.fill_(1.0)
-        body.norm.weight.fill_(1.0)
-        attention, eye = body.layers[1].self_attn, torch.eye(32)
-        writes = [eye, -eye, eye.roll(1, dims=0), eye.roll(1, dims=0)]
-        attention.v_proj.weight.copy_(torch.cat([eye] * 4))
-        attention.o_proj.weight.copy_(torch.cat(writes, dim=1))
-        attention.q_proj.weight[96:].copy_(eye)
-        attention.k_proj.weight[96:].copy_(eye)
-    return interp.load(model.module)
+def planted():
+    return interp.load(copying_model())
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +187,8 @@ def test_on_repeats_the_induction_head_copies_what_it_attends_to():
     assert score.nan_to_num().abs().max() < 1e-4  # the others write nothing that is unembedded
 
 
-def test_heads_that_look_at_what_they_write_of_copy_or_suppress_it(planted):
-    module = copy.deepcopy(planted.module)
-    with (
-        torch.no_grad()
-    ):  # all four heads attend to their own token, and the first layer writes little
-        module.model.layers[0].self_attn.o_proj.weight.mul_(1e-3)
-        for projection in ("q_proj", "k_proj"):
-            weight = getattr(module.model.layers[1].self_attn, projection).weight
-            weight.copy_(3 * torch.cat([torch.eye(32)] * 4))
-    model = interp.load(module)
+def test_heads_that_look_at_what_they_write_of_copy_or_suppress_it():
+    model = interp.load(looking_at_their_own_token())
     prompts, _ = repeated_tokens(model, 4)
     score, null = (x.mean(0) for x in attended_token_z(model, prompts, prompts.positions[0] >= 1))
     assert score[COPY] > 3 and score[SUPPRESS] < -3

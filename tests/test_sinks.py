@@ -11,43 +11,15 @@ from circuits.heads.first_token_sink import FIRST_TOKEN_SINK
 from circuits.heads.no_op import mass_on_small_values
 from circuits.heads.value_drain import first_over_median
 from interp.data.prompts import repeated_tokens, text_windows
-from tests.ground_truth.head_zoo import D_HEAD, D_VOCAB, POSITION, ZOO, head_zoo
+from tests.ground_truth.dormant_model import EVEN, PREVIOUS, SINK, SWITCHING, dormant_model
 from tests.ground_truth.induction_model import character_tokenizer
 
 NAMES = ["value_drain", "no_op", "switching"]
-SINK, PREVIOUS, SWITCHING, EVEN = (
-    list(ZOO).index(name) for name in ("first_token_sink", "previous_token", "rare_token", "")
-)
-UNKNOWN = 1
-"""The token of what the character tokenizer does not know: digits, brackets, underscores."""
 
 
 @pytest.fixture(scope="module")
 def planted():
-    """The zoo, each head with a value for every token; BOS has none for the sink and the even head.
-
-    The rare-token head is replaced by one that parks on BOS unless there is an unknown character to
-    look at, as in code and in numbered lists.
-    """
-    module = head_zoo()
-    width = module.config.n_embd
-    with torch.no_grad():
-        torch.manual_seed(0)
-        weight = module.transformer.h[0].attn.c_attn.weight
-        for part in (0, 1):
-            sink, mine = (part * width + head * D_HEAD for head in (SINK, SWITCHING))
-            weight[:, mine : mine + D_HEAD] = weight[:, sink : sink + D_HEAD]
-        for sign in (0, 1):
-            weight[2 * UNKNOWN + sign, mine] = 1.5 * weight[2 * POSITION + sign, mine]
-        for head in range(len(ZOO)):
-            first = 2 * width + head * D_HEAD
-            for token in range(D_VOCAB):
-                if token > 0 or head not in (SINK, EVEN):
-                    weight[2 * token, first + token] = 1.0
-                    weight[2 * token + 1, first + token] = -1.0
-        module.transformer.h[0].attn.c_proj.weight.copy_(torch.randn(width, width) * 1e-3)
-        module.lm_head.weight.copy_(torch.randn_like(module.lm_head.weight))
-    return interp.load(module, tokenizer=character_tokenizer())
+    return interp.load(dormant_model(), tokenizer=character_tokenizer())
 
 
 @pytest.fixture(scope="module")
