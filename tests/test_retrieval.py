@@ -272,7 +272,47 @@ def test_a_chat_template_is_used_where_there_is_one():
     (run,) = needle_runs(model, 1, lengths=[400])
     text = "".join(model.tokens(run.ids.tolist()))
     assert text.startswith("ASK") and text.endswith("TELL")
-    assert run.length == 400 and run.width == len(NEEDLES[run.needle].sentence)
+    needle = NEEDLES[run.needle]
+    read = [
+        "".join(model.tokens(_encoded(model, words)))
+        for words in (needle.sentence, " " + needle.answer)
+    ]
+    assert run.length == 400
+    assert ["".join(model.tokens(ids.tolist())) for ids in (run.whole, run.answer)] == read
+
+
+def test_what_stands_in_the_question_too_is_not_asked_for():
+    """Every answer ends its sentence, and shares no word with its question but small ones."""
+    for needle in NEEDLES:
+        assert needle.sentence.endswith(" " + needle.answer)
+        answer, question = (
+            {word.strip(".?").lower() for word in text.split()}
+            for text in (needle.answer, needle.question)
+        )
+        assert answer & question <= {"a", "at", "his", "in", "of", "the"}
+
+
+def test_to_say_the_question_again_is_not_to_retrieve():
+    run = NeedleRun(torch.tensor([9, 1, 2, 3, 4, 5, 9, 9]), start=4, width=2, control=6, lead=3)
+    echo, told = np.array([1, 2, 3, 1, 2, 3]), np.array([1, 2, 3, 4, 5, -1])
+    top = np.array([1, 2, 3, 4, 5, 0])[:, None, None]
+    echo, told = (Decoded(run, said, top, *[np.zeros((6, 1, 1))] * 2) for said in (echo, told))
+    assert (echo.recall, echo.succeeded) == (0.0, False)
+    assert (told.recall, told.succeeded) == (1.0, True)
+    assert copied(told).tolist() == [[[True, True]]] and not copied(echo).any()
+
+
+def test_masked_recall_counts_only_what_is_asked_for(tiny):
+    """The needle's lead is said by teacher forcing, and its tokens are not among those counted."""
+    (run,) = random_runs(1)
+    with_lead = replace(run, start=run.start + 2, width=run.width - 2, lead=2)
+    log_p, recall = masked_recall(tiny, [with_lead], [[(0, 0)]])
+    assert torch.equal(with_lead.whole, run.answer)
+    logits = tiny.run(torch.cat([run.ids, run.answer])[None]).logits[0].log_softmax(-1)
+    at = torch.arange(run.length + 1, run.length + run.width - 1)
+    wanted = logits[at].gather(-1, with_lead.answer[:, None]).mean()
+    assert log_p[0, 0] == pytest.approx(float(wanted), abs=1e-5)
+    assert recall[0, 0] == float((logits[at].argmax(-1) == with_lead.answer).float().mean())
 
 
 def test_needles_stand_in_no_shipped_text():
@@ -310,6 +350,11 @@ def test_a_needle_of_ones_own(random_model):
     mine = Needle("a very plain sentence", "Is it plain?")
     (run,) = needle_runs(random_model, 1, lengths=[200], needles=[mine])
     assert "".join(random_model.tokens(run.answer.tolist())) == mine.sentence[-run.width :]
+    chat = gpt2()
+    chat.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    for answer, asked in (("", mine.sentence), ("plain", " plain"), ("not in it", mine.sentence)):
+        (run,) = needle_runs(chat, 1, lengths=[200], needles=[replace(mine, answer=answer)])
+        assert "".join(chat.tokens(run.answer.tolist())) == asked
 
 
 # --- the null ----------------------------------------------------------------------------------
@@ -435,21 +480,24 @@ def test_decore_options_and_bad_input(tiny):
 
 @pytest.mark.slow
 def test_the_default_models_retrieval_heads_and_what_masking_them_does(smollm):
-    """Eight runs of 200 tokens beside the independent figures of 17 runs of 1,000 to 2,000 tokens."""
-    found = decode(smollm, needle_runs(smollm, 8, lengths=[200], seed=0))
+    """Twelve runs of 250 tokens beside the independent figures of 17 runs of 1,000 to 2,000 tokens.
+
+    Other needles, questions and contexts. What is scored is the same, as published: the span that answers.
+    (Of the whole sentence, whose first words the question holds too, L18H6 copies half as much: 0.5.)
+    """
+    found = decode(smollm, needle_runs(smollm, 12, lengths=[250], seed=0))
     good = [one for one in found if one.succeeded]
     assert len(good) >= 4
     scores = retrieval_scores(good)
     score = scores["score"].mean(0)
     best = top_heads(score, at_most=10)
     assert (18, 6) in best[:3]
-    # Other needles, questions and contexts: the order of heads is the independent one (Pearson .93 with
-    # sixteen runs), the level is not: 0.48 ± 0.06 for L18H6 there, 0.77 in the reference.
     table = pd.read_csv(Path(__file__).parent / "reference" / "smollm2_heads.csv")
     wanted = np.zeros_like(score)
     wanted[table["layer"], table["head"]] = table["retrieval"]
-    assert np.corrcoef(score.ravel(), wanted.ravel())[0, 1] > 0.85
-    assert score[18, 6] > 0.35
+    assert np.corrcoef(score.ravel(), wanted.ravel())[0, 1] > 0.9
+    # standard error over runs of 0.05 to 0.1 on either side
+    assert score[18, 6] == pytest.approx(wanted[18, 6], abs=0.2)
     reference = {(18, 6), (23, 2), (17, 3), (18, 7), (23, 7), (17, 4), (20, 6), (22, 7)}
     assert len(reference & set(best)) >= 5
     assert scores["null"].mean(0).max() < THRESHOLD / 2

@@ -53,8 +53,9 @@ def evidence_mass(
             mean = pattern.mean(2)
             gone = length - mean.shape[-1]  # keys that a sliding window has forgotten
             for row, i in zip(mean, places, strict=True):
-                for name, at in (("score", runs[i].start), ("null", runs[i].control)):
-                    out[name][i, layer, : len(row)] = span_mass(row, at - gone, runs[i].width)
+                needle, width = runs[i].start - runs[i].lead, len(runs[i].whole)
+                for name, at in (("score", needle), ("null", runs[i].control)):
+                    out[name][i, layer, : len(row)] = span_mass(row, at - gone, width)
 
         with torch.no_grad():
             cache = read_prompt(model, ids[:, :-last])

@@ -38,67 +38,84 @@ EXTRA_STEPS = 6
 
 TOKENS_PER_BATCH = 2048
 RECALLED = 0.5
-"""A run succeeds where the answer holds more than this share of the needle's tokens (as published)."""
+"""A run succeeds where the answer holds more than this share of the tokens asked for (as published)."""
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A sentence that stands in no text, and a question that it answers."""
+    """A sentence that stands in no text, a question that it answers, and the words of it that do.
+
+    The rest of the sentence stands in the question too: to repeat that is not to retrieve. Without `answer`
+    the whole sentence is asked for.
+    """
 
     sentence: str
     question: str
+    answer: str = ""
 
 
 NEEDLES = tuple(
-    Needle(sentence, question)
-    for sentence, question in (
+    Needle(sentence, question, answer)
+    for sentence, question, answer in (
         (
             "The brass key to the boathouse hangs behind the clock in the kitchen.",
             "Where does the brass key to the boathouse hang?",
+            "behind the clock in the kitchen.",
         ),
         (
-            "Doctor Ivanov keeps eleven yellow parrots in the tower of the museum.",
+            "In the tower of the museum Doctor Ivanov keeps eleven yellow parrots.",
             "What does Doctor Ivanov keep in the tower of the museum?",
+            "eleven yellow parrots.",
         ),
         (
             "The secret ingredient of the Lisbon soup is a spoonful of burnt honey.",
             "What is the secret ingredient of the Lisbon soup?",
+            "a spoonful of burnt honey.",
         ),
         (
             "The night train to Oslo leaves from platform nine at a quarter past three.",
             "When does the night train to Oslo leave?",
+            "from platform nine at a quarter past three.",
         ),
         (
             "Captain Moreno painted his submarine bright orange to please his daughter.",
             "Why did Captain Moreno paint his submarine?",
+            "to please his daughter.",
         ),
         (
             "The password of the old computer is written under the third blue chair.",
             "Where is the password of the old computer written?",
+            "under the third blue chair.",
         ),
         (
             "Every penguin in the zoo of Nairobi is named after a famous violin player.",
             "After whom is every penguin in the zoo of Nairobi named?",
+            "a famous violin player.",
         ),
         (
             "The winner of the chess match gave her gold medal to a hungry taxi driver.",
             "Who got the gold medal of the winner of the chess match?",
+            "a hungry taxi driver.",
         ),
         (
             "The robot in the library answers questions about volcanoes only on Fridays.",
             "When does the robot in the library answer questions about volcanoes?",
+            "only on Fridays.",
         ),
         (
-            "Professor Tanaka grows purple potatoes on the roof of the science building.",
+            "On the roof of the science building Professor Tanaka grows purple potatoes.",
             "What does Professor Tanaka grow on the roof of the science building?",
+            "purple potatoes.",
         ),
         (
             "The map of the hidden cave was folded inside a box of peppermint cookies.",
             "Where was the map of the hidden cave?",
+            "inside a box of peppermint cookies.",
         ),
         (
             "The bridge to the island is closed because a family of otters lives on it.",
             "Why is the bridge to the island closed?",
+            "because a family of otters lives on it.",
         ),
     )
 )
@@ -112,9 +129,11 @@ class NeedleRun:
 
     Attributes:
         ids: the prompt [pos]; the answer is expected to follow it.
-        start, width: the span that the answer should repeat: `ids[start : start + width]`.
-        control: where a span of the same width starts in the haystack, apart from the needle.
+        start, width: the span that is asked for: `ids[start : start + width]`.
+        control: where a span of `lead + width` tokens starts in the haystack, apart from the needle.
         needle: number in NEEDLES; -1 for another one. depth: where it stands, 0 first to 1 last.
+        lead: how many tokens of the needle stand before the span that an answer may begin with: they are in
+            the question too, and do not count.
     """
 
     ids: Int[Tensor, " pos"]
@@ -123,6 +142,7 @@ class NeedleRun:
     control: int
     needle: int = -1
     depth: float = 0.5
+    lead: int = 0
 
     @property
     def length(self) -> int:
@@ -131,8 +151,13 @@ class NeedleRun:
 
     @property
     def answer(self) -> Int[Tensor, " width"]:
-        """The tokens that the answer should hold."""
+        """The tokens that are asked for."""
         return self.ids[self.start : self.start + self.width]
+
+    @property
+    def whole(self) -> Int[Tensor, " lead+width"]:
+        """The needle up to their last: what a model says that answers in a sentence."""
+        return self.ids[self.start - self.lead : self.start + self.width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +168,7 @@ class Decoded:
         tokens: the answer; -1 after its end [step].
         top: each head's most attended key, the first token included (as published); -1 where a
             layer has no attention or a window does not reach [step n_layers n_heads].
-        mass, mass_control: attention on the needle and on the control span [step n_layers n_heads].
+        mass, mass_control: attention on the span asked for and on the control span [step n_layers n_heads].
     """
 
     run: NeedleRun
@@ -154,7 +179,7 @@ class Decoded:
 
     @property
     def recall(self) -> float:
-        """Share of the needle's tokens that the answer holds, each as often as it holds it (ROUGE-1 recall)."""
+        """Share of the tokens asked for that the answer holds, each as often as it holds it (ROUGE-1 recall)."""
         left = self.run.answer.tolist()
         for token in self.tokens.tolist():
             if token in left:
@@ -213,13 +238,15 @@ def needle_runs(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Token ids of a prompt without its haystack; `cue` tokens of the needle are given, not asked for."""
+    """Token ids of a prompt without its haystack; `asked` is the first token of the needle that is asked for
+    and how many are, `lead` how many before it an answer may begin with."""
 
     before: list[int]
     needle: list[int]
     after: list[int]
     line: list[int]
-    cue: int
+    asked: tuple[int, int]
+    lead: int
 
     @property
     def fixed(self) -> int:
@@ -238,9 +265,27 @@ def _parts(model: Model, needle: Needle, room: int) -> _Parts:
             chat, tokenize=False, add_generation_prompt=True
         )
         before, after = whole.split(mark)
-        return _Parts(_encode(model, before), words, _encode(model, after), line, 0)
+        asked = _asked(model, needle, words)
+        return _Parts(_encode(model, before), words, _encode(model, after), line, asked, asked[0])
     cue = max(2, len(words) // 4)
-    return _Parts(lead_token(model).tolist(), words, line + words[:cue], line, cue)
+    before, asked = lead_token(model).tolist(), (cue, len(words) - cue)
+    return _Parts(before, words, line + words[:cue], line, asked, 0)
+
+
+def _asked(model: Model, needle: Needle, words: Sequence[int]) -> tuple[int, int]:
+    """First token of the answer in the sentence `words`, and its tokens; all where it is not (wholly) there."""
+    before, found, _ = needle.sentence.partition(needle.answer or needle.sentence)
+    first, end = (
+        _shared(words, _encode(model, text)) for text in (before.rstrip(), before + found)
+    )
+    whole = _encode(model, needle.sentence)
+    return (first, end - first) if first < end and len(words) == len(whole) else (0, len(words))
+
+
+def _shared(words: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    pairs = zip(words, beginning, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(words), len(beginning)))
 
 
 def _encode(model: Model, text: str) -> list[int]:
@@ -318,13 +363,15 @@ def _planted(
         *range(len(parts.before), start - len(parts.line) - width + 1),
         *range(end, hay_end - width + 1),
     ]
+    first, asked = parts.asked
     return NeedleRun(
         torch.tensor(ids),
-        start + parts.cue,
-        width - parts.cue,
+        start + first,
+        asked,
         int(generator.choice(starts)),
         which,
         at / needed,
+        parts.lead,
     )
 
 
@@ -344,7 +391,7 @@ def decode(
     token's. Runs of one length share a batch.
 
     Args:
-        extra: steps beyond the needle's width.
+        extra: steps beyond the needle's width (and its lead).
 
     Raises:
         Refused: a model without seen patterns, without logits over tokens, or without a KV cache.
@@ -404,7 +451,7 @@ class _Rows(Watch):
 
 @torch.no_grad()
 def _decoded(model: Model, runs: Sequence[NeedleRun], extra: int) -> list[Decoded]:
-    steps = max(run.width for run in runs) + extra
+    steps = max(run.lead + run.width for run in runs) + extra
     ids = torch.stack([run.ids for run in runs]).to(model.device)
     if model.spec.n_ctx is not None:
         steps = min(steps, model.spec.n_ctx - ids.shape[1])

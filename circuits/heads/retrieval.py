@@ -31,7 +31,7 @@ def copied(found: Decoded, start: int | None = None) -> Bool[np.ndarray, "n_laye
     """Which tokens of a span each head copied: its most attended key is one, and it is generated there.
 
     Args:
-        start: of the span; by default the needle's, else for example the control span's.
+        start: of the span; by default that of what is asked for, else for example the control span's.
     """
     run, (_, n_layers, n_heads) = found.run, found.top.shape
     start = run.start if start is None else start
@@ -47,17 +47,18 @@ def copied(found: Decoded, start: int | None = None) -> Bool[np.ndarray, "n_laye
 def retrieval_scores(
     found: Sequence[Decoded],
 ) -> dict[str, Float[np.ndarray, "n n_layers n_heads"]]:
-    """Share of the needle's tokens that each head copies in each run, with the attention-mass version.
+    """Share of the tokens asked for that each head copies in each run, with the attention-mass version.
 
-    score = |tokens of the needle copied by the head| / |needle|, tokens told apart by position, so that it
-    cannot exceed 1. It does not show that the head causes the answer.
+    score = |tokens asked for that the head copied| / |tokens asked for|, told apart by position, so that it
+    cannot exceed 1. What the needle shares with the question does not count: it can be repeated without
+    the needle. It does not show that the head causes the answer.
 
     Args:
         found: runs of `decode`; leave out those that failed.
 
     Returns: "score"; "null", the same of a span of equal length elsewhere in the haystack; "mass" and
-        "mass_null", the mean attention on both over the steps at which a token of the needle is
-        generated (over all steps where none is). NaN where a layer has no attention.
+        "mass_null", the mean attention on both over the steps at which a token asked for is generated
+        (over all steps where none is). NaN where a layer has no attention.
     """
     parts: dict[str, list[np.ndarray]] = {"score": [], "null": [], "mass": [], "mass_null": []}
     for one in found:
@@ -86,11 +87,11 @@ def retrieval_ablation(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Probability and recall of the needle with heads masked, beside as many random heads of their layers.
+    """Probability and recall of what is asked for with heads masked, beside as many random heads of their layers.
 
     A masked head's queries are zeroed at all positions, as in the published code: it then attends evenly
     to all it sees (but for a sink logit or a position bias, where the model has one). The needle follows
-    the prompt (teacher forcing), so that recall is the share of its tokens that are most likely given
+    the prompt (teacher forcing), so that recall is the share of the tokens asked for that are most likely given
     those before: an upper bound of what free decoding would give. Only blocks from the first masked
     layer on are computed again.
 
@@ -124,16 +125,18 @@ def random_heads(model: Model, heads: Sequence[Head], draws: int, seed: int) -> 
 def masked_recall(
     model: Model, runs: Sequence[NeedleRun], variants: Sequence[Sequence[Head]]
 ) -> tuple[Float[np.ndarray, "variants+1 n"], Float[np.ndarray, "variants+1 n"]]:
-    """Mean log p of the needle's tokens and the share that is most likely; the first row has no head masked."""
+    """Mean log p of the tokens asked for and the share that is most likely; the first row has no head masked."""
     shape = (len(variants) + 1, len(runs))
     log_p, recall = np.empty(shape), np.empty(shape)
     edits = [[mask_heads(heads)] for heads in variants]
     starts = {min(layer for layer, _ in heads) for heads in variants}
     for places in batches(runs):
         length = runs[places[0]].length
-        width = max(runs[i].width for i in places)
+        width = max(len(runs[i].whole) for i in places)
         answers = torch.stack([_filled(runs[i], width) for i in places])
-        real = torch.tensor([[t < runs[i].width for t in range(width)] for i in places])
+        steps = torch.arange(width)
+        asked = [(steps >= runs[i].lead) & (steps < len(runs[i].whole)) for i in places]
+        real = torch.stack(asked)
         ids = torch.cat([torch.stack([runs[i].ids for i in places]), answers[:, :-1]], dim=1)
         read = torch.arange(length - 1, length - 1 + width)
 
@@ -160,9 +163,9 @@ def mask_heads(heads: Sequence[Head], positions: Sequence[int] | None = None) ->
 
 
 def _filled(run: NeedleRun, width: int) -> torch.Tensor:
-    """The answer, its last token repeated up to `width`: what follows it changes nothing before."""
-    answer = run.answer
-    return torch.cat([answer, answer[-1:].expand(width - len(answer))])
+    """The needle up to the answer's end, its last token repeated up to `width`: that changes nothing before."""
+    said = run.whole
+    return torch.cat([said, said[-1:].expand(width - len(said))])
 
 
 def _ablation_table(log_p: np.ndarray, recall: np.ndarray) -> pd.DataFrame:
@@ -292,19 +295,19 @@ RETRIEVAL = Detector(
     name="retrieval",
     title="Retrieval",
     letter="V",
-    description="Share of the tokens of a sentence, planted in a long text, that the head copies while the "
-    "model repeats it: its most attended key is that token, and that token is generated. Runs in which "
-    "the model fails are counted and left out. It shows where a head looks; table retrieval_ablation "
+    description="Share of the tokens that the head copies of what is asked for, in a sentence planted in a long "
+    "text, while the model says it: its most attended key is that token, and that token is generated. Runs in "
+    "which the model fails are counted and left out. It shows where a head looks; table retrieval_ablation "
     "shows whether it matters.",
     source="Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality, §2. Differs: "
-    "needle tokens are counted once each (the published sum can exceed 1); own needles, in a novel; "
+    "tokens are counted once each (the published sum can exceed 1); own needles, in a novel; "
     "contexts of 256 and 512 tokens",
     reads=None,
     null="the same for a span of the same length elsewhere in the haystack",
     threshold=THRESHOLD,
     margin=0.05,
     rank=6,
-    unit="share of the needle",
+    unit="share of the answer",
     observe=_observe,
     tables=_tables,
     notes=_notes,
