@@ -40,24 +40,27 @@ def test_it_answers_on_the_planted_heads_and_on_no_other(detector, truth):
 
 
 def test_its_neighbours_do_not_answer_there(detector, truth):
-    labels = planted_report(truth.world).table.set_index(["layer", "head"])["labels"]
-    given = {head: {name for name in names.split(",") if name} for head, names in labels.items()}
+    table = planted_report(truth.world).table.set_index(["layer", "head"])
+    given = {
+        head: {name for name in names.split(",") if name} for head, names in table["labels"].items()
+    }
     mine = {detector.name} if detector.labels else set()
     for head in truth.heads:
         assert mine <= given[head]
         if mine:
             assert given[head] <= mine | truth.with_it, head
     assert not any(detector.name in given[head] for head in given if head not in truth.heads)
+    if detector.labels:  # nor would they with more prompts
+        assert set(table.index[_large_enough(table, detector)]) == set(truth.heads)
 
 
 def test_on_a_random_model_it_answers_nothing(detector, truth):
     """Neither a label, nor a score and distance from the null that would be large enough for one."""
     table = null_report(truth.null).table
     assert not table["labels"].str.split(",").map(lambda names: detector.name in names).any()
-    score, null = table[detector.name], table[f"{detector.name}_null"]
-    assert score.notna().all()
+    assert table[detector.name].notna().all()
     if detector.labels:
-        large = (score >= detector.threshold) & (detector.side * (score - null) >= detector.margin)
+        large = _large_enough(table, detector)
         assert not large.any(), table[large]
 
 
@@ -68,6 +71,12 @@ def test_its_null_is_what_a_random_head_scores_and_not_what_a_planted_one_does(d
     table = planted_report(truth.world).table.set_index(["layer", "head"])
     planted = _distance(table, detector.name, truth)[list(truth.heads)]
     assert not planted.between(low, high).any(), planted
+
+
+def _large_enough(table, detector: Detector):
+    """Whether score and distance from the null are those of a label, be they significant or not."""
+    score, null = table[detector.name], table[f"{detector.name}_null"]
+    return (score >= detector.threshold) & (detector.side * (score - null) >= detector.margin)
 
 
 def _distance(table, name: str, truth: Truth):
