@@ -25,8 +25,8 @@ from transformers import Cache
 from circuits.measure import Measure
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import at_home, call_model, text_config
-from interp.models.hooks import Stop, other_forwards, with_hidden
+from interp.models.calls import at_home, call_model, other_forwards, text_config
+from interp.models.hooks import Stop, with_hidden
 from interp.models.layout import shown
 from interp.models.model import Model
 from interp.models.spec import first_tensor, module_device, with_first

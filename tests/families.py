@@ -605,19 +605,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "siglip_vision": Family("SiglipVisionModel", "SiglipVisionConfig", IMAGE, ("vision",)),
     "vit": Family("ViTForImageClassification", "ViTConfig", IMAGE, ("vision",)),
-    # --- models that do not call the attention interface ------------------------------------------
+    # --- attention in the model's own code, not through the attention interface -------------------
     "bloom": _text(
         "Bloom",
         {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 97},
         "ALiBi",
-        refused=NO_WINDOW,
     ),
-    "codegen": _text("CodeGen", {**GPT2, "rotary_dim": 8}, "parallel", refused=NO_WINDOW),
+    "codegen": _text("CodeGen", {**GPT2, "rotary_dim": 8}, "parallel", refused=PARALLEL),
     "falcon": _text(
         "Falcon",
         {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97},
         "parallel",
-        refused=NO_WINDOW,
+        "grouped heads",
+        refused=PARALLEL,
     ),
     "gpt_neo": _text(
         "GPTNeo",
@@ -630,9 +630,14 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 64,
         },
         "learned positions",
+    ),
+    "mamba": _text(
+        "Mamba",
+        {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 97, "state_size": 4},
+        "state-space layers",
         refused=NO_WINDOW,
     ),
-    "gptj": _text("GPTJ", {**GPT2, "rotary_dim": 8}, "parallel", refused=NO_WINDOW),
+    "gptj": _text("GPTJ", {**GPT2, "rotary_dim": 8}, "parallel", refused=PARALLEL),
 }
 
 WINDOWED = [name for name, family in FAMILIES.items() if family.expected != "no window"]

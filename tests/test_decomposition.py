@@ -352,4 +352,4 @@ def test_bad_input(tiny):
     with pytest.raises(Refused, match="cannot be unembedded"):
         Decomposition(model_of("bert"), PAIRS)
     with pytest.raises(Refused, match="pattern"):
-        Decomposition(model_of("bloom"), PAIRS)
+        Decomposition(model_of("mamba"), PAIRS)

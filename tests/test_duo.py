@@ -454,4 +454,4 @@ def test_models_without_a_cache_or_a_seen_pattern_are_refused():
     with pytest.raises(Refused, match="both directions"):
         duo_attention(Model(FAMILIES["bert"](), id="bert"), **TINY)
     with pytest.raises(Refused, match="pattern"):
-        duo_attention(Model(FAMILIES["bloom"](), id="bloom"), **TINY)
+        duo_attention(Model(FAMILIES["mamba"](), id="mamba"), **TINY)

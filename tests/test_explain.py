@@ -201,7 +201,7 @@ def test_mary_on_the_default_model(smollm: Model) -> None:
     ("name", "skipped", "there"),
     [
         ("bert", {"lens", "attribute", "flow", "words"}, {"relevance"}),
-        ("bloom", {"attention", "attribute", "flow", "words"}, {"lens", "relevance"}),
+        ("mamba", {"attention", "attribute", "flow", "words"}, {"lens", "relevance"}),
         ("lfm2", {"attribute", "flow", "words"}, {"lens", "relevance"}),
     ],
 )

@@ -600,8 +600,8 @@ def test_models_that_cannot_are_refused_by_name() -> None:
         information_flow(model_of("siglip_text"), IDS)
     with pytest.raises(Refused, match="attn_write"):
         information_flow(model_of("bert"), IDS)
-    with pytest.raises(Refused, match="attention interface"):
-        information_flow(model_of("bloom"), IDS)
+    with pytest.raises(Refused, match="no softmax attention"):
+        information_flow(model_of("mamba"), IDS)
 
 
 # --- figures -----------------------------------------------------------------------------------

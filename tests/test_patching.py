@@ -384,8 +384,8 @@ def test_bad_tasks_and_models_are_told(tiny):
         patching.check_options(task="iou")
     with pytest.raises(BadInput, match="at least two pairs"):
         table_of(tiny, random_pairs(1), kind="resample")
-    with pytest.raises(Refused, match="attention interface"):
-        table_of(model_of("bloom"), random_pairs())
+    with pytest.raises(Refused, match="no softmax attention"):
+        table_of(model_of("mamba"), random_pairs())
     with pytest.raises(Refused, match="language-model head"):
         table_of(model_of("clip_text"), random_pairs())
     same = random_pairs()

@@ -432,7 +432,7 @@ def test_bad_input(tiny):
     ):
         with pytest.raises(BadInput, match=message):
             path_patch(tiny, pairs, progress=False, **options)
-    for name, reason in (("bloom", "attention interface"), ("lfm2", "no attention heads")):
+    for name, reason in (("mamba", "no softmax attention"), ("lfm2", "no attention heads")):
         with pytest.raises(Refused, match=reason):
             path_patch(Model(FAMILIES[name](), id=name), pairs, progress=False)
 

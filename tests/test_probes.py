@@ -486,8 +486,8 @@ def test_bad_data_is_told_before_capture(coins, monkeypatch):
 
 def test_a_site_that_the_model_lacks_is_refused(coins):
     with pytest.raises(Refused, match="'z'"):
-        linear_probes(model_of("bloom"), coins, sites="z", progress=False)
-    assert len(features_of(model_of("bloom"), "resid_post")) == 3
+        linear_probes(model_of("mamba"), coins, sites="z", progress=False)
+    assert len(features_of(model_of("mamba"), "resid_post")) == 3
 
 
 def test_constant_features_are_told_with_their_site():

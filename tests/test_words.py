@@ -254,5 +254,5 @@ def test_bad_input(tiny: Model) -> None:
     assert "neurons" in words(tiny, IDS[:, :1], neurons=0).tables  # a prompt of one token
     with pytest.raises(Refused, match="attn_write"):
         words(model_of("bert"), IDS)
-    with pytest.raises(Refused, match="attention interface"):
-        words(model_of("bloom"), IDS)
+    with pytest.raises(Refused, match="no softmax attention"):
+        words(model_of("mamba"), IDS)

@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from interp.models.own_attention import own, own_attention_shown
+
 IMPLEMENTATION = "interp_window"
 CHUNK_BYTES = 24 * 2**20
 """Target size of one chunk of scores, all heads of one layer together."""
@@ -109,15 +111,21 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     """Route every attention call inside `model` to the Watch that `listener(module)` returns.
 
     The model's configs name our function inside the `with` and their own again after it, also when
-    an exception flies.
+    an exception flies. Modules that compute attention themselves are watched doing so.
     """
     modules = list(model.modules())
     outer = {module: _listeners.get(module) for module in modules}
     explicit = _in_need_of_masks(modules) - _explicit
+    themselves = [module for module in modules if module in own]
+    alone = [module for module in themselves if outer[module] is None]
     try:
         _explicit.update(explicit)
         _listeners.update(dict.fromkeys(modules, listener))
-        with implementation(model, IMPLEMENTATION):
+        with (
+            own_attention_shown(alone, lambda module: _listeners[module](module), _kernel)
+            if themselves
+            else implementation(model, IMPLEMENTATION)
+        ):
             yield
     finally:
         _explicit.difference_update(explicit)
@@ -187,6 +195,40 @@ def attend(
             **kwargs,
         )
     return watch.z(z), None
+
+
+def _kernel(
+    watch: Watch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` returns [batch n_heads pos d_head], shown to `watch`."""
+    query, key, value = watch.inputs(query, key, value)
+    if watch.needs_rows:
+        z = _attend_in_chunks(
+            watch,
+            query,
+            key,
+            value,
+            mask=attn_mask,
+            causal=is_causal,
+            scaling=float(query.shape[-1] ** -0.5) if scale is None else scale,
+            softcap=None,
+            sinks=None,
+            bias=None,
+            dropout=dropout_p,
+        )
+    else:
+        z = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        ).transpose(1, 2)
+    return watch.z(z).transpose(1, 2)
 
 
 def _attend_in_chunks(

@@ -25,7 +25,7 @@ from interp.models.trials import scaled_z, sees_no_later, works_by_position
 from interp.models.windows import find_windows, in_order
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
-from interp.sites import SELF_SITES
+from interp.sites import CROSS, SELF_SITES
 
 WRITE_SITES = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
 
@@ -108,6 +108,16 @@ def _with_windows(
                 refused.setdefault(site, why)
             layers[i] = replace(layer, attention=None)
     return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
+
+
+def _queries_and_keys(layers: list[Layer], refused: dict[str, str]) -> None:
+    """Refuse q and k where the scores are not made of one product of them: they are shown without a width."""
+    for layer in layers:
+        for call, prefix in ((layer.attention, ""), (layer.cross, CROSS)):
+            if call is not None and call.tensors["q"].shape[-1] == 0:
+                why = f"the scores of '{layer.name}' are not made of one product of queries and keys alone"
+                refused.setdefault(prefix + "q", why)
+                refused.setdefault(prefix + "k", why)
 
 
 def _with_attention(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -319,19 +318,3 @@ def with_hidden(args: tuple, kwargs: dict, hidden: Tensor, spec: Spec) -> tuple[
 def argument(args: tuple, kwargs: dict, key: int | str) -> Tensor:
     """One argument of a call, by index or keyword."""
     return args[key] if isinstance(key, int) else kwargs[key]
-
-
-@contextmanager
-def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, calling one of these modules calls what is given for it; its hooks stay."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own

@@ -19,6 +19,7 @@ from interp.models.attention import implementation
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor, text_config
 from interp.models.discover import discover
 from interp.models.inputs import numbers_taken
+from interp.models.own_attention import find_own
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
@@ -43,6 +44,9 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
         seen = record(module, batch)
+        if not seen.attention:
+            why = find_own(module, batch)
+            seen = replace(seen if why else record(module, batch), without=why)
         if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
             seen = _with_masks(module, batch, seen, plain)
         mapped = discover(seen, batch)

@@ -13,10 +13,11 @@ from interp.models.calls import (
     at_home,
     call_model,
     is_encoder_decoder,
+    other_forwards,
     output_tensor,
     uncapped_logits,
 )
-from interp.models.hooks import argument, other_forwards, with_hidden
+from interp.models.hooks import argument, with_hidden
 from interp.models.layout import PLAIN, held
 from interp.models.spec import Spec, module_device
 from interp.run.batch import Batch

@@ -66,13 +66,14 @@ class AttentionCall(Watch):
 
 @dataclass
 class Recording:
-    """Everything seen in the probe forward."""
+    """Everything seen in the probe forward; `without` says why no attention was, where there is none."""
 
     module: nn.Module
     names: dict[nn.Module, str]
     calls: dict[str, list[ModuleCall]]
     attention: list[AttentionCall]
     output: Tensor
+    without: str = ""
 
     def call(self, name: str) -> ModuleCall:
         """The only call of a module that is known to be called once."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from interp.models.hooks import argument, other_forwards, with_hidden
+from interp.models.calls import other_forwards
+from interp.models.hooks import argument, with_hidden
 from interp.models.spec import Spec
 
 

@@ -56,7 +56,7 @@ def find_stack(
     placed = _decoder(seen, placed) or placed
     if not placed:
         why = (
-            f"{type(seen.module).__name__} does not call transformers' attention interface"
+            seen.without
             if not outside
             else f"attention module '{outside[0]}' stands in no ModuleList of blocks"
         )

@@ -1,0 +1,248 @@
+"""Attention that a module computes itself: a product of queries and keys, a softmax, a product with values.
+
+Models that do not call the attention interface compute z in their own code, with matrix products or
+with PyTorch's SDPA. While such a module runs, a `Tape` keeps what it computes; at the product of a
+pattern with values everything is known that the interface is called with, and a `Watch` is shown it. What
+the watch changes is put in place by computing again the steps that depend on it, with the module's
+own functions; where it changes nothing, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import call_model, other_forwards
+from interp.models.tape import (
+    PRODUCTS,
+    Step,
+    Tape,
+    is_product,
+    softmax_of_rows,
+    two_factors,
+    unused_elsewhere,
+)
+from interp.run.batch import Batch
+
+if TYPE_CHECKING:
+    from interp.models.attention import Watch
+
+KERNEL = "scaled_dot_product_attention"
+own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Modules that compute attention themselves, and how many heads: some fold them into the batch."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The product of a pattern with values that is about to be formed, and how its pattern was made.
+
+    `steps` lead from the product of queries and keys to the scores, `after` from the softmax to the pattern;
+    `steps` is empty where the scores depend on queries and keys in another way besides.
+    """
+
+    tape: Tape
+    weights: Tensor
+    values: Tensor
+    after: list[Step]
+    steps: list[Step]
+    n_rows: int
+    n_heads: int
+
+    @property
+    def scores(self) -> Tensor:
+        """What the softmax was given."""
+        softmax = self.after[0]
+        return softmax.args[0] if softmax.args else softmax.kwargs["input"]
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[batch heads rows columns] of a tensor that may have its heads folded into the batch."""
+        return x if x.ndim == 4 else x.unflatten(0, (self.n_rows, -1))
+
+
+def find_own(module: nn.Module, batch: Batch) -> str:
+    """Note which modules of this model compute attention themselves: a window watches them from then on.
+
+    A module is the innermost one whose call forms the scores, the pattern and z. Returns why there is
+    none, "" where there is one.
+    """
+    running: list[tuple[nn.Module, int]] = []
+    noted: set[nn.Module] = set()
+
+    def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
+        first = None
+        if name == KERNEL:
+            first, n_heads = len(tape.steps), 0
+        elif (found := _found(tape, name, args, kwargs, batch.size)) is not None:
+            first, n_heads = (found.steps or found.after)[0].index, found.n_heads
+        if first is not None:
+            inside = [part for part, start in running if start <= first]
+            own[inside[-1]] = n_heads
+            noted.add(inside[-1])
+        return function(*args, **kwargs)
+
+    tape = Tape(attended)
+    with ExitStack() as stack:
+        for part in module.modules():
+            enter = part.register_forward_pre_hook(
+                lambda part, args: running.append((part, len(tape.steps)))
+            )
+            leave = part.register_forward_hook(lambda part, args, out: running.pop() and None)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        stack.enter_context(tape)
+        call_model(module, batch)
+    if noted:
+        return ""
+    if any(softmax_of_rows(step) for step in tape.steps):
+        return (
+            f"{type(module).__name__} calls no attention function, and does not multiply the rows of a "
+            "softmax with values, [batch, heads, query, key] with [batch, heads, key, width]"
+        )
+    return f"{type(module).__name__} has no softmax attention: nothing in it is a softmax over rows of scores"
+
+
+@contextmanager
+def own_attention_shown(
+    modules: Iterable[nn.Module],
+    watch_of: Callable[[nn.Module], Watch],
+    kernel: Callable[..., Tensor],
+) -> Iterator[None]:
+    """Inside, each call of these modules shows its attention to a watch.
+
+    `kernel` computes, with a watch, what PyTorch's SDPA computes.
+    """
+    forwards = {
+        module: partial(_watched, module, module.forward, watch_of, kernel) for module in modules
+    }
+    with other_forwards(forwards):
+        yield
+
+
+def _watched(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    watch_of: Callable[[nn.Module], Watch],
+    kernel: Callable[..., Tensor],
+    *given: Any,
+    **named: Any,
+) -> Any:
+    def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
+        if name == KERNEL:
+            return kernel(watch_of(module), *args, **kwargs)
+        found = _found(tape, name, args, kwargs, n_heads=own[module])
+        if found is None:
+            return function(*args, **kwargs)
+        return _attend(watch_of(module), found, partial(_product, function, args, kwargs, found))
+
+    with Tape(attended):
+        return forward(*given, **named)
+
+
+def _found(
+    tape: Tape, name: str, args: tuple, kwargs: dict, n_rows: int = 0, n_heads: int = 0
+) -> Found | None:
+    """The attention whose z this call is; folded heads are told apart by the number of rows or of heads."""
+    factors = two_factors(name, args, kwargs) if name in PRODUCTS else None
+    if factors is None:
+        return None
+    weights, values = factors
+    if weights.ndim not in (3, 4) or values.ndim not in (3, 4):
+        return None
+    after = tape.origin(weights, softmax_of_rows)
+    if after is None:
+        return None
+    softmax = after[0]
+    scores = softmax.args[0] if softmax.args else softmax.kwargs["input"]
+    steps = tape.origin(scores, is_product, softmax.made_by.get(id(scores))) or []
+    folds = [x for step in [*steps, *after] for x in step.outputs if x.ndim == 4]
+    folds = [x for x in folds if x.shape[-2:] == weights.shape[-2:]]
+    if folds:
+        n_rows, n_heads = folds[0].shape[:2]
+    elif n_heads:
+        n_rows = weights.shape[0] // n_heads
+    elif n_rows:
+        n_heads = weights.shape[0] // n_rows
+    if n_rows * n_heads * weights.shape[-2] * weights.shape[-1] != weights.numel():
+        return None
+    if values.shape[0] % n_rows or (values.ndim == 4 and values.shape[0] != n_rows):
+        return None
+    found = Found(tape, weights, values, after, steps, n_rows, n_heads)
+    return found if _one_product(found) else Found(tape, weights, values, after, [], n_rows, n_heads)
+
+
+def _one_product(found: Found) -> bool:
+    """Whether queries and keys enter the scores in their product alone."""
+    if not found.steps:
+        return False
+    made, factors = found.steps[0].outputs[0], found.steps[0].factors()
+    assert factors is not None
+    return (
+        made.shape[-2:] == found.weights.shape[-2:]
+        and all(x.ndim in (3, 4) and x.shape[0] % found.n_rows == 0 for x in factors)
+        and all(
+            unused_elsewhere(found.tape, x, [*found.steps, found.after[0]], found.after[0])
+            for x in factors
+        )
+    )
+
+
+def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """z as the module has it, its parts shown to `watch` and what it changes put in place."""
+    tape, softmax = found.tape, found.after[0]
+    values: dict[tuple[int, int], Tensor] = {}
+    first = found.steps[0] if found.steps else None
+    v = found.by_head(found.values)
+    factors = first.factors() if first is not None else None
+    if factors is None:  # as many as there are, and nothing to see of them
+        q = v.new_empty(found.n_rows, found.n_heads, found.weights.shape[-2], 0)
+        k = v.new_empty(*v.shape[:3], 0)
+    else:
+        q, k = found.by_head(factors[0]), found.by_head(factors[1]).transpose(-1, -2)
+    new_q, new_k, new_v = watch.inputs(q, k, v)
+    if first is not None and factors is not None and (new_q is not q or new_k is not k):
+        left, right = new_q, new_k.transpose(-1, -2)
+        new = {id(old): x.reshape(old.shape) for old, x in zip(factors, (left, right), strict=True)}
+        tape.redo(first, new, values)
+        tape.again(first.index, values)
+    scores = values.get((_maker(softmax, found.scores), id(found.scores)), found.scores)
+    if watch.needs_rows:
+        shown = found.by_head(scores)
+        changed = watch.scores(shown, 0)
+        if changed is not shown:
+            tape.redo(softmax, {id(found.scores): changed.reshape(scores.shape)}, values)
+            tape.again(softmax.index, values)
+    weights = values.get((found.after[-1].index, id(found.weights)), found.weights)
+    if watch.needs_rows:
+        shown = found.by_head(weights)
+        changed = watch.pattern(shown, 0)
+        weights = weights if changed is shown else changed.reshape(weights.shape)
+    z = product(weights, found.values if new_v is v else new_v.reshape(found.values.shape))
+    shown = found.by_head(z).transpose(1, 2)
+    changed = watch.z(shown)
+    return z if changed is shown else changed.transpose(1, 2).reshape(z.shape)
+
+
+def _maker(step: Step, given: Tensor) -> int:
+    maker = step.made_by.get(id(given))
+    return -1 if maker is None else maker.index
+
+
+def _product(
+    function: Callable[..., Tensor],
+    args: tuple,
+    kwargs: dict,
+    found: Found,
+    weights: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """The product of another pattern with other values."""
+    new = {id(found.weights): weights, id(found.values): values}
+    args = tuple(new.get(id(x), x) for x in args)
+    return function(*args, **{name: new.get(id(x), x) for name, x in kwargs.items()})

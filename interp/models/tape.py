@@ -1,0 +1,198 @@
+"""What a module computes, call by call: every torch function, what it was given and what it returned.
+
+A tape can say where a tensor came from, and compute again what depends on one that is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+PRODUCTS = {  # names of the two factors, and where they stand
+    "matmul": (("input", 0), ("other", 1)),
+    "__matmul__": (("input", 0), ("other", 1)),
+    "bmm": (("input", 0), ("mat2", 1)),
+    "baddbmm": (("batch1", 1), ("batch2", 2)),
+}
+
+
+@dataclass(eq=False)
+class Step:
+    """One call: what it was given, what it returned, and the steps that had made what it was given."""
+
+    index: int
+    function: Callable[..., Any]
+    name: str
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    made_by: dict[int, Step]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it returns a tensor that it was given, changed."""
+        given = {id(x) for x in tensors(self.args, self.kwargs)}
+        return any(id(x) in given for x in self.outputs)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two factors of a matrix product."""
+        if self.name not in PRODUCTS:
+            return None
+        return two_factors(self.name, self.args, self.kwargs)
+
+
+def two_factors(name: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The two factors of a product that is about to be formed."""
+    left, right = (
+        args[at] if at < len(args) else kwargs.get(keyword) for keyword, at in PRODUCTS[name]
+    )
+    return (left, right) if isinstance(left, Tensor) and isinstance(right, Tensor) else None
+
+
+@dataclass
+class Tape(TorchFunctionMode):
+    """The calls of torch functions inside the `with`; `attended` may take a call over."""
+
+    attended: Callable[[Tape, str, Callable, tuple, dict], Any]
+    steps: list[Step] = field(default_factory=list)
+    latest: dict[int, Step] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        out = self.attended(self, name, func, args, kwargs)
+        changed = name == "__setitem__"
+        outputs = (args[0],) if changed else tuple(_flat((out,)))
+        if outputs and (given := list(tensors(args, kwargs))):
+            made_by = {id(x): self.latest[id(x)] for x in given if id(x) in self.latest}
+            step = Step(len(self.steps), func, name, args, kwargs, outputs, made_by)
+            self.steps.append(step)  # which keeps all these tensors alive, and so their ids theirs
+            self.latest.update((id(x), step) for x in outputs)
+        return out
+
+    def again(self, first: int, values: dict[tuple[int, int], Tensor]) -> None:
+        """Compute again every step from `first` on that reads what `values` has another value for.
+
+        `values` is by the index of a step and the id of its output; what is computed is added to it.
+        """
+        for step in self.steps[first:]:
+            if any((step.index, id(x)) in values for x in step.outputs):
+                continue
+            new = {
+                of: values[maker.index, of]
+                for of, maker in step.made_by.items()
+                if (maker.index, of) in values
+            }
+            if new:
+                self.redo(step, new, values)
+
+    def redo(
+        self, step: Step, new: Mapping[int, Tensor], values: dict[tuple[int, int], Tensor]
+    ) -> None:
+        """One step with other tensors, by the id of those it was given."""
+        if step.in_place:  # the new value may be needed as it was
+            new = {of: x.clone() if id(step.args[0]) == of else x for of, x in new.items()}
+        args, kwargs = swapped(step.args, new), swapped(step.kwargs, new)
+        out = step.function(*args, **kwargs)
+        outputs = (args[0],) if step.name == "__setitem__" else tuple(_flat((out,)))
+        for old, made in zip(step.outputs, outputs, strict=True):
+            values[step.index, id(old)] = made
+
+    def origin(
+        self, x: Tensor, wanted: Callable[[Step], bool], maker: Step | None = None
+    ) -> list[Step] | None:
+        """The steps from the nearest wanted one to `x`, each of which kept the number of entries."""
+        step = maker or self.latest.get(id(x))
+        if step is None or len(step.outputs) != 1:
+            return None
+        if wanted(step):
+            return [step]
+        if step.name in PRODUCTS or step.name in ("softmax", "linear", "einsum"):
+            return None
+        for given in tensors(step.args, step.kwargs):
+            before = step.made_by.get(id(given))
+            if before is None or given.numel() != x.numel() or not given.is_floating_point():
+                continue
+            if step.in_place and given is not step.outputs[0]:
+                continue  # what it was added to is gone: this step cannot be done again
+            path = self.origin(given, wanted, before)
+            if path is not None:
+                return [*path, step]
+        return None
+
+
+def tensors(*values: Any) -> Iterator[Tensor]:
+    """The tensors among a call's arguments, those in lists included."""
+    for value in values:
+        yield from _flat(value.values() if isinstance(value, dict) else value)
+
+
+def _flat(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _flat(value)
+
+
+def swapped(value: Any, new: Mapping[int, Tensor]) -> Any:
+    """Arguments with some tensors replaced, by their ids."""
+    if isinstance(value, Tensor):
+        return new.get(id(value), value)
+    if isinstance(value, dict):
+        return {name: swapped(x, new) for name, x in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(swapped(x, new) for x in value)
+    return value
+
+
+def softmax_of_rows(step: Step) -> bool:
+    """Whether a step is a softmax over the last axis of a tensor with at least three."""
+    if step.name != "softmax" or len(step.outputs) != 1:
+        return False
+    axis = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
+    ndim = step.outputs[0].ndim
+    return ndim >= 3 and axis in (-1, ndim - 1)
+
+
+def is_product(step: Step) -> bool:
+    """Whether a step is a matrix product."""
+    return step.factors() is not None
+
+
+def unused_elsewhere(tape: Tape, x: Tensor, chain: list[Step], softmax: Step) -> bool:
+    """Whether the scores depend on a factor of their product through that product alone.
+
+    Followed back through steps that only reorder or scale it, the factor may have no reader whose
+    output reaches the softmax on another way than `chain`.
+    """
+    own = {step.index for step in chain}
+    roots: list[tuple[int, Step | None]] = [(id(x), chain[0].made_by.get(id(x)))]
+    while (step := roots[-1][1]) is not None and step.name not in PRODUCTS and not step.in_place:
+        own.add(step.index)
+        given = list(tensors(step.args, step.kwargs))
+        if len(given) != 1 or given[0].numel() != step.outputs[0].numel():
+            break
+        roots.append((id(given[0]), step.made_by.get(id(given[0]))))
+    reached = {
+        (maker.index if maker else -1, of) for of, maker in roots
+    }
+    others: set[int] = set()
+    for step in tape.steps[: softmax.index + 1]:
+        from_root = step.index not in own and any(
+            (step.made_by[id(g)].index if id(g) in step.made_by else -1, id(g)) in reached
+            for g in tensors(step.args, step.kwargs)
+        )
+        from_other = any(maker.index in others for maker in step.made_by.values())
+        if (from_root or from_other) and step.index not in own:
+            others.add(step.index)
+        elif from_other:
+            return False
+    return softmax.index not in others
