@@ -43,6 +43,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     absent: set[str] = set()
     if any(layer.attention for layer in layers):
         layers, blocks = _with_windows(seen, layers, blocks, key, batch, refused)
+        _queries_and_keys(layers, refused)
         blocks = _with_attention(seen, layers, blocks, key, batch, refused)
         blocks = _with_writes(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)

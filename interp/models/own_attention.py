@@ -174,7 +174,9 @@ def _found(
     if values.shape[0] % n_rows or (values.ndim == 4 and values.shape[0] != n_rows):
         return None
     found = Found(tape, weights, values, after, steps, n_rows, n_heads)
-    return found if _one_product(found) else Found(tape, weights, values, after, [], n_rows, n_heads)
+    return (
+        found if _one_product(found) else Found(tape, weights, values, after, [], n_rows, n_heads)
+    )
 
 
 def _one_product(found: Found) -> bool:
@@ -206,7 +208,9 @@ def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tens
     else:
         q, k = found.by_head(factors[0]), found.by_head(factors[1]).transpose(-1, -2)
     new_q, new_k, new_v = watch.inputs(q, k, v)
-    if first is not None and factors is not None and (new_q is not q or new_k is not k):
+    left, right = factors or (q, k)
+    same = _same(new_q, q, left) and _same(new_k, k, right)
+    if first is not None and factors is not None and not same:
         left, right = new_q, new_k.transpose(-1, -2)
         new = {id(old): x.reshape(old.shape) for old, x in zip(factors, (left, right), strict=True)}
         tape.redo(first, new, values)
@@ -215,18 +219,24 @@ def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tens
     if watch.needs_rows:
         shown = found.by_head(scores)
         changed = watch.scores(shown, 0)
-        if changed is not shown:
+        if not _same(changed, shown, scores):
             tape.redo(softmax, {id(found.scores): changed.reshape(scores.shape)}, values)
             tape.again(softmax.index, values)
     weights = values.get((found.after[-1].index, id(found.weights)), found.weights)
     if watch.needs_rows:
         shown = found.by_head(weights)
         changed = watch.pattern(shown, 0)
-        weights = weights if changed is shown else changed.reshape(weights.shape)
-    z = product(weights, found.values if new_v is v else new_v.reshape(found.values.shape))
+        weights = weights if _same(changed, shown, weights) else changed.reshape(weights.shape)
+    same = _same(new_v, v, found.values)
+    z = product(weights, found.values if same else new_v.reshape(found.values.shape))
     shown = found.by_head(z).transpose(1, 2)
     changed = watch.z(shown)
-    return z if changed is shown else changed.transpose(1, 2).reshape(z.shape)
+    return z if _same(changed, shown, z) else changed.transpose(1, 2).reshape(z.shape)
+
+
+def _same(new: Tensor, shown: Tensor, old: Tensor) -> bool:
+    """Whether what a watch was shown of a tensor goes on as it was: with gradients, only the very tensor."""
+    return new is shown and (shown is old or not torch.is_grad_enabled())
 
 
 def _maker(step: Step, given: Tensor) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -78,13 +77,11 @@ class Tape(TorchFunctionMode):
         return out
 
     def again(self, first: int, values: dict[tuple[int, int], Tensor]) -> None:
-        """Compute again every step from `first` on that reads what `values` has another value for.
+        """Compute again every step after `first` that reads what `values` has another value for.
 
         `values` is by the index of a step and the id of its output; what is computed is added to it.
         """
-        for step in self.steps[first:]:
-            if any((step.index, id(x)) in values for x in step.outputs):
-                continue
+        for step in self.steps[first + 1 :]:
             new = {
                 of: values[maker.index, of]
                 for of, maker in step.made_by.items()
@@ -181,9 +178,7 @@ def unused_elsewhere(tape: Tape, x: Tensor, chain: list[Step], softmax: Step) ->
         if len(given) != 1 or given[0].numel() != step.outputs[0].numel():
             break
         roots.append((id(given[0]), step.made_by.get(id(given[0]))))
-    reached = {
-        (maker.index if maker else -1, of) for of, maker in roots
-    }
+    reached = {(maker.index if maker else -1, of) for of, maker in roots}
     others: set[int] = set()
     for step in tape.steps[: softmax.index + 1]:
         from_root = step.index not in own and any(

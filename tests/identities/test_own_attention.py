@@ -18,7 +18,9 @@ from tests.families import FAMILIES
 
 OWN = ("gptj", "gpt_neo", "falcon", "bloom", "codegen")
 IDS = torch.randint(10, 97, (2, 9), generator=torch.Generator().manual_seed(0))
-EXACT = 1e-6  # the module's own functions on the same numbers; a change of kernel only in Falcon's SDPA
+EXACT = (
+    1e-6  # the module's own functions on the same numbers; a change of kernel only in Falcon's SDPA
+)
 
 every = pytest.mark.parametrize("name", OWN)
 
@@ -106,7 +108,9 @@ def test_edits_on_the_way_are_edits_of_what_follows(name):
 
     near = {"atol": 1e-5, "rtol": 1e-4}
     even = torch.zeros_like(pattern) + 1 / 9
-    torch.testing.assert_close(z_with(Edit.apply("pattern.1", lambda x, seen: even)), mixed(even), **near)
+    torch.testing.assert_close(
+        z_with(Edit.apply("pattern.1", lambda x, seen: even)), mixed(even), **near
+    )
     torch.testing.assert_close(
         z_with(Edit.scale("scores.1", 0.5)), mixed((scores / 2).softmax(-1)), **near
     )
@@ -157,7 +161,11 @@ def test_ordinary_models_have_no_tape_and_others_none_outside_a_window():
 def test_queries_that_enter_the_scores_twice_are_refused():
     """DeBERTa's scores are a product of queries and keys and two more with positions."""
     config = transformers.DebertaV2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
     )
     config.relative_attention, config.pos_att_type = True, ["c2p", "p2c"]
     model = Model(transformers.DebertaV2Model(config).eval(), id="deberta")
@@ -180,9 +188,6 @@ def test_gradients_are_those_of_small_changes(name):
     for site in sites:
         step = torch.randn_like(run.cache[site]) * (run.cache[site].abs() < 1e3)
         slope = float((run.gradients(target, site) * step).sum())
-        near = [
-            model.run(IDS, edits=[Edit.apply(site, lambda x, seen, by=by: x + by * step)]).logits
-            for by in (-1e-2, 1e-2)
-        ]
+        near = [model.run(IDS, edits=[Edit.add(site, by * step)]).logits for by in (-1e-2, 1e-2)]
         found = float(near[1][:, -1, 5].sum() - near[0][:, -1, 5].sum()) / 2e-2
         assert found == pytest.approx(slope, rel=2e-2, abs=2e-4)
