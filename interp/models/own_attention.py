@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,15 +19,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models.calls import call_model, other_forwards
 from interp.models.tape import (
     PRODUCTS,
     Step,
     Tape,
+    earlier,
     is_product,
+    key_of,
+    only_through,
     softmax_of_rows,
+    swapped,
+    tensors,
     two_factors,
-    unused_elsewhere,
 )
 from interp.run.batch import Batch
 
@@ -40,20 +45,30 @@ own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
+class Factor:
+    """Queries or keys, [.. pos d_head] or, as the product has keys, [.. d_head pos]; and the step that made them."""
+
+    x: Tensor
+    maker: Step | None
+    turned: bool
+
+
+@dataclass(frozen=True)
 class Found:
     """The product of a pattern with values that is about to be formed, and how its pattern was made.
 
-    `steps` lead from the product of queries and keys to the scores, `after` from the softmax to the pattern;
-    `steps` is empty where the scores depend on queries and keys in another way besides.
+    `after` are the steps from the softmax to the pattern. q and k are None where the scores depend on what
+    they are made of in another way besides.
     """
 
     tape: Tape
     weights: Tensor
     values: Tensor
     after: list[Step]
-    steps: list[Step]
     n_rows: int
     n_heads: int
+    q: Factor | None = None
+    k: Factor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -80,7 +95,7 @@ def find_own(module: nn.Module, batch: Batch) -> str:
         if name == KERNEL:
             first, n_heads = len(tape.steps), 0
         elif (found := _found(tape, name, args, kwargs, batch.size)) is not None:
-            first, n_heads = (found.steps or found.after)[0].index, found.n_heads
+            first, n_heads = _first(found), found.n_heads
         if first is not None:
             inside = [part for part, start in running if start <= first]
             own[inside[-1]] = n_heads
@@ -133,16 +148,26 @@ def _watched(
     *given: Any,
     **named: Any,
 ) -> Any:
+    seen = 0
+
     def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
-        if name == KERNEL:
-            return kernel(watch_of(module), *args, **kwargs)
-        found = _found(tape, name, args, kwargs, n_heads=own[module])
-        if found is None:
+        nonlocal seen
+        found = None if name == KERNEL else _found(tape, name, args, kwargs, n_heads=own[module])
+        if found is None and name != KERNEL:
             return function(*args, **kwargs)
+        seen += 1
+        if found is None:
+            return kernel(watch_of(module), *args, **kwargs)
         return _attend(watch_of(module), found, partial(_product, function, args, kwargs, found))
 
     with Tape(attended):
-        return forward(*given, **named)
+        out = forward(*given, **named)
+    if not seen:  # an edit would be left out without a word
+        raise Refused(
+            f"{type(module).__name__} did not attend as it did on the probe: on inputs of "
+            "this kind (longer ones, perhaps) it computes attention in another way"
+        )
+    return out
 
 
 def _found(
@@ -173,56 +198,84 @@ def _found(
         return None
     if values.shape[0] % n_rows or (values.ndim == 4 and values.shape[0] != n_rows):
         return None
-    found = Found(tape, weights, values, after, steps, n_rows, n_heads)
-    return (
-        found if _one_product(found) else Found(tape, weights, values, after, [], n_rows, n_heads)
-    )
+    found = Found(tape, weights, values, after, n_rows, n_heads)
+    if not steps or steps[0].outputs[0].shape[-2:] != weights.shape[-2:]:
+        return found
+    left, right = steps[0].factors() or (weights, values)
+    q = _factor(found, left, steps[0], turned=False)
+    k = _factor(found, right, steps[0], turned=True)
+    return found if q is None or k is None else replace(found, q=q, k=k)
 
 
-def _one_product(found: Found) -> bool:
-    """Whether queries and keys enter the scores in their product alone."""
-    if not found.steps:
+def _factor(found: Found, x: Tensor, product: Step, turned: bool) -> Factor | None:
+    """Where the scores depend on queries or keys through one tensor alone: at the product, or a few steps before it.
+
+    (In DeBERTa keys enter the product, and products with positions besides.)
+    """
+    between: list[Step] = []
+    for given, maker in earlier(x, product.made_by.get(id(x))):
+        as_read = _in_same_order(given, x, between)
+        as_shown = turned and not as_read and _in_same_order(given, x.mT, between, turned=True)
+        if given.ndim not in (3, 4) or given.shape[0] % found.n_rows:
+            return None
+        if (as_read or as_shown) and only_through(found.tape, given, maker, found.after[0]):
+            return Factor(given, maker, turned and as_read)
+        if maker is not None:
+            between.append(maker)
+    return None
+
+
+def _in_same_order(given: Tensor, x: Tensor, between: list[Step], turned: bool = False) -> bool:
+    """Whether steps that made x of `given` (the last one first) left its entries where they are."""
+    if given.shape != x.shape or (turned and not between):
         return False
-    made, factors = found.steps[0].outputs[0], found.steps[0].factors()
-    assert factors is not None
-    return (
-        made.shape[-2:] == found.weights.shape[-2:]
-        and all(x.ndim in (3, 4) and x.shape[0] % found.n_rows == 0 for x in factors)
-        and all(
-            unused_elsewhere(found.tape, x, [*found.steps, found.after[0]], found.after[0])
-            for x in factors
+    if not between:
+        return True
+    numbers = torch.arange(given.numel(), dtype=torch.float64, device=given.device)
+    made = numbers = numbers.reshape(given.shape)
+    for step in reversed(between):
+        old = next(x for x in tensors(step.args, step.kwargs) if x.numel() > 1)
+        made = step.function(
+            *swapped(step.args, {id(old): made}), **swapped(step.kwargs, {id(old): made})
         )
-    )
+    made = made.mT if turned else made
+    scale = made.flatten()[-1] / numbers.flatten()[-1].clamp_min(1)
+    return bool(((made - scale * numbers).abs() <= 0.1 * scale.abs()).all())
+
+
+def _first(found: Found) -> int:
+    """The first step of this attention: what holds it is running by then."""
+    factors = (found.q, found.k)
+    return min(found.after[0].index, *(f.maker.index for f in factors if f and f.maker))
 
 
 def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """z as the module has it, its parts shown to `watch` and what it changes put in place."""
     tape, softmax = found.tape, found.after[0]
     values: dict[tuple[int, int], Tensor] = {}
-    first = found.steps[0] if found.steps else None
     v = found.by_head(found.values)
-    factors = first.factors() if first is not None else None
-    if factors is None:  # as many as there are, and nothing to see of them
+    if found.q is None or found.k is None:  # as many as there are, and nothing to see of them
         q = v.new_empty(found.n_rows, found.n_heads, found.weights.shape[-2], 0)
-        k = v.new_empty(*v.shape[:3], 0)
+        q, k, new_v = watch.inputs(q, v.new_empty(*v.shape[:3], 0), v)
     else:
-        q, k = found.by_head(factors[0]), found.by_head(factors[1]).transpose(-1, -2)
-    new_q, new_k, new_v = watch.inputs(q, k, v)
-    left, right = factors or (q, k)
-    same = _same(new_q, q, left) and _same(new_k, k, right)
-    if first is not None and factors is not None and not same:
-        left, right = new_q, new_k.transpose(-1, -2)
-        new = {id(old): x.reshape(old.shape) for old, x in zip(factors, (left, right), strict=True)}
-        tape.redo(first, new, values)
-        tape.again(first.index, values)
-    scores = values.get((_maker(softmax, found.scores), id(found.scores)), found.scores)
+        factors = (found.q, found.k)
+        q, k = (found.by_head(f.x.mT if f.turned else f.x) for f in factors)
+        new_q, new_k, new_v = watch.inputs(q, k, v)
+        for factor, shown, new in zip(factors, (q, k), (new_q, new_k), strict=True):
+            if not _same(new, shown, factor.x):
+                new = new.mT if factor.turned else new
+                values[key_of(factor.x, factor.maker)] = new.reshape(factor.x.shape)
+        if values:
+            tape.again(min(index for index, _ in values), values)
+    made_by = softmax.made_by.get(id(found.scores))
+    scores = values.get(key_of(found.scores, made_by), found.scores)
     if watch.needs_rows:
         shown = found.by_head(scores)
         changed = watch.scores(shown, 0)
         if not _same(changed, shown, scores):
             tape.redo(softmax, {id(found.scores): changed.reshape(scores.shape)}, values)
             tape.again(softmax.index, values)
-    weights = values.get((found.after[-1].index, id(found.weights)), found.weights)
+    weights = values.get(key_of(found.weights, found.after[-1]), found.weights)
     if watch.needs_rows:
         shown = found.by_head(weights)
         changed = watch.pattern(shown, 0)
@@ -231,17 +284,13 @@ def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tens
     z = product(weights, found.values if same else new_v.reshape(found.values.shape))
     shown = found.by_head(z).transpose(1, 2)
     changed = watch.z(shown)
-    return z if _same(changed, shown, z) else changed.transpose(1, 2).reshape(z.shape)
+    z = z if _same(changed, shown, z) else changed.transpose(1, 2).reshape(z.shape)
+    return z.clone()  # some modules add to it in place
 
 
 def _same(new: Tensor, shown: Tensor, old: Tensor) -> bool:
     """Whether what a watch was shown of a tensor goes on as it was: with gradients, only the very tensor."""
     return new is shown and (shown is old or not torch.is_grad_enabled())
-
-
-def _maker(step: Step, given: Tensor) -> int:
-    maker = step.made_by.get(id(given))
-    return -1 if maker is None else maker.index
 
 
 def _product(

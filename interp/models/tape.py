@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from interp.errors import Refused
+
 PRODUCTS = {  # names of the two factors, and where they stand
     "matmul": (("input", 0), ("other", 1)),
     "__matmul__": (("input", 0), ("other", 1)),
@@ -83,9 +85,9 @@ class Tape(TorchFunctionMode):
         """
         for step in self.steps[first + 1 :]:
             new = {
-                of: values[maker.index, of]
-                for of, maker in step.made_by.items()
-                if (maker.index, of) in values
+                id(x): values[key]
+                for x in tensors(step.args, step.kwargs)
+                if (key := key_of(x, step.made_by.get(id(x)))) in values
             }
             if new:
                 self.redo(step, new, values)
@@ -94,8 +96,9 @@ class Tape(TorchFunctionMode):
         self, step: Step, new: Mapping[int, Tensor], values: dict[tuple[int, int], Tensor]
     ) -> None:
         """One step with other tensors, by the id of those it was given."""
-        if step.in_place:  # the new value may be needed as it was
-            new = {of: x.clone() if id(step.args[0]) == of else x for of, x in new.items()}
+        if step.in_place:  # what it changes may be needed as it was, or has been changed already
+            old = step.args[0]
+            new = {**new, id(old): new[id(old)].clone() if id(old) in new else _before(step, old)}
         args, kwargs = swapped(step.args, new), swapped(step.kwargs, new)
         out = step.function(*args, **kwargs)
         outputs = (args[0],) if step.name == "__setitem__" else tuple(_flat((out,)))
@@ -123,6 +126,18 @@ class Tape(TorchFunctionMode):
             if path is not None:
                 return [*path, step]
         return None
+
+
+def _before(step: Step, x: Tensor) -> Tensor:
+    """What a tensor was before a step that changed it in place: computed again."""
+    maker = step.made_by.get(id(x))
+    if maker is None:
+        raise Refused(
+            "it changes in place a tensor that it was given: its attention cannot be edited"
+        )
+    new = {id(x): _before(maker, x)} if maker.in_place else {}
+    made = maker.function(*swapped(maker.args, new), **swapped(maker.kwargs, new))
+    return made.clone()
 
 
 def tensors(*values: Any) -> Iterator[Tensor]:
@@ -164,30 +179,46 @@ def is_product(step: Step) -> bool:
     return step.factors() is not None
 
 
-def unused_elsewhere(tape: Tape, x: Tensor, chain: list[Step], softmax: Step) -> bool:
-    """Whether the scores depend on a factor of their product through that product alone.
+def earlier(x: Tensor, maker: Step | None) -> Iterator[tuple[Tensor, Step | None]]:
+    """x, and what it was made of by steps that only reorder or scale it; each with the step that made it."""
+    while True:
+        yield x, maker
+        if maker is None or maker.name in PRODUCTS or maker.in_place or len(maker.outputs) != 1:
+            return
+        given = [g for g in tensors(maker.args, maker.kwargs) if g.numel() > 1]
+        if len(given) != 1 or given[0].numel() != x.numel():
+            return
+        x = given[0]
+        maker = maker.made_by.get(id(x))
 
-    Followed back through steps that only reorder or scale it, the factor may have no reader whose
-    output reaches the softmax on another way than `chain`.
+
+def only_through(tape: Tape, x: Tensor, maker: Step | None, end: Step) -> bool:
+    """Whether `end` depends on what x was made of through x alone.
+
+    What it was made of is followed back as far as tensors are as large as x and no linear layer's output.
     """
-    own = {step.index for step in chain}
-    roots: list[tuple[int, Step | None]] = [(id(x), chain[0].made_by.get(id(x)))]
-    while (step := roots[-1][1]) is not None and step.name not in PRODUCTS and not step.in_place:
-        own.add(step.index)
-        given = list(tensors(step.args, step.kwargs))
-        if len(given) != 1 or given[0].numel() != step.outputs[0].numel():
-            break
-        roots.append((id(given[0]), step.made_by.get(id(given[0]))))
-    reached = {(maker.index if maker else -1, of) for of, maker in roots}
+    roots: set[tuple[int, int]] = set()
+    open_ = [] if maker is None else [maker]
+    while open_:
+        step = open_.pop()
+        if step.name in PRODUCTS or step.name == "linear":
+            continue
+        for given in tensors(step.args, step.kwargs):
+            before = step.made_by.get(id(given))
+            key = key_of(given, before)
+            if given.numel() == x.numel() and given.is_floating_point() and key not in roots:
+                roots.add(key)
+                open_ += [] if before is None else [before]
     others: set[int] = set()
-    for step in tape.steps[: softmax.index + 1]:
-        from_root = step.index not in own and any(
-            (step.made_by[id(g)].index if id(g) in step.made_by else -1, id(g)) in reached
-            for g in tensors(step.args, step.kwargs)
-        )
-        from_other = any(maker.index in others for maker in step.made_by.values())
-        if (from_root or from_other) and step.index not in own:
+    for step in tape.steps[: end.index + 1]:
+        if step is maker:
+            continue
+        keys = [key_of(g, step.made_by.get(id(g))) for g in tensors(step.args, step.kwargs)]
+        if any(key in roots or key[0] in others for key in keys):
             others.add(step.index)
-        elif from_other:
-            return False
-    return softmax.index not in others
+    return end.index not in others
+
+
+def key_of(x: Tensor, maker: Step | None) -> tuple[int, int]:
+    """What a value is known by: the step that made it (-1 where none did), and the tensor."""
+    return (-1 if maker is None else maker.index), id(x)

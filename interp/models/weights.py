@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.spec import module_device
+from interp.models.spec import first_tensor, module_device
 
 
 @torch.no_grad()
@@ -27,8 +27,12 @@ def linear_map(
     some = next(module.parameters(), torch.zeros(0))
     dtype = some.dtype if some.is_floating_point() else torch.float32
     home = torch.device(device or "cpu") if some.is_meta else some.device
-    zero = module(torch.zeros(1, d_in, dtype=dtype, device=home))
-    W = module(torch.eye(d_in, dtype=dtype, device=home)) - zero
+    zero, rows = (
+        first_tensor(module(x.to(home, dtype))) for x in (torch.zeros(1, d_in), torch.eye(d_in))
+    )
+    if zero is None or rows is None:
+        raise Refused(f"{type(module).__name__} returns no tensor: it is no linear layer")
+    W = rows - zero
     return W.to(device or home), zero[0].to(device or home)
 
 

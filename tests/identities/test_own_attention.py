@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models.attention import Watch, implementation, window
 from interp.models.model import Model
 from interp.models.own_attention import own
@@ -158,23 +161,52 @@ def test_ordinary_models_have_no_tape_and_others_none_outside_a_window():
     assert torch.equal(model.run(IDS, edits=[Edit.scale("z", 1.0)]).logits, before)
 
 
-def test_queries_that_enter_the_scores_twice_are_refused():
-    """DeBERTa's scores are a product of queries and keys and two more with positions."""
-    config = transformers.DebertaV2Config(
+@pytest.mark.parametrize("stem", ["Deberta", "DebertaV2"])
+def test_queries_and_keys_that_enter_the_scores_twice_are_changed_in_all(stem):
+    """DeBERTa multiplies queries with keys and with positions, and keys with positions."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{stem}Config")(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=97,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        initializer_range=0.2,
     )
-    config.relative_attention, config.pos_att_type = True, ["c2p", "p2c"]
-    model = Model(transformers.DebertaV2Model(config).eval(), id="deberta")
-    assert {"q", "k"} <= set(model.spec.refused)
-    assert "product of queries and keys" in model.spec.refused["q"]
-    with implementation(model.module, "eager"), torch.no_grad():
-        wanted = model.module(IDS, output_attentions=True).attentions
-    cache = model.run(IDS, capture=["pattern", "z"]).cache
+    module = getattr(transformers, f"{stem}Model")(config).eval()
+    model = Model(module, id=stem)
+    assert not {"q", "k"} & set(model.spec.refused)
+    with implementation(module, "eager"), torch.no_grad():
+        wanted = module(IDS, output_attentions=True).attentions
+    cache = model.run(IDS, capture=["q", "k", "pattern"]).cache
     torch.testing.assert_close(cache["pattern.1"], wanted[1], atol=EXACT, rtol=0)
+    attention = module.get_submodule(model.spec.blocks[1].attention)
+    before = logits_of(module)
+    parts = {"q": "query_proj", "k": "key_proj"} if stem == "DebertaV2" else {"q": 0, "k": 1}
+    for site, where in parts.items():
+        edited = model.run(IDS, edits=[Edit.scale(f"{site}.1", 2.0)]).logits
+        twice = copy.deepcopy(attention)
+        with torch.no_grad():
+            if isinstance(where, str):
+                for parameter in getattr(twice, where).parameters():
+                    parameter *= 2
+            else:  # one layer makes q, k and v of each head after the other, and adds a bias to q
+                twice.in_proj.weight.view(4, 3, 8, 32)[:, where] *= 2
+                twice.q_bias *= 2 if site == "q" else 1
+        module.encoder.layer[1].attention.self = twice
+        torch.testing.assert_close(logits_of(module), edited, atol=1e-5, rtol=1e-5)
+        assert (edited - before).abs().max() > 1e-2
+        module.encoder.layer[1].attention.self = attention
+
+
+def test_an_attention_that_works_otherwise_than_on_the_probe_is_not_left_out_silently():
+    model = model_of("gptj")
+    attention = model.module.get_submodule(model.spec.blocks[1].attention)
+    attention._attn = lambda q, k, v, mask: (v, None)
+    with pytest.raises(Refused, match="did not attend as it did on the probe"):
+        model.run(IDS, edits=[Edit.zero("z.1.0")])
 
 
 @every
