@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -92,6 +93,22 @@ def check_kind(module: nn.Module, data: Any) -> None:
         )
 
 
+@contextmanager
+def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside, a failure that the model's own forward has on this batch too is a BadInput about its shape."""
+    try:
+        yield
+    except FAILURES as error:
+        name = getattr(module, "main_input_name", "")
+        shape, x = _known.get(module), batch.inputs.get(name)
+        if shape is None or x is None or not (why := _wanted(module, batch)[1]):
+            raise
+        raise BadInput(
+            f"{type(module).__name__} fails on '{name}' of shape {tuple(x.shape)}, type {x.dtype}: {why}; "
+            f"it works on shape {shape}, type {next(module.parameters()).dtype}"
+        ) from error
+
+
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
     """Video where the config tells frames and sides, spectrograms where it tells bins, waves, anything."""
     for frames in _sizes(config, VIDEO_FRAMES):
@@ -152,8 +169,8 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[int, str]:
     finally:
         for hook in hooks:
             hook.remove()
-    if made.ndim < 2 or made.shape[0] != ROWS:
-        return 0, f"returns {tuple(made.shape)} for {ROWS} rows"
+    if made.ndim < 2 or made.shape[0] != batch.size:
+        return 0, f"returns {tuple(made.shape)} for {batch.size} rows"
     return 0, ""
 
 

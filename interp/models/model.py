@@ -32,7 +32,7 @@ from interp.models.hooks import (
     Turns,
     write_change,
 )
-from interp.models.inputs import check_kind
+from interp.models.inputs import check_kind, faults_of_input
 from interp.models.layout import Layout
 from interp.models.probe import probe
 from interp.models.readout import unembed
@@ -425,7 +425,8 @@ class Model:
             stop_at = plan.last_layer + 1
         if stop_at is not None and not 0 <= stop_at <= self.n_layers:
             raise BadInput(f"stop_at={stop_at}: this model has {self.n_layers} blocks")
-        return self._forward(batch, plan, stop_at=stop_at, logits=logits, grad=grad)
+        with faults_of_input(self.module, batch):
+            return self._forward(batch, plan, stop_at=stop_at, logits=logits, grad=grad)
 
     def replay(
         self,

@@ -197,6 +197,28 @@ def test_what_is_given_is_checked(given: Any, said: str) -> None:
             model_of("frames to text").run(given)
 
 
+def test_what_the_model_fails_on_is_told_with_what_it_takes() -> None:
+    waves, frames = model_of("waves"), model_of("frames")
+    before = n_hooks(waves.module)
+    with pytest.raises(BadInput, match=r"shape \(2, 100\).*works on shape \(2, 6400\)"):
+        waves.run({"input_values": torch.randn(2, 100)})
+    with pytest.raises(BadInput, match=r"\(2, 90, 64\).*works on shape \(2, 72, 80\)"):
+        frames.run({"input_features": torch.randn(2, 90, 64)})
+    with pytest.raises(BadInput, match=r"type torch.float64.*type torch.float32"):
+        waves.run({"input_values": torch.randn(2, 5000, dtype=torch.float64)})
+
+    def wrong(x: Tensor, seen: Any) -> Tensor:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):  # the edit's own fault stays what it is
+        waves.run(inputs("waves"), edits=[Edit.apply("z.1", wrong)])
+    assert n_hooks(waves.module) == before
+
+
+def n_hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
 class Toy(nn.Module):
     """Reads a spectrogram [batch ... 13] or [batch 13 ...]; its config names no size."""
 
@@ -219,7 +241,7 @@ def test_the_layer_that_failed_says_what_it_wanted(first: nn.Module, axis: int) 
     x = numbers_taken(toy, "bands", {})
     assert x.ndim == 3 and x.shape[axis] == 13
     assert torch.equal(x, numbers_taken(toy, "bands", {}))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.modules())
+    assert n_hooks(toy) == 0
 
 
 def test_a_forward_that_works_with_nothing_is_refused() -> None:
