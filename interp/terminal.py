@@ -95,7 +95,9 @@ def map_of(model: Model) -> dict[str, Any]:
         "blocks": [
             {
                 "name": block.name,
+                "d_model": block.d_model,
                 "attention": block.attention,
+                "n_windows": block.windows and len(block.windows.layout.at),
                 "n_heads": block.n_heads,
                 "n_kv_heads": block.n_kv_heads,
                 "d_head": block.d_head,
@@ -142,6 +144,10 @@ def print_map(model: Model) -> None:
 
     keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
     keys += ("n_heads", "n_kv_heads", "d_mlp")
+    if len(model.spec.stages) > 1:
+        keys = ("d_model", *keys)
+    if any(block["n_windows"] for block in data["blocks"]):
+        keys += ("n_windows",)
     if any(block["cross"] for block in data["blocks"]):
         keys += ("cross", "cross_W_O", "cross_write")
     alike: dict[tuple, list[int]] = {}

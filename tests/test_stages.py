@@ -14,6 +14,7 @@ from interp.errors import Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
+from interp.terminal import print_map
 
 BATCH = Batch(
     {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
@@ -88,7 +89,7 @@ def test_each_stage_has_a_stream_of_its_own_shape(name: str) -> None:
     spec = model.spec
     assert [list(stage) for stage in spec.stages] == [[0, 1], [2, 3]]
     assert [block.d_model for block in spec.blocks] == [16, 16, 32, 32] and spec.d_model == 32
-    assert not {"resid_pre", "resid_post", "mlp_out", "mlp_write"} & set(spec.refused)
+    assert not spec.refused
     assert all(check.passed for check in spec.checks)
     cache = model.run(BATCH, capture=["resid_pre", "resid_post", "mlp_out"]).cache
     for layer, (given, returned) in enumerate(called(model, model.blocks)):
@@ -106,6 +107,14 @@ def test_a_stage_of_one_block_is_a_stage(name: str) -> None:
     spec = staged(name, depth=1).spec
     assert [block.d_model for block in spec.blocks] == [16, 32]
     assert spec.blocks[1].starts_stage and "resid_post" not in spec.refused
+
+
+def test_the_printed_map_has_each_stage_s_width(capsys: pytest.CaptureFixture[str]) -> None:
+    print_map(staged("swin"))
+    blocks = capsys.readouterr().out.split("\nblocks ")[1:]
+    for part, width, windows in zip(blocks, ("16", "32"), ("16", "4"), strict=True):
+        rows = [line.replace("│", " ").split() for line in part.splitlines()]
+        assert ["d_model", width] in rows and ["n_windows", windows] in rows
 
 
 def test_the_writes_of_a_stage_sum_to_its_stream() -> None:

@@ -148,6 +148,18 @@ def test_heads_and_writes_sum_to_the_stream(model: Any) -> None:
         assert off(mid + cache[f"mlp_write.{layer}"], cache[f"resid_post.{layer}"]) < ROUNDING
 
 
+@pytest.mark.parametrize("layer", range(4))
+def test_v_is_read_from_the_normed_stream(layer: int) -> None:
+    """v = norm(resid_pre) @ W_V + the same bias everywhere."""
+    model = shifted()
+    name = f"{model.spec.blocks[layer].name}.layernorm_before"
+    cache = model.run(images(32), capture=["resid_pre", "v"]).cache
+    norm, x = model.norm(name), cache[f"resid_pre.{layer}"]
+    made = torch.einsum("bpm,hmd->bphd", norm.centre(x) / norm.scale(x), model.W_V(layer))
+    rest = cache[f"v.{layer}"] - made
+    assert off(rest, rest[:1, :1].expand_as(rest)) < 10 * ROUNDING  # a difference of large numbers
+
+
 def test_windows_of_an_image_held_in_rows_and_columns() -> None:
     """Its queries are rotated inside each window: q and k are taken as they are, the rest follows."""
     model = rows_and_columns()
