@@ -167,8 +167,8 @@ class PathReplay:
                 assert block.mlp_write is not None
                 module = self.model.module.get_submodule(block.mlp_write.module)
                 written: list[Tensor] = []
-                hook = module.register_forward_hook(
-                    lambda m, args, output: written.append(first_tensor(output))  # type: ignore[arg-type]
+                hook = module.register_forward_hook(  # a copy: Falcon adds to it in place
+                    lambda m, args, output: written.append(first_tensor(output).clone())  # type: ignore[union-attr]
                 )
                 stack.callback(hook.remove)
             for chunk in self._chunks(len(streams), len(columns)):

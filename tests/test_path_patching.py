@@ -34,6 +34,8 @@ FAST_FAMILIES = [
     "llama",
     "gpt2",
     "gpt_neox",
+    "falcon",
+    "gptj",
     "cohere",
     "olmo2",
     "gemma2",

@@ -201,6 +201,28 @@ def test_queries_and_keys_that_enter_the_scores_twice_are_changed_in_all(stem):
         module.encoder.layer[1].attention.self = attention
 
 
+@pytest.mark.parametrize("landmarks", [7, 1])
+def test_what_is_added_to_z_in_place_is_not_z(landmarks):
+    """Nyströmformer adds a convolution of the values; with few landmarks it has no one pattern."""
+    config = transformers.NystromformerConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=97,
+        num_landmarks=landmarks,
+        segment_means_seq_len=7,
+    )
+    model = Model(transformers.NystromformerModel(config).eval(), id="nystromformer")
+    if landmarks == 1:
+        assert "attends 9 times" in model.spec.refused["pattern"]
+        return
+    assert model.spec.blocks[1].between == "function"  # W_O does not read z as it is
+    cache = model.run(IDS[:, :7], capture=["pattern", "v", "z"]).cache
+    made = torch.einsum("bhqk,bkhd->bqhd", cache["pattern.1"], cache["v.1"])
+    torch.testing.assert_close(made, cache["z.1"], atol=EXACT, rtol=1e-5)
+
+
 def test_an_attention_that_works_otherwise_than_on_the_probe_is_not_left_out_silently():
     model = model_of("gptj")
     attention = model.module.get_submodule(model.spec.blocks[1].attention)
