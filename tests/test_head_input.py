@@ -61,6 +61,14 @@ def test_without_bos_a_sink_says_what_it_is_on_instead(bos, eos, said):
     assert len([note for note in notes if said in note]) == 1
 
 
+def test_a_bos_that_only_the_config_knows_is_not_called_the_tokenizers():
+    model = model_of()
+    model.tokenizer.bos_token = None
+    notes = heads(model, "first_token_sink").meta["notes"]
+    said = "no BOS token: prompts begin with the BOS of the model's config (<bos>) instead"
+    assert len([note for note in notes if said in note]) == 1
+
+
 def test_with_bos_nothing_is_said_of_it():
     assert not any("BOS" in note for note in heads(model_of(), "first_token_sink").meta["notes"])
 

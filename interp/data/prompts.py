@@ -217,12 +217,14 @@ def lead_notes(model: Model) -> list[str]:
     """What a reader of first-token scores has to know where prompts do not begin with BOS."""
     kind, ids = _lead(model)
     stands = len(frame(model)[0]) > 0
-    if stands and (kind == "BOS" or not model.spec.causal):
+    others = kind == "BOS" and getattr(model.tokenizer, "bos_token_id", ids) is None
+    if stands and ((kind == "BOS" and not others) or not model.spec.causal):
         return []
     if not stands:
         said = "has no BOS, CLS or EOS token: prompts begin with ordinary text"
     else:
-        said = f"has no BOS token: prompts begin with {kind} ({model.tokens(ids)[0]}) instead"
+        name = "the BOS of the model's config" if others else kind
+        said = f"has no BOS token: prompts begin with {name} ({model.tokens(ids)[0]}) instead"
     sink = ", and it is that token which a first-token sink attends to" if model.spec.causal else ""
     return [f"The tokenizer {said}{sink}."]
 
