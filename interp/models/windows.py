@@ -275,7 +275,9 @@ def in_order(layer: Layer, layout: Layout) -> Layer:
     size = len(of.tensors["q"]) // len(layout.at)
     tensors = {name: _of_heads(layout, of.tensors[name], name != "q") for name in ("q", "k", "v")}
     tensors["z"] = layout.positions(of.tensors["z"])
-    rows = [layout.rows(torch.cat(of.rows, 2), 0.0)]
+    # Patterns of all images and heads would be large; whether any sees a key is all that is asked of them.
+    most = torch.cat(of.rows, 2).unflatten(0, (size, -1)).amax((0, 2))
+    rows = [layout.rows(most[:, None], 0.0)]
 
     def shown(name: str, x: Tensor) -> Tensor:
         return layout.positions(x.flatten(1, -2)) if layout.holds(name, x, size) else x
