@@ -11,7 +11,8 @@ model type is
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
   mlp_post, a head with a transform no one unembedding);
 - partly: some site is refused, with the reason;
-- residual stream only: the model does not call transformers' attention interface;
+- residual stream only: no attention is seen, since the model has none, or computes it neither through
+  transformers' attention interface nor as a softmax of rows times values;
 - refused: the probe refuses the model, with the reason;
 - not built: no tiny model could be made of its default config, or its own forward fails on plain
   tokens or pixels, with the reason. These say nothing about the probe.

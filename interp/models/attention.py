@@ -1,6 +1,7 @@
 """The window: one attention function of ours through which every architecture's heads are seen.
 
-Transformers dispatches nearly every model's attention through `AttentionInterface`. While a window
+Transformers dispatches most models' attention through `AttentionInterface`; what others compute in
+their own code is shown to the same watches by `interp.models.own_attention`. While a window
 is open on a model, its attention modules call `attend`, which shows q, k, v (after rotary
 positions), scores, pattern and z to a `Watch` and lets it change them. Where a watch does not need
 the pattern, the computation is PyTorch's SDPA; where it does, the pattern is formed for one chunk of
