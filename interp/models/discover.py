@@ -18,6 +18,7 @@ from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
+from interp.models.restarted import follow_no_input, restarted
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
@@ -188,7 +189,9 @@ def _with_writes(
         if sums is None:
             sums = rescaled(layer, key, candidates)
         found.append((sums, candidates))
-        if sums is None:
+    found = _with_restarts(seen, layers, found, batch, key)
+    for layer, (sums, _) in zip(layers, found, strict=True):
+        if sums is None and layer.output.shape == layer.hidden(key).shape:
             reason = (
                 f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
                 "norms read (a rescaled stream)"
@@ -214,6 +217,27 @@ def _with_writes(
         if sums is None
         else write_map(layer, block, sums, candidates, by_position, key, refused)
         for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
+    ]
+
+
+def _with_restarts(
+    seen: Recording,
+    layers: list[Layer],
+    found: list[tuple[Sums | None, list[Candidate]]],
+    batch: Batch,
+    key: int | str,
+) -> list[tuple[Sums | None, list[Candidate]]]:
+    """What was found, and the sums of blocks that start the stream anew where none was."""
+    anew = {
+        i: sums
+        for i, (layer, (known, candidates)) in enumerate(zip(layers, found, strict=True))
+        if known is None and candidates and (sums := restarted(layer, candidates)) is not None
+    }
+    names = {layers[i].name for i in anew}
+    names = follow_no_input(seen, names, batch, key) if names else names
+    return [
+        (anew[i], candidates) if i in anew and layers[i].name in names else (sums, candidates)
+        for i, (sums, candidates) in enumerate(found)
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from interp.models.calls import is_encoder_decoder, text_config
 from interp.models.projections import same
 from interp.models.readout import WHOLE, rest_of_model
-from interp.models.recording import ModuleCall, Recording
+from interp.models.recording import ModuleCall, Recording, record
 from interp.models.spec import Spec
 from interp.models.stack import Layer
 from interp.models.verify import relative_error, relative_tolerance
@@ -61,6 +61,9 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
             )
             refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
             return replace(spec, readout=WHOLE, refused=refused, absent=absent)
+        if _reads_earlier(seen, layers, batch):
+            why = "logits are made of the final residual and of what earlier blocks read or returned besides"
+            spec = replace(spec, absent=spec.absent | {"unembedding"})
         return replace(spec, refused={**spec.refused, "unembedding": why})
     if _biased(final.output, seen.output):
         why = "a bias that is no module's is added to what W_U returns"
@@ -172,6 +175,19 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
     allowed = relative_tolerance(seen.output.dtype)
     return relative_error(logits, seen.output)[0] <= allowed
+
+
+def _reads_earlier(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
+    """Whether logits change with the tokens, while the last block returns what it returned."""
+    if set(batch.inputs) != {"input_ids"}:
+        return False
+    returned: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        if layer.name == layers[-1].name:
+            assert layer.call.output is not None
+            returned.setdefault(layer.name, []).append(layer.call.output)
+    logits = record(seen.module, Batch.of_ids(batch.ids.flip(0)), restored=returned).output
+    return relative_error(logits, seen.output)[0] > relative_tolerance(seen.output.dtype)
 
 
 def _scale_and_cap(seen: Recording, raw: Tensor, out: Tensor) -> tuple[float, float | None]:

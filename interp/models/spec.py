@@ -156,6 +156,12 @@ class BlockMap:
         """Whether what goes on of the stream is not the stream itself, even before a norm of the sum."""
         return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
 
+    @property
+    def restarts(self) -> bool:
+        """Whether nothing goes on of the stream: its writes are all that the block returns."""
+        carries = (c.factor for c in (self.carry_mid, self.carry_post) if c is not None)
+        return any(isinstance(factor, float) and factor == 0 for factor in carries)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -253,6 +259,8 @@ class Spec:
                 return (
                     f"'{block.name}' goes on with the normed residual stream ('{block.norm_pre}')"
                 )
+            if block.restarts:
+                return f"'{block.name}' starts the residual stream anew: it returns nothing of what it reads"
             if block.rescales:
                 return f"'{block.name}' rescales the residual stream before it adds to it"
             if norm := block.norm_mid or block.norm_post:

@@ -348,7 +348,7 @@ def _with_mid(
         x.numel() == mid.numel() and relative_error(x.reshape(mid.shape), mid)[0] <= allowed
         for calls in layer.inside.calls.values()
         for call in calls
-        for x in call.inputs[:1]
+        for x in call.inputs
     )
     if sequential:
         return replace(block, before_mid=tuple(before))

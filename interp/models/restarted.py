@@ -1,0 +1,78 @@
+"""Blocks that start the residual stream anew: they return what they write, and nothing of what they read.
+
+    resid_mid = Σ writes that the MLP reads        resid_post = resid_mid + Σ the other writes
+
+What they read goes on by other ways (later blocks may be given it besides). A sum alone does not tell, since
+a module inside may carry the stream: that the output does not grow with the input is tried besides.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from interp.models.calls import call_model
+from interp.models.projections import same
+from interp.models.recording import Recording
+from interp.models.solve import smallest_sum
+from interp.models.spec import Carry, first_tensor, with_first
+from interp.models.stack import Layer
+from interp.models.verify import relative_error, relative_tolerance
+from interp.models.writes import Candidate, Sums
+from interp.run.batch import Batch
+
+LARGER = 1e3
+"""Times this a carried stream would be all that is seen of the output; norms leave the writes as they are."""
+UNMOVED = 1e-2
+"""The eps of norms on smaller streams, and 16 bits."""
+
+
+def restarted(layer: Layer, candidates: list[Candidate]) -> Sums | None:
+    """The block as a sum of its own outputs, not of its input; None where they do not make what it returns."""
+    post, dtype = layer.output.double(), layer.output.dtype
+    parts = [c for c in candidates if not same(c.value.double(), post)]
+    found = smallest_sum(torch.zeros_like(post), post, [c.value for c in parts], dtype)
+    if found is None or len(found) < 2:
+        return None
+    writes = sorted(((parts[i], scale) for i, scale in found), key=lambda each: each[0].order)
+    sums = accumulate(c.value.double() * scale for c, scale in writes[:-1])
+    for count, middle in enumerate(sums, start=1):
+        if any(
+            x.numel() == middle.numel()
+            and relative_error(x.reshape(middle.shape), middle)[0] <= relative_tolerance(dtype)
+            for calls in layer.inside.calls.values()
+            for call in calls
+            for x in call.inputs
+        ):
+            return Sums(writes, n_before_mid=count, carry_mid=Carry(0.0), carry_post=Carry(1.0))
+    return Sums(writes, carry_post=Carry(0.0))
+
+
+def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | str) -> set[str]:
+    """Those of these blocks whose output stays as it is when their hidden state is a thousand times as large."""
+    passed: dict[str, bool] = {}
+
+    def enlarge(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if isinstance(key, int):
+            return (*args[:key], args[key] * LARGER, *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: kwargs[key] * LARGER}
+
+    with ExitStack() as stack:
+        for name in names:
+            module, calls = seen.module.get_submodule(name), iter(seen.calls[name])
+
+            def compare(module, args, output, name=name, calls=calls) -> Any:  # type: ignore[no-untyped-def]
+                wanted, got = next(calls).output, first_tensor(output)
+                assert wanted is not None and got is not None
+                near = relative_error(got, wanted)[0] <= UNMOVED
+                passed[name] = passed.get(name, True) and near
+                return with_first(output, wanted.to(got))
+
+            stack.callback(module.register_forward_pre_hook(enlarge, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(compare).remove)
+        call_model(seen.module, batch)
+    return {name for name, near in passed.items() if near}
