@@ -423,6 +423,7 @@ FAMILIES: dict[str, Family] = {
         "grouped heads",
         "sliding window",
         "position bias",
+        "no SDPA",
         "MoE",
         "gated attention",
         "convolution behind attention",
