@@ -8,6 +8,7 @@ from torch import nn
 
 from interp.errors import Refused
 from interp.models.model import Model
+from interp.models.restarted import restarts
 from interp.run.edits import Edit
 from tests.families import FAMILIES
 
@@ -35,12 +36,12 @@ def test_heads_of_a_stream_rescaled_by_numbers_have_writes_of_their_own() -> Non
 def test_a_block_that_starts_the_stream_anew_returns_its_writes_alone() -> None:
     """Blocks 0 and 2 of four: resid_post = attn_write + mlp_write; the others add resid_pre."""
     model = Model(FAMILIES["inkling2"](), None, "inkling2")
-    assert [block.restarts for block in model.spec.blocks] == [True, False, True, False]
+    assert [restarts(block) for block in model.spec.blocks] == [True, False, True, False]
     sites = ["resid_pre", "resid_mid", "resid_post", "attn_write", "mlp_write"]
     run = model.run(IDS, capture=sites)
     for layer, block in enumerate(model.spec.blocks):
         pre, mid, post, attn, mlp = (run.cache[f"{name}.{layer}"] for name in sites)
-        before = torch.zeros_like(pre) if block.restarts else pre
+        before = torch.zeros_like(pre) if restarts(block) else pre
         torch.testing.assert_close(mid, before + attn, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(post, mid + mlp, rtol=1e-5, atol=1e-5)
     with pytest.raises(Refused, match="starts the residual stream anew"):
@@ -87,7 +88,7 @@ def test_a_stream_carried_inside_a_module_is_not_taken_for_a_restart() -> None:
     for layer in module.model.layers:
         layer.self_attn = Carrying(layer.self_attn)
         layer.forward = _without_residual.__get__(layer)
-    assert not any(block.restarts for block in Model(module, None, "carrying").spec.blocks)
+    assert not any(restarts(block) for block in Model(module, None, "carrying").spec.blocks)
 
 
 def _without_residual(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

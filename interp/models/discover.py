@@ -18,7 +18,7 @@ from interp.models.mixed import WHY, mixed_blocks
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
-from interp.models.restarted import follow_no_input, restarted
+from interp.models.restarted import follow_no_input, restarted, restarts
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
@@ -71,10 +71,15 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         copies=frozenset(
             name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
         ),
+        bypassed=next((_anew(block) for block in blocks if restarts(block)), ""),
         refused=refused,
         absent=frozenset(absent),
     )
     return with_ends(spec, seen, layers, batch)
+
+
+def _anew(block: BlockMap) -> str:
+    return f"'{block.name}' starts the residual stream anew: what it reads goes on by other ways"
 
 
 def _causal(attention: AttentionCall) -> bool:

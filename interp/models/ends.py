@@ -63,7 +63,9 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
             return replace(spec, readout=WHOLE, refused=refused, absent=absent)
         if _reads_earlier(seen, layers, batch):
             why = "logits are made of the final residual and of what earlier blocks read or returned besides"
-            spec = replace(spec, absent=spec.absent | {"unembedding"})
+            spec = replace(
+                spec, absent=spec.absent | {"unembedding"}, bypassed=spec.bypassed or why
+            )
         return replace(spec, refused={**spec.refused, "unembedding": why})
     if _biased(final.output, seen.output):
         why = "a bias that is no module's is added to what W_U returns"

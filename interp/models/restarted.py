@@ -19,16 +19,17 @@ from interp.models.calls import call_model
 from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.solve import smallest_sum
-from interp.models.spec import Carry, first_tensor, with_first
+from interp.models.spec import BlockMap, Carry, first_tensor, with_first
 from interp.models.stack import Layer
 from interp.models.verify import relative_error, relative_tolerance
 from interp.models.writes import Candidate, Sums
 from interp.run.batch import Batch
 
-LARGER = 1e3
-"""Times this a carried stream would be all that is seen of the output; norms leave the writes as they are."""
-UNMOVED = 1e-2
-"""The eps of norms on smaller streams, and 16 bits."""
+LARGER = 1024.0
+"""Times this a carried stream would be all that is seen of the output; norms leave the writes as they are.
+A power of two rounds nothing."""
+UNMOVED = 0.1
+"""The eps of norms, and 16 bits behind it; a carried stream is off by a thousand times its share."""
 
 
 def restarted(layer: Layer, candidates: list[Candidate]) -> Sums | None:
@@ -50,6 +51,12 @@ def restarted(layer: Layer, candidates: list[Candidate]) -> Sums | None:
         ):
             return Sums(writes, n_before_mid=count, carry_mid=Carry(0.0), carry_post=Carry(1.0))
     return Sums(writes, carry_post=Carry(0.0))
+
+
+def restarts(block: BlockMap) -> bool:
+    """Whether nothing goes on of the stream that a block reads."""
+    factors = [carry.factor for carry in (block.carry_mid, block.carry_post) if carry is not None]
+    return any(isinstance(factor, float) and factor == 0 for factor in factors)
 
 
 def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | str) -> set[str]:

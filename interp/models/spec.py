@@ -156,12 +156,6 @@ class BlockMap:
         """Whether what goes on of the stream is not the stream itself, even before a norm of the sum."""
         return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
 
-    @property
-    def restarts(self) -> bool:
-        """Whether nothing goes on of the stream: its writes are all that the block returns."""
-        carries = (c.factor for c in (self.carry_mid, self.carry_post) if c is not None)
-        return any(isinstance(factor, float) and factor == 0 for factor in carries)
-
 
 @dataclass(frozen=True)
 class Check:
@@ -189,6 +183,7 @@ class Spec:
     what all `n_streams` have together, and attn_out and mlp_out are as wide as one of them.
     `readout` are the modules that make logits of the final residual one after the other, where that is
     more than a norm and a linear layer (BERT's head has a transform); ("",) is the model itself, less its blocks.
+    `bypassed` says what reads an earlier block's stream besides the one after it, "" if nothing does.
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     """
@@ -211,6 +206,7 @@ class Spec:
     hidden_axes: tuple[str, ...] = ("batch", "pos", "d_model")
     n_streams: int = 1
     tuple_blocks: bool = False
+    bypassed: str = ""
     copies: frozenset[str] = frozenset()
     checks: tuple[Check, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
@@ -247,6 +243,8 @@ class Spec:
         """Why the final residual is not embedding plus attn_write plus mlp_write; "" where it is."""
         if self.n_streams > 1:
             return f"it has {self.n_streams} residual streams, mixed by weights that depend on the token"
+        if self.bypassed:
+            return self.bypassed
         if not self.chained:
             return "something is done to the residual stream between blocks"
         if len(self.stages) > 1:
@@ -259,8 +257,6 @@ class Spec:
                 return (
                     f"'{block.name}' goes on with the normed residual stream ('{block.norm_pre}')"
                 )
-            if block.restarts:
-                return f"'{block.name}' starts the residual stream anew: it returns nothing of what it reads"
             if block.rescales:
                 return f"'{block.name}' rescales the residual stream before it adds to it"
             if norm := block.norm_mid or block.norm_post:
@@ -297,7 +293,7 @@ class Spec:
     @property
     def chained(self) -> bool:
         """Whether each block of a stage reads what the one before it returned; a replay runs all otherwise."""
-        return all(check.passed for check in self.checks if check.name == "stream")
+        return not self.bypassed and all(c.passed for c in self.checks if c.name == "stream")
 
     @property
     def shared(self) -> bool:

@@ -266,6 +266,8 @@ def test_unembedding_the_final_residual_gives_the_logits(name: str) -> None:
     model = model_of(name)
     if model.spec.unembedding is None:
         pytest.skip("no unembedding")
+    if "unembedding" in model.spec.refused and not model.spec.readout:
+        pytest.skip("logits are made of more than the final residual")
     last = f"resid_post.{model.n_layers - 1}"
     run = model.run(inputs_of(name), capture=[last])
     assert off(model.unembed(run.cache[last]), run.logits) < ROUNDING
