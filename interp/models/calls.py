@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from interp.errors import BadInput, Refused
 from interp.models.spec import Spec, first_tensor, module_device
 from interp.run.batch import Batch
+
+drawing: WeakSet[nn.Module] = WeakSet()
+"""Models that draw random numbers in every forward, as the probe finds: torch's generator is put back before each."""
+DRAWS = (
+    "draws random numbers in every forward (masks, perhaps): the same ones, of seed 0, in every run on inputs of "
+    "one shape; rows of a larger batch get others"
+)
 
 
 def text_config(module: nn.Module) -> Any:
@@ -36,7 +44,12 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
         inputs["position_ids"] = inputs["position_ids"] + first_position
     if "use_cache" in parameters:
         extra["use_cache"] = False
-    return module(**inputs, **extra)
+    if module not in drawing:
+        return module(**inputs, **extra)
+    place = module_device(module)
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        torch.manual_seed(0)
+        return module(**inputs, **extra)
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import (
+    DRAWS,
     call_model,
     check_source,
     check_tokens,
+    drawing,
     is_encoder_decoder,
     output_tensor,
     with_decoder_start,
@@ -79,6 +81,8 @@ class Model:
         self.id = id
         self.notes = tuple(notes)
         self.spec = probe(self.module)
+        if self.module in drawing:
+            self.notes += (DRAWS,)
         self._windows = Layouts(self.module, self.spec)
         # Positions are an index into the last hidden state, which may lie on another device than they.
         self._keeps_logits = (
