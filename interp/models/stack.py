@@ -83,6 +83,10 @@ def find_stack(
         raise Refused(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
+    for layer in layers:
+        if (rows := shown(layer.hidden(key), axes).shape[0]) != batch.size:
+            why = f"{rows} rows for {batch.size} of the input (each frame or part one of its own)"
+            raise Refused(f"block '{layer.name}' works on {why}: no site has the batch's rows")
     layers = [with_cross(layer, key) for layer in layers]
     shapes = {layer.hidden(key).shape for layer in layers}
     if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):

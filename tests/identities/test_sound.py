@@ -219,6 +219,15 @@ def n_hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
+def test_frames_that_are_rows_of_their_own_are_refused() -> None:
+    """A factorised video model: first the patches of each frame, then the frames of each patch."""
+    module = tiny_model(
+        "videoprism_vision_model", "VideoPrismVisionModel", partial(runs, strict=True)
+    )
+    with pytest.raises(Refused, match=r"works on \d+ rows for 2 of the input"):
+        Model(module)
+
+
 class Toy(nn.Module):
     """Reads a spectrogram [batch ... 13] or [batch 13 ...]; its config names no size."""
 
