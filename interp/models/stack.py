@@ -84,7 +84,7 @@ def find_stack(
             f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
     for layer in layers:
-        if (rows := shown(layer.hidden(key), axes).shape[0]) != batch.size:
+        if (rows := shown(layer.hidden(key), axes).shape[0]) > batch.size:
             why = f"{rows} rows for {batch.size} of the input (each frame or part one of its own)"
             raise Refused(f"block '{layer.name}' works on {why}: no site has the batch's rows")
     layers = [with_cross(layer, key) for layer in layers]
