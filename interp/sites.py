@@ -3,7 +3,9 @@
 A site is written `name`, `name.layer` or `name.layer.head`: `resid_post`, `resid_post.5`, `z.5.1`.
 TransformerLens names (`blocks.5.attn.hook_z`) are accepted and mean the same place. In the decoder of an
 encoder-decoder the sites are those of the decoder's stack; its second attention, whose keys and values
-are made from the encoder's output (the source), has the sites `cross_…`.
+are made from the encoder's output (the source), has the sites `cross_…`. Where a decoder attends to both in
+one softmax there is one attention: its keys (in `scores`, `pattern`, `k`, `v`) are the target's positions,
+and after them the source's.
 """
 
 from __future__ import annotations

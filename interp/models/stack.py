@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models.layout import PLAIN, axes_of, shown
+from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
 from interp.run.batch import Batch
@@ -108,7 +109,9 @@ def _decoder(seen: Recording, placed: list[str]) -> list[str]:
     stacks = {name: layers_of(seen, name) for name in placed}
     last = max(placed, key=lambda name: stacks[name][-1].call.order)
     key = _hidden_key(stacks[last])
-    attends = key is not None and any(with_cross(layer, key).cross for layer in stacks[last])
+    attends = key is not None and any(
+        with_cross(layer, key).cross or merged(layer, key) for layer in stacks[last]
+    )
     return [last] if attends else []
 
 
@@ -116,13 +119,9 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     """The layer with its attention to a source told apart: its keys or values are made of something else
     that the block was given than the hidden state at `key`. A block's only attention stays `attention`.
     """
-    given = [
-        x
-        for at, x in zip(layer.call.keys, layer.call.inputs, strict=True)
-        if at != key and x.ndim == 3
-    ]
+    sources = given(layer, key)
     calls = layer.inside.attention
-    cross = [call for call in calls if given and _reads_any(layer.inside, call, given)]
+    cross = [call for call in calls if sources and reads_any(layer.inside, call, sources)]
     if len(cross) > 1:  # positions given to every block may be all that the first one reads
         cross = [c for c in cross if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]
     own = [call for call in calls if not any(call is other for other in cross)]
@@ -134,20 +133,6 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     if (one := seen_as_one(own)) is None:
         return replace(layer, attention=None)
     return replace(layer, attention=one[0], attends=tuple(c.module for c in own), along=one[1])
-
-
-def _reads_any(seen: Recording, attention: AttentionCall, given: list[Tensor]) -> bool:
-    """Whether a linear layer that an attention module calls before it attends reads one of these."""
-    name = seen.names[attention.module]
-    outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
-    return any(
-        len(call.inputs) > 0 and any(torch.equal(call.inputs[0], x) for x in given)
-        for path, calls in seen.calls.items()
-        if path.startswith(name + ".")
-        and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
-        for call in calls
-        if outer and outer[0].start <= call.start and call.order <= attention.order
-    )
 
 
 def _channels_last(layers: list[Layer], key: int | str) -> bool:

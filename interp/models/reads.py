@@ -1,0 +1,43 @@
+"""Whether an attention reads a source: something that its block was given besides the hidden state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interp.models.recording import AttentionCall, Recording
+
+if TYPE_CHECKING:
+    from interp.models.stack import Layer
+
+
+def given(layer: Layer, key: int | str) -> list[Tensor]:
+    """Sequences that a block was given besides its hidden state."""
+    named = zip(layer.call.keys, layer.call.inputs, strict=True)
+    return [x for at, x in named if at != key and x.ndim == 3]
+
+
+def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) -> bool:
+    """Whether a linear layer that an attention module calls before it attends reads one of these."""
+    name = seen.names[attention.module]
+    outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
+    return any(
+        len(call.inputs) > 0 and any(torch.equal(call.inputs[0], x) for x in sources)
+        for path, calls in seen.calls.items()
+        if path.startswith(name + ".")
+        and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
+        for call in calls
+        if outer and outer[0].start <= call.start and call.order <= attention.order
+    )
+
+
+def merged(layer: Layer, key: int | str) -> bool:
+    """Whether the one attention of a block reads a source's keys besides those of its own positions."""
+    sources = given(layer, key)
+    return bool(sources) and any(
+        call.tensors["k"].shape[2] > call.tensors["q"].shape[2]
+        and reads_any(layer.inside, call, sources)
+        for call in layer.inside.attention
+    )
