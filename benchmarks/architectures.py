@@ -166,13 +166,15 @@ def _verified(row: Row, module: nn.Module) -> Row:
     if "z" in refused and not spec.attention_layers:
         return replace(row, outcome="residual stream only", reason=refused["z"])
     sites = [site for site in AXES if site not in spec.refused and model.layers_with(site)]
-    if row.kind == WHOLE and not model.layers_with("cross_z"):
-        refused["cross_z"] = "no attention of the decoder to the source was found"
     batch = probe_batch(module)
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
     run = model.run(batch, capture=sites)
     assert run.logits is not None
+    patterns = run.cache.by_layer("pattern").values() if "pattern" in sites else ()
+    of_both = bool(patterns) and all(x.shape[3] > x.shape[2] for x in patterns)  # in one softmax
+    if row.kind == WHOLE and not of_both and not model.layers_with("cross_z"):
+        refused["cross_z"] = "no attention of the decoder to the source was found"
     error = float((run.logits - plain).abs().max() / plain.abs().max())
     if error > ROUNDING:
         refused["logits"] = f"off by {error:.1e} when all sites are captured"
