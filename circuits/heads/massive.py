@@ -158,14 +158,13 @@ def massive(
                 rate["sink_rate_without_lead"] = float((without > SINK).mean())
         if intervene:
             edits = _edits(chosen, means) if len(table) else {}
-            sinks = tables["heads"].query("sink") if sees_heads else []
-            if len(edits) and len(sinks) and "z" not in model.spec.refused:
-                off = [
-                    (int(layer), int(head)) for layer, head in sinks[["layer", "head"]].to_numpy()
-                ]
-                edits["z of sink heads set to 0"] = [Edit.zero("z", heads=off)]
+            if edits and sees_heads and "z" not in model.spec.refused:
+                sinks = tables["heads"].query("sink")[["layer", "head"]].to_numpy().tolist()
+                if sinks:
+                    off = [(int(layer), int(head)) for layer, head in sinks]
+                    edits["z of sink heads set to 0"] = [Edit.zero("z", heads=off)]
             advance = bars.stage("Taking them out", 1 + len(edits))
-            peak = int(layers["layer"][layers["largest"].argmax()])
+            peak = int(layers["layer"].to_numpy()[layers["largest"].to_numpy().argmax()])
             rows = []
             for name, edit in {"clean": [], **edits}.items():
                 found, first = _effects(model, batches, edit, peak, sees_heads)

@@ -69,7 +69,7 @@ def writers_table(
     """The parts that add most, and the rest in one row; means over prompts, and shares of their sum."""
     table = pd.DataFrame(parts).assign(adds=values.mean(0).numpy())
     total = table["adds"].sum()
-    table = table.loc[table["adds"].abs().sort_values(ascending=False, kind="stable").index]
+    table = table.sort_values("adds", key=abs, ascending=False, kind="stable")
     rest = {"writer": "the rest", "at": -1, "head": -1, "adds": table["adds"][WRITERS:].sum()}
     table = pd.concat([table.head(WRITERS), pd.DataFrame([rest])], ignore_index=True)
     return table.assign(share=table["adds"] / total)

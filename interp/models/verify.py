@@ -99,7 +99,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         where = "of a stage " if len(spec.stages) > 1 else ""
         linked = not links or check(
             "stream",
-            *map(list, zip(*links, strict=True)),
+            [out for out, _ in links],
+            [read for _, read in links],
             f"each block {where}reads what the one before it returned",
         )
     proven = _check_writes(spec, layers, linked, check, judge)

@@ -237,7 +237,7 @@ def read_layouts(
             )
             stack.callback(hook.remove)
             hook = module.get_submodule(read).register_forward_pre_hook(
-                lambda module, args, layer=layer: keep(layer, args)
+                lambda module, args, layer=layer: keep(layer, args)  # type: ignore[arg-type]
             )
             stack.callback(hook.remove)
         call_model(module, batch)
