@@ -248,8 +248,8 @@ def _in_same_order(given: Tensor, x: Tensor, between: list[Step], turned: bool =
 
 def _first(found: Found) -> int:
     """The first step of this attention: what holds it is running by then."""
-    factors = (found.q, found.k)
-    return min(found.after[0].index, *(f.maker.index for f in factors if f and f.maker))
+    makers = [factor.maker for factor in (found.q, found.k) if factor and factor.maker]
+    return min(step.index for step in [found.after[0], *makers])
 
 
 def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

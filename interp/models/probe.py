@@ -104,7 +104,7 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
         return 0
     if not isinstance(pad, int) or pad < 0:
         return 0
-    positions = torch.arange(batch.ids.shape[1])[None].to(batch.ids)
+    positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids).to(batch.ids)
     told = Batch({**batch.inputs, "position_ids": positions})
     for first in (0, pad + 1):
         if torch.equal(output_tensor(call_model(module, told, first)), plain):

@@ -245,3 +245,29 @@ def test_gradients_are_those_of_small_changes(name):
         near = [model.run(IDS, edits=[Edit.add(site, by * step)]).logits for by in (-1e-2, 1e-2)]
         found = float(near[1][:, -1, 5].sum() - near[0][:, -1, 5].sum()) / 2e-2
         assert found == pytest.approx(slope, rel=2e-2, abs=2e-4)
+
+
+def test_channels_before_positions_are_refused_in_words():
+    """SqueezeBERT keeps channels first: its attention is not followed, and nothing fails on the way."""
+    config = transformers.SqueezeBertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        embedding_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
+    with pytest.raises(Refused, match="nothing can be addressed"):
+        Model(transformers.SqueezeBertForMaskedLM(config).eval())
+
+
+def test_positions_are_told_row_by_row():
+    """XLM takes position numbers only in the shape of its ids."""
+    config = transformers.XLMConfig(
+        vocab_size=97, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=32, pad_index=2
+    )
+    torch.manual_seed(0)
+    model = Model(transformers.XLMModel(config).eval())
+    run = model.run(IDS, capture=["pattern", "z"])
+    torch.testing.assert_close(run.cache["pattern.0"].sum(-1), torch.ones(2, 4, 9))
+    assert "attn_write" in model.spec.refused
