@@ -15,7 +15,8 @@ import interp
 from circuits.heads.attention_influence import attention_influence
 from circuits.heads.decore import decore_logits
 from circuits.heads.evaluator import evaluator_heads, evidence_mass
-from circuits.heads.needle import NEEDLES, Decoded, Needle, NeedleRun, decode, needle_runs
+from circuits.heads.needle import NEEDLES, Needle, NeedleRun, needle_runs
+from circuits.heads.needle_decoding import Decoded, decode
 from circuits.heads.retrieval import (
     RETRIEVAL,
     THRESHOLD,

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float
 
 from circuits.heads.detector import Detector
-from circuits.heads.needle import (
-    NeedleRun,
+from circuits.heads.needle import NeedleRun, needle_runs
+from circuits.heads.needle_decoding import (
     Pattern,
     batches,
-    needle_runs,
     read_on,
     read_prompt,
     rows_shown,

@@ -1,9 +1,4 @@
-"""Needle in a haystack: a sentence planted in a long text, and which token every head looks at while
-the model repeats it.
-
-The prompt is read once, with PyTorch's SDPA and a KV cache. Each decode step then has a single query,
-so all that is ever formed of a pattern is one row a head and step: memory grows with the context, not
-with its square.
+"""Needle in a haystack: a sentence planted in a long text, and a question about it.
 
 Where the tokenizer has a chat template (as the default model's has), the model is asked a question and
 told to answer with a sentence of the text; where not, the sentence's first words stand at the end of the
@@ -12,22 +7,16 @@ prompt and the model goes on (plain copying).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
 from interp.data.prompts import lead_token, prose
-from interp.errors import BadInput, Refused
-from interp.models.attention import Watch, window
+from interp.errors import BadInput
 from interp.models.model import Model
 
 LENGTHS = (256, 512)
@@ -35,10 +24,6 @@ LENGTHS = (256, 512)
 
 EXTRA_STEPS = 6
 """Decode steps beyond the needle's length: an answer may begin with a few words of its own."""
-
-TOKENS_PER_BATCH = 2048
-RECALLED = 0.5
-"""A run succeeds where the answer holds more than this share of the tokens asked for (as published)."""
 
 
 @dataclass(frozen=True)
@@ -158,41 +143,6 @@ class NeedleRun:
     def whole(self) -> Int[Tensor, " lead+width"]:
         """The needle up to their last: what a model says that answers in a sentence."""
         return self.ids[self.start - self.lead : self.start + self.width]
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """What a model answered to one run, and where each head looked at every step.
-
-    Attributes:
-        tokens: the answer; -1 after its end [step].
-        top: each head's most attended key, the first token included (as published); -1 where a
-            layer has no attention or a window does not reach [step n_layers n_heads].
-        mass, mass_control: attention on the span asked for and on the control span [step n_layers n_heads].
-    """
-
-    run: NeedleRun
-    tokens: np.ndarray
-    top: np.ndarray
-    mass: np.ndarray
-    mass_control: np.ndarray
-
-    @property
-    def recall(self) -> float:
-        """Share of the tokens asked for that the answer holds, each as often as it holds it (ROUGE-1 recall)."""
-        left = self.run.answer.tolist()
-        for token in self.tokens.tolist():
-            if token in left:
-                left.remove(token)
-        return 1 - len(left) / self.run.width
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the model retrieved the needle."""
-        return self.recall > RECALLED
-
-
-# --- prompts -----------------------------------------------------------------------------------
 
 
 def needle_runs(
@@ -373,150 +323,3 @@ def _planted(
         at / needed,
         parts.lead,
     )
-
-
-# --- decoding ----------------------------------------------------------------------------------
-
-
-def decode(
-    model: Model,
-    runs: Sequence[NeedleRun],
-    *,
-    extra: int = EXTRA_STEPS,
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[Decoded]:
-    """Greedy answers to all runs with every head's most attended key and its mass on the needle, a step.
-
-    A prompt's last token is the first query: the row that predicts an answer's first token is that
-    token's. Runs of one length share a batch.
-
-    Args:
-        extra: steps beyond the needle's width (and its lead).
-
-    Raises:
-        Refused: a model without seen patterns, without logits over tokens, or without a KV cache.
-    """
-    model.layers_with("pattern")
-    _ = model.W_U  # Refused where there is no language-model head
-    done: dict[int, Decoded] = {}
-    for places in batches(runs):
-        found = _decoded(model, [runs[i] for i in places], extra)
-        done |= dict(zip(places, found, strict=True))
-        advance(len(places))
-    return [done[i] for i in range(len(runs))]
-
-
-def batches(runs: Sequence[NeedleRun]) -> Iterator[list[int]]:
-    """Numbers of the runs that share a batch: equally long ones, TOKENS_PER_BATCH tokens together."""
-    order = sorted(range(len(runs)), key=lambda i: runs[i].length)
-    for length, same in groupby(order, key=lambda i: runs[i].length):
-        places, size = list(same), max(1, TOKENS_PER_BATCH // length)
-        yield from (places[i : i + size] for i in range(0, len(places), size))
-
-
-Pattern = Float[Tensor, "batch n_heads rows keys"]
-
-
-@contextmanager
-def rows_shown(model: Model, see: Callable[[int, Pattern], None]) -> Iterator[None]:
-    """Inside, `see(layer, rows)` gets every row of attention that is computed, without the masked keys after it.
-
-    What is not seen costs SDPA only: read most of a prompt before.
-    """
-    layer_of = {
-        model.module.get_submodule(block.attention): layer
-        for layer, block in enumerate(model.spec.blocks)
-        if block.attention
-    }
-
-    def listen(module: nn.Module) -> Watch:
-        return _Rows(partial(see, layer_of[module])) if module in layer_of else Watch()
-
-    with window(model.module, listen):
-        yield
-
-
-class _Rows(Watch):
-    """Hands on the pattern of every call."""
-
-    needs_rows = True
-
-    def __init__(self, see: Callable[[Pattern], None]):
-        self.see = see
-
-    def pattern(self, pattern, start):
-        self.see(pattern)
-        return pattern
-
-
-@torch.no_grad()
-def _decoded(model: Model, runs: Sequence[NeedleRun], extra: int) -> list[Decoded]:
-    steps = max(run.lead + run.width for run in runs) + extra
-    ids = torch.stack([run.ids for run in runs]).to(model.device)
-    if model.spec.n_ctx is not None:
-        steps = min(steps, model.spec.n_ctx - ids.shape[1])
-    if steps < 1:
-        raise BadInput(
-            f"a prompt of {ids.shape[1]} tokens leaves no room for an answer: {model.id} reads at most "
-            f"{model.spec.n_ctx} (n_ctx); give shorter prompts"
-        )
-    shape = (len(runs), steps, model.n_layers, model.spec.n_heads)
-    top = np.full(shape, -1, dtype=np.int64)
-    mass, mass_control = np.full(shape, np.nan), np.full(shape, np.nan)
-    step = 0
-
-    def see(layer: int, pattern: Pattern) -> None:
-        row, heads = pattern[:, :, -1], pattern.shape[1]
-        # A cache of a sliding window has forgotten the first keys: they are missing on the left.
-        gone = ids.shape[1] + step - row.shape[-1]
-        top[:, step, layer, :heads] = (row.argmax(-1) + gone).cpu().numpy()
-        for i, run in enumerate(runs):
-            mass[i, step, layer, :heads] = span_mass(row[i], run.start - gone, run.width)
-            at = run.control - gone
-            mass_control[i, step, layer, :heads] = span_mass(row[i], at, run.width)
-
-    cache = read_prompt(model, ids[:, :-1])
-    ending = torch.tensor(_end_tokens(model), dtype=torch.long, device=ids.device)
-    tokens = np.full((len(runs), steps), -1, dtype=np.int64)
-    last, going = ids[:, -1:], torch.ones(len(runs), dtype=torch.bool, device=ids.device)
-    with rows_shown(model, see):
-        while step < steps and bool(going.any()):
-            logits, cache = read_on(model, last, cache)
-            last = logits[:, -1].argmax(-1, keepdim=True)
-            going &= ~torch.isin(last[:, 0], ending)
-            tokens[:, step] = last[:, 0].where(going, -1).cpu().numpy()
-            step += 1
-    return [Decoded(run, tokens[i], top[i], mass[i], mass_control[i]) for i, run in enumerate(runs)]
-
-
-def span_mass(
-    rows: Float[Tensor, "*any keys"], start: int, width: int
-) -> Float[np.ndarray, "*any"]:
-    """Attention on `width` keys from `start` on, which may lie before the first key there is."""
-    return rows[..., max(start, 0) : max(start + width, 0)].sum(-1).cpu().numpy()
-
-
-def read_prompt(model: Model, ids: Int[Tensor, "batch pos"]) -> Any:
-    """The KV cache after `ids`, computed with SDPA."""
-    with window(model.module, lambda module: Watch()):
-        return read_on(model, ids, None)[1]
-
-
-def read_on(model: Model, ids: Int[Tensor, "batch pos"], cache: Any) -> tuple[Tensor, Any]:
-    """Logits (of the last position at least) and the KV cache after `ids`."""
-    known = inspect.signature(type(model.module).forward).parameters
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    output = model.module(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-    if getattr(output, "past_key_values", None) is None:
-        raise Refused(
-            f"{model.id} keeps no keys and values of earlier tokens: it cannot be decoded"
-        )
-    return output.logits, output.past_key_values
-
-
-def _end_tokens(model: Model) -> list[int]:
-    """The tokens that end an answer."""
-    config = getattr(model.module, "generation_config", None)
-    found = [getattr(config, "eos_token_id", None), getattr(model.tokenizer, "eos_token_id", None)]
-    flat = [token for ids in found for token in (ids if isinstance(ids, list) else [ids])]
-    return sorted({token for token in flat if isinstance(token, int)})

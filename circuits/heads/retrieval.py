@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from circuits.heads.ablation import matched_heads
 from circuits.heads.claims import INTERVAL, MIN_PROMPTS
 from circuits.heads.detector import Detector
-from circuits.heads.needle import NEEDLES, Decoded, NeedleRun, batches, decode, needle_runs
+from circuits.heads.needle import NEEDLES, NeedleRun, needle_runs
+from circuits.heads.needle_decoding import Decoded, batches, decode
 from interp.errors import BadInput
 from interp.models.model import Model
 from interp.run.cache import Run

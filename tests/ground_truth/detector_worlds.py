@@ -282,7 +282,7 @@ def short_needles(always: bool) -> Iterator[None]:
         )
         patch.setattr("circuits.heads.evaluator.needle_runs", _all_rows_ask)
         if always:
-            patch.setattr("circuits.heads.needle.RECALLED", -1.0)
+            patch.setattr("circuits.heads.needle_decoding.RECALLED", -1.0)
         yield
 
 
