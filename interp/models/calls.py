@@ -17,6 +17,7 @@ from interp.run.batch import Batch
 
 drawing: WeakSet[nn.Module] = WeakSet()
 """Models that draw random numbers in every forward, as the probe finds: torch's generator is put back before each."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DRAWS = (
     "draws random numbers in every forward (masks, perhaps): the same ones, of seed 0, in every run on inputs of "
     "one shape; rows of a larger batch get others"
@@ -131,19 +132,17 @@ def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
         raise Refused("this model has no unembedding (no language-model head)")
     if spec.final_norm is not None:
         norm = module.get_submodule(spec.final_norm)
-        residual = at_home(norm, _as_weights(norm, residual))
-    W_U = module.get_submodule(spec.unembedding)
-    return at_home(W_U, _as_weights(W_U, residual)) * spec.logit_scale
-
-
-def _as_weights(module: nn.Module, x: Tensor) -> Tensor:
-    """x in the dtype of a module's weights: a stream may be kept in float32 beside weights in 16 bits."""
-    dtype = getattr(getattr(module, "weight", None), "dtype", None)
-    return x.to(dtype) if dtype in (torch.bfloat16, torch.float16) else x
+        residual = at_home(norm, residual.to(spec.final_dtype or residual.dtype))
+    return at_home(module.get_submodule(spec.unembedding), residual) * spec.logit_scale
 
 
 def at_home(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), computed where the module's weights are; weights not in memory are brought to x."""
+    """module(x), computed where the module's weights are; weights not in memory are brought to x.
+
+    A linear layer reads what has its weights' dtype alone, so a model that keeps x in another one rounds it.
+    """
+    if isinstance(module, nn.Linear) and module.weight.dtype in FLOATS:
+        x = x.to(module.weight.dtype)
     place = module_device(module)
     return module(x if place.type == "meta" else x.to(place)).to(x.device)
 

@@ -43,6 +43,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         if len(late := [call for call in calls if call.start >= last.order]) == 1 and late[0].inputs
     }
     norm, before = _final_norm(seen, after, last.output, final)
+    if norm is not None and (dtype := after[norm].inputs[0].dtype) != last.output.dtype:
+        spec = replace(spec, final_dtype=dtype)
     if final is None or final.output is None or final.output.shape != seen.output.shape:
         return replace(spec, embedding=embedding, final_norm=norm)
     if before is None:

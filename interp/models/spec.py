@@ -184,6 +184,7 @@ class Spec:
     `readout` are the modules that make logits of the final residual one after the other, where that is
     more than a norm and a linear layer (BERT's head has a transform); ("",) is the model itself, less its blocks.
     `bypassed` says what reads an earlier block's stream besides the one after it, "" if nothing does.
+    `final_dtype` is what a stream kept in another dtype is rounded to before `final_norm` reads it.
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     """
@@ -198,6 +199,7 @@ class Spec:
     first_position: int = 0
     embedding: str | None = None
     final_norm: str | None = None
+    final_dtype: torch.dtype | None = None
     unembedding: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
