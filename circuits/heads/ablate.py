@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from circuits.heads.game import PROMPTS, Game, prompts_of
-from circuits.heads.shapley import layer_relative
+from circuits.heads.shapley import value_table
 from interp.errors import BadInput, unknown
 from interp.models.model import Model
 from interp.registry import analysis
@@ -125,19 +124,7 @@ def ablate_heads(
             todo = np.nonzero(errors > error * np.abs(value).max())[0]
             start, stop = stop, min(2 * stop, prompts)
     used = (~np.isnan(seen)).sum(1)
-    layer, head = (np.array(axis) for axis in zip(*game.heads, strict=True))
-    table = pd.DataFrame(
-        {
-            "layer": layer,
-            "head": head,
-            "value": value,
-            "error": errors,
-            "low": value - 1.96 * errors,
-            "high": value + 1.96 * errors,
-            "layer_relative": layer_relative(value, layer),
-            "prompts": used,
-        }
-    )
+    table = value_table(game, value, errors).assign(prompts=used)
     meta["ablation"] = {
         "loss_all": float(np.concatenate(clean).mean()),
         "largest": float(np.abs(value).max()),

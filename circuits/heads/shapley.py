@@ -194,19 +194,7 @@ def shapley_values(
             found = permutation_values(
                 game, permutations, truncate=truncate, seed=seed, units=units, advance=advance
             )
-    layer, head = (np.array(axis) for axis in zip(*game.heads, strict=True))
-    table = pd.DataFrame(
-        {
-            "layer": layer,
-            "head": head,
-            "value": found.value,
-            "error": found.error,
-            "low": found.value - 1.96 * found.error,
-            "high": found.value + 1.96 * found.error,
-            "layer_relative": layer_relative(found.value, layer),
-            "samples": found.samples,
-        }
-    )
+    table = value_table(game, found.value, found.error).assign(samples=found.samples)
     largest = float(np.abs(found.value).max())
     meta["game"] = {
         "loss_all": full,
@@ -222,6 +210,24 @@ def shapley_values(
     }
     meta["wall_time_s"] = round(time.perf_counter() - started, 2)
     return Report("shapley", {"shapley": table}, {}, meta)
+
+
+def value_table(
+    game: Game, value: Float[np.ndarray, " heads"], error: Float[np.ndarray, " heads"]
+) -> pd.DataFrame:
+    """One row a head: value, error, low and high (±1.96 errors), layer_relative."""
+    layer, head = (np.array(axis) for axis in zip(*game.heads, strict=True))
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "head": head,
+            "value": value,
+            "error": error,
+            "low": value - 1.96 * error,
+            "high": value + 1.96 * error,
+            "layer_relative": layer_relative(value, layer),
+        }
+    )
 
 
 def layer_relative(
