@@ -8,19 +8,18 @@ a module inside may carry the stream: that the output does not grow with the inp
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from interp.models.calls import call_model
 from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, Carry, first_tensor, with_first
+from interp.models.spec import BlockMap, Carry
 from interp.models.stack import Layer
+from interp.models.trials import answering
 from interp.models.verify import relative_error, relative_tolerance
 from interp.models.writes import Candidate, Sums
 from interp.run.batch import Batch
@@ -61,25 +60,13 @@ def restarts(block: BlockMap) -> bool:
 
 def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | str) -> set[str]:
     """Those of these blocks whose output stays as it is when their hidden state is a thousand times as large."""
-    passed: dict[str, bool] = {}
 
-    def enlarge(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def enlarge(args: tuple, kwargs: dict) -> Any:
         if isinstance(key, int):
             return (*args[:key], args[key] * LARGER, *args[key + 1 :]), kwargs
         return args, {**kwargs, key: kwargs[key] * LARGER}
 
-    with ExitStack() as stack:
-        for name in names:
-            module, calls = seen.module.get_submodule(name), iter(seen.calls[name])
+    def unmoved(got: Tensor, wanted: Tensor) -> bool:
+        return relative_error(got, wanted)[0] <= UNMOVED
 
-            def compare(module, args, output, name=name, calls=calls) -> Any:  # type: ignore[no-untyped-def]
-                wanted, got = next(calls).output, first_tensor(output)
-                assert wanted is not None and got is not None
-                near = relative_error(got, wanted)[0] <= UNMOVED
-                passed[name] = passed.get(name, True) and near
-                return with_first(output, wanted.to(got))
-
-            stack.callback(module.register_forward_pre_hook(enlarge, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(compare).remove)
-        call_model(seen.module, batch)
-    return {name for name, near in passed.items() if near}
+    return answering(seen, names, batch, enlarge, unmoved)

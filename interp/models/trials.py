@@ -5,11 +5,12 @@ Since each layer then reads what it read before, one forward tries all layers at
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp.models.calls import call_model
 from interp.models.layout import shown
@@ -52,9 +53,8 @@ def works_by_position(
     their output in reverse order; attention, a state-space layer or a convolution something else.
     """
     rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
-    passed: dict[str, bool] = {}
 
-    def reverse(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def reverse(args: tuple, kwargs: dict) -> Any:
         args = tuple(map(reverse_ids, args))
         kwargs = {name: reverse_ids(x) for name, x in kwargs.items()}
         for i, x in enumerate(args):
@@ -69,22 +69,42 @@ def works_by_position(
         same = isinstance(x, Tensor) and ids is not None and torch.equal(x, ids)
         return x.flip(1) if same else x
 
+    def in_reverse(got: Tensor, wanted: Tensor) -> bool:
+        error = (_reversed(got, rows).cpu().double() - wanted.double()).abs().max()
+        return float(error) <= 1e-2 * float(wanted.abs().max())
+
+    return answering(seen, branches, batch, reverse, in_reverse)
+
+
+def answering(
+    seen: Recording,
+    names: Iterable[str],
+    batch: Batch,
+    change: Callable[[tuple, dict], Any],
+    expected: Callable[[Tensor, Tensor], bool],
+) -> set[str]:
+    """Those of these modules that answer a change of their arguments as expected, in every call.
+
+    `expected` is given what a module returns and what it returned before; the latter goes on.
+    """
+    passed: dict[str, bool] = {}
     with ExitStack() as stack:
-        for name in branches:
+        for name in names:
             module, calls = seen.module.get_submodule(name), iter(seen.calls[name])
 
             def compare(module, args, output, name=name, calls=calls) -> Any:  # type: ignore[no-untyped-def]
                 wanted, got = next(calls).output, first_tensor(output)
                 assert wanted is not None and got is not None
-                error = (_reversed(got, rows).cpu().double() - wanted.double()).abs().max()
-                same = float(error) <= 1e-2 * float(wanted.abs().max())
-                passed[name] = passed.get(name, True) and same
-                return with_first(output, wanted.to(got.device))
+                passed[name] = passed.get(name, True) and expected(got, wanted)
+                return with_first(output, wanted.to(got))
 
-            stack.callback(module.register_forward_pre_hook(reverse, with_kwargs=True).remove)
+            before = module.register_forward_pre_hook(
+                lambda module, args, kwargs: change(args, kwargs), with_kwargs=True
+            )
+            stack.callback(before.remove)
             stack.callback(module.register_forward_hook(compare).remove)
         call_model(seen.module, batch)
-    return {name for name, same in passed.items() if same}
+    return {name for name, each in passed.items() if each}
 
 
 def sees_no_later(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
