@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.attribution import Kept
 from circuits.heads.detector import head_table
-from circuits.heads.outliers import NEEDED, Place, peaks, writers_table, written_to
+from circuits.heads.outliers import NEEDED, Place, peaks, writers_table, writes_at, written_to
 from interp.data.prompts import lead_notes, lead_token, repeated_tokens, text_windows
 from interp.errors import BadInput, Refused
 from interp.metrics import loss
@@ -371,19 +373,24 @@ def _writers(
     massive: pd.DataFrame,
 ) -> pd.DataFrame:
     """What adds to the largest entry of each dimension (`written_to`), one below the other."""
+
+    @cache
+    def writes(number: int, positions: tuple[int, ...]) -> Kept:
+        return writes_at(model, batches[number], torch.tensor(positions))
+
     tables = []
     for peak in peaks(massive).to_dict("records"):
         layer, dimension = int(peak["layer"]), int(peak["dimension"])
         places: list[Place] = []
-        for batch, seen in zip(batches, passes, strict=True):
+        for number, seen in enumerate(passes):
             here = seen["entries"].query(
                 "layer == @layer and dimension == @dimension and token_id == @peak['token_id']"
             )
             here = here[(here["position"] == 0) == peak["first"]].drop_duplicates("prompt")
             if len(here):
-                positions = torch.zeros(batch.size, dtype=torch.long)
-                positions[here["prompt"].tolist()] = torch.tensor(here["position"].tolist())
-                places.append((batch, positions, here["prompt"].tolist()))
+                at = dict(zip(here["prompt"], here["position"], strict=True))
+                positions = tuple(at.get(row, 0) for row in range(batches[number].size))
+                places.append((writes(number, positions), list(at)))
         table = writers_table(*written_to(model, places, layer, dimension))
         told = {"layer": layer, "dimension": dimension, "token": peak["token"]}
         tables.append(table.assign(**told)[[*told, *table.columns]])

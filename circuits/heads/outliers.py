@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import Parts, rows_at, write_sites
+from circuits.attribution import Kept, Parts, rows_at, write_sites
 from interp.models.model import Model
 from interp.run.batch import Batch
 
@@ -21,13 +21,19 @@ WRITERS = 10
 
 NEEDED = ("z", "attn_write", "mlp_write")
 
-Place = tuple[Batch, Int[Tensor, " batch"], Sequence[int]]
-"""A batch, the position of the entry in each of its prompts, and which of the prompts have it."""
+Place = tuple[Kept, Sequence[int]]
+"""What was written to a row of each prompt of a batch, and which of the prompts have the entry there."""
 
 
 def peaks(massive: pd.DataFrame) -> pd.DataFrame:
     """Of the table "massive", largest first, the first row of each of the largest dimensions."""
     return massive.drop_duplicates("dimension").head(PEAKS)
+
+
+@torch.no_grad()
+def writes_at(model: Model, batch: Batch, positions: Int[Tensor, " batch"]) -> Kept:
+    """All that is written to one position of each prompt: one forward."""
+    return rows_at(model, batch, positions, ["embed", *write_sites(model)])
 
 
 @torch.no_grad()
@@ -47,15 +53,15 @@ def written_to(
     for at in range(layer + 1):
         parts += [{"writer": kind, "at": at, "head": -1} for kind in ("attn bias", "mlp")]
     found = []
-    for batch, positions, rows in places:
-        kept = rows_at(model, batch, positions, ["embed", *write_sites(model)])
-        vector = torch.zeros(batch.size, model.spec.d_model, device=model.device)
+    for kept, rows in places:
+        embed = kept["embed", 0]
+        vector = torch.zeros(embed.shape, device=model.device)
         vector[:, dimension] = 1.0
-        made = Parts(model, batch.size)
+        made = Parts(model, len(embed))
         for at in range(layer + 1):
             made.add_attention(at, kept, vector)
             made.add_mlp(at, kept, vector)
-        columns = [kept["embed", 0][:, dimension].float().cpu()]
+        columns = [embed[:, dimension].float().cpu()]
         columns += [made.heads[:, at, head] for at, head in heads]
         for at in range(layer + 1):
             columns += [made.attn_biases[:, at], made.mlps[:, at]]
