@@ -73,6 +73,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"(head_dim|d_kv|d_head|kv_channels|dim_head|key_dim|headdim|head_size)$", D_HEAD),
     (r"rotary_dim", 8),
     (r"rank$", 16),
+    (r"window_infer", lambda v: min(v, 16)),
     (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
     (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
     (r"(period|interval|every|pattern$)", lambda v: min(v, 2)),

@@ -1,7 +1,7 @@
 """Random sound, video or other numbers in a shape that a model's own forward takes.
 
 Shapes follow from sizes that configs name alike in every model, and from what the layer that failed
-wanted; the first with which the forward works is kept.
+wanted; the first with which the forward works is kept, with the masks that the forward cannot do without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from interp.run.batch import Batch
 
 ROWS, SAMPLES, FRAMES = 2, 6400, 72
 """0.4 s at 16 kHz; frames for models that take any number: several positions after pooling by 8."""
-BINS = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim")
+SECONDS = 200
+"""Two seconds of frames: for models that cut sound into parts of a quarter, a half or a whole one."""
+BINS = (
+    "num_mel_bins",
+    "input_feat_per_channel",
+    "feature_size",
+    "feature_projection_input_dim",
+    "input_size",
+)
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
 VIDEO_FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
@@ -33,34 +41,39 @@ UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What models raise for an input of another shape."""
 
-_known: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 def numbers_taken(
     module: nn.Module, name: str, others: dict[str, Tensor]
-) -> Float[Tensor, "row ..."]:
+) -> dict[str, Float[Tensor, "row ..."]]:
     """Random numbers as the model's input `name`, in the first shape with which its forward works.
 
     Args:
         others: the other inputs that the forward gets, such as an encoder-decoder's target.
 
+    Returns:
+        the numbers by `name`, and masks of ones that its forward requires.
+
     Raises:
         Refused: it works with none; with why the likeliest shape failed.
     """
     if module in _known:
-        return _numbers(module, _known[module])
+        return {given: x.clone() for given, x in _known[module].items()}
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
     tried: dict[tuple[int, ...], str] = {}
     while waiting:
         shape = waiting.pop(0)
-        batch = Batch.of_inputs({name: _numbers(module, shape), **others})
-        wanted, why = _wanted(module, batch.to(module_device(module)))
-        if not why:
-            _known[module] = shape
-            return _numbers(module, shape)
-        tried[shape] = why
-        if shape == UNKNOWN:
-            waiting += _moved(shape, wanted)
+        for masks in _masks(module, shape):
+            made = {name: _numbers(module, shape), **masks}
+            batch = Batch.of_inputs({**made, **others}).to(module_device(module))
+            channels, why = _wanted(module, batch)
+            if not why:
+                _known[module] = made
+                return numbers_taken(module, name, others)
+            tried.setdefault(shape, why)
+            if shape == UNKNOWN:
+                waiting += _moved(shape, *channels)
     shape, why = next(iter(tried.items()))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
@@ -83,9 +96,10 @@ def check_kind(module: nn.Module, data: Any) -> None:
             f"{type(module).__name__} reads '{main}' and was given {given}: "
             f'model.run({{"{main}": …{after}}}); what takes prompts of text cannot be done here'
         )
-    shape, x = _known.get(module), named.get(main)
-    if shape is None or x is None:
+    known, x = _known.get(module), named.get(main)
+    if known is None or x is None:
         return
+    shape = tuple(known[main].shape)
     if x.ndim != len(shape) or not x.is_floating_point():
         raise BadInput(
             f"'{main}' has shape {tuple(x.shape)} and type {x.dtype}; {type(module).__name__} reads "
@@ -100,13 +114,22 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         yield
     except FAILURES as error:
         name = getattr(module, "main_input_name", "")
-        shape, x = _known.get(module), batch.inputs.get(name)
-        if shape is None or x is None or not (why := _wanted(module, batch)[1]):
+        known, x = _known.get(module), batch.inputs.get(name)
+        if known is None or x is None or not (why := _wanted(module, batch)[1]):
             raise
+        besides = "".join(f", with '{n}' {tuple(m.shape)}" for n, m in known.items() if n != name)
         raise BadInput(
             f"{type(module).__name__} fails on '{name}' of shape {tuple(x.shape)}, type {x.dtype}: {why}; "
-            f"it works on shape {shape}, type {next(module.parameters()).dtype}"
+            f"it works on shape {tuple(known[name].shape)}, type {next(module.parameters()).dtype}{besides}"
         ) from error
+
+
+def _masks(module: nn.Module, shape: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
+    """The masks that the forward requires, all ones: of the frames on the second axis, or on the last."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    names = [p.name for p in parameters if p.default is p.empty and p.name.endswith("mask")]
+    for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
+        yield {name: torch.ones(shape[0], frames, dtype=torch.long) for name in names}
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
@@ -116,9 +139,9 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
             for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
                 yield ROWS, frames, channels, side, side
                 yield ROWS, channels, frames, side, side
-    lengths = [n for size in _sizes(config, MOST_FRAMES) for n in (size, 2 * size)]
+    lengths = [n for size in _sizes(config, MOST_FRAMES) for n in (size, 2 * size, size // 2)]
     for bins in _sizes(config, BINS):
-        for frames in (FRAMES, *lengths):
+        for frames in (FRAMES, *lengths, SECONDS):
             yield ROWS, frames, bins
             yield ROWS, bins, frames
     yield ROWS, SAMPLES
@@ -141,8 +164,8 @@ def _numbers(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return numbers.to(next(module.parameters()).dtype)
 
 
-def _wanted(module: nn.Module, batch: Batch) -> tuple[int, str]:
-    """(by how many channels the layer that failed wanted more, why the forward failed); (0, "") if it works."""
+def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
+    """(how many channels the layer that failed got and wanted, why the forward failed); why is "" if it works."""
     inside: list[tuple[nn.Module, Tensor]] = []
 
     def enter(layer: nn.Module, args: tuple) -> None:
@@ -164,14 +187,14 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[int, str]:
         for layer, x in inside:
             channels, axis = _channels(layer) or (0, 0)
             if x.ndim >= -axis:
-                return channels - x.shape[axis], why
-        return 0, why
+                return (x.shape[axis], channels), why
+        return (0, 0), why
     finally:
         for hook in hooks:
             hook.remove()
     if made.ndim < 2 or made.shape[0] != batch.size:
-        return 0, f"returns {tuple(made.shape)} for {batch.size} rows"
-    return 0, ""
+        return (0, 0), f"returns {tuple(made.shape)} for {batch.size} rows"
+    return (0, 0), ""
 
 
 def _channels(layer: nn.Module) -> tuple[int, int] | None:
@@ -185,10 +208,15 @@ def _channels(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _moved(shape: tuple[int, ...], by: int) -> list[tuple[int, ...]]:
-    """The shapes with one axis behind the rows longer by so much, the last one first."""
+def _moved(shape: tuple[int, ...], got: int, wanted: int) -> list[tuple[int, ...]]:
+    """The shapes with one axis behind the rows as much longer as the layer wanted more, the last one first.
+
+    By as many channels, or as many times: convolutions and folds make several channels of one, or one of
+    several, rounding up (so to a multiple of 8).
+    """
     return [
-        (*shape[:axis], shape[axis] + by, *shape[axis + 1 :])
+        (*shape[:axis], size, *shape[axis + 1 :])
         for axis in reversed(range(1, len(shape)))
-        if by and shape[axis] + by > 0
+        for size in (shape[axis] + wanted - got, -(-shape[axis] * wanted // max(got, 1) // 8) * 8)
+        if wanted != got and size > 0
     ]

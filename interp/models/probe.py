@@ -140,7 +140,7 @@ def _source(module: nn.Module, target: dict[str, Tensor]) -> Batch:
         dtype = next(module.parameters()).dtype
         return Batch({"pixel_values": torch.randn(shape, generator=generator).to(dtype)})
     if kind != "input_ids":
-        return Batch({kind: numbers_taken(module, kind, target)})
+        return Batch(numbers_taken(module, kind, target))
     if config is None:
         raise Refused(
             f"{type(module).__name__} takes '{kind}' and has no config to tell its vocabulary"

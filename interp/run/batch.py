@@ -43,7 +43,7 @@ class Batch:
         """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns."""
         if "decoder_input_ids" in inputs:
             return Batch._of_decoder(inputs)
-        mask = inputs.get("attention_mask")
+        mask = inputs.get("attention_mask", _own_mask(inputs))
         mask = None if mask is None else mask.bool()
         if "input_ids" not in inputs and mask is not None and bool(mask.all()):
             mask = None  # of samples or frames: there may be fewer positions
@@ -111,3 +111,9 @@ class Batch:
     def _map(self, change) -> Batch:
         mask = None if self.mask is None else change(self.mask)
         return Batch({name: change(x) for name, x in self.inputs.items()}, mask)
+
+
+def _own_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask [batch frames] that stands beside an input under its own name, such as input_features_mask."""
+    found = (inputs.get(f"{name}_mask") for name in inputs if name != "input_ids")
+    return next((mask for mask in found if mask is not None and mask.ndim == 2), None)
