@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import multiprocessing
 import os
 import resource
@@ -186,10 +187,16 @@ def _verified(row: Row, module: nn.Module) -> Row:
 
 
 def _part(module: nn.Module, kind: str) -> nn.Module:
-    """The encoder of an encoder-decoder in an encoder's row, else the model itself."""
+    """The encoder of an encoder-decoder in an encoder's row, else the model itself.
+
+    An encoder that reads other things than the model (an image's features, say) is no model of its own.
+    """
     config: Any = module.config
-    encoder = kind != WHOLE and getattr(config, "is_encoder_decoder", False)
-    return module.get_encoder() if encoder else module  # type: ignore
+    if kind == WHOLE or not getattr(config, "is_encoder_decoder", False):
+        return module
+    encoder: Any = module.get_encoder()  # type: ignore
+    main = getattr(module, "main_input_name", "input_ids")
+    return encoder if main in inspect.signature(type(encoder).forward).parameters else module
 
 
 def _kind(module: nn.Module) -> str:

@@ -20,7 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS = 64, 4, 16, 96, 97, 64
 LAYERS, MOST_LAYERS = 3, 8
-MOST_PARAMETERS = 12_000_000
+MOST_PARAMETERS = 16_000_000
+MOST_PATCH = 64
+"""Sides of patches that are longer are an image's: each patch is an image to a model inside."""
 
 
 class Unbuildable(Exception):
@@ -39,6 +41,10 @@ class Variant:
     """Whether the config is made anew from its fields, or its default one is changed in place."""
     sections: bool = False
     """Whether rotary sections (of time, height and width) are named where the default names none."""
+    patch: int = 8
+    """The largest side of a patch."""
+    stages: bool = True
+    """Whether the widths of stages are cut: some lists of them must fit each other."""
 
 
 VARIANTS = (
@@ -48,6 +54,7 @@ VARIANTS = (
     Variant(64, HEADS, 4, sections=True),
     Variant(64, HEADS, 4, rebuilt=False, sections=True),
     Variant(224, HEADS, 4),
+    Variant(64, HEADS, 4, patch=16, stages=False),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -76,6 +83,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"window_infer", lambda v: min(v, 16)),
     (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
     (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
+    (r"^num_groups$", lambda v: min(v, 8)),
     (r"(period|interval|every|pattern$)", lambda v: min(v, 2)),
     (r"(layer_offset|period_offset)", lambda v: min(v, 1)),
     (
@@ -90,7 +98,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     ),
     (r"(expansion|expand|ratio)", lambda v: v),
     (r"(temporal_patch|tubelet)", lambda v: v),
-    (r"patch_size", lambda v: 8 if v > 8 else v),
+    (r"patch_size", lambda v: -4 if v <= MOST_PATCH else -3),
     (r"image_size|pretrain_image|encoder_stride|crop_size", lambda v: -3),
     (r"num_frames", lambda v: min(v, 4)),
     (r"(max_source_positions|source_positions)", POSITIONS),
@@ -104,8 +112,8 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
         lambda v: v,
     ),
 )
-"""What an integer becomes by its name, first match first; -1, -2 and -3 stand for the variant's number
-of kv heads, the number of layers and the variant's image size."""
+"""What an integer becomes by its name, first match first; -1, -2, -3 and -4 stand for the variant's number
+of kv heads, the number of layers, the variant's image size and its largest patch."""
 
 UNSET = (
     (r"experts_per_tok$", 2),
@@ -117,6 +125,7 @@ UNSET = (
 )
 """What becomes of a field that the default config leaves open, and that no model can leave open."""
 
+WIDTHS = re.compile(r"(hidden_sizes|embed_dim|dims$|widths|stage_.*channels)")
 SIZE = re.compile(r"(hidden|d_model|n_embd|emb|dim|width|size|channels|features)")
 
 
@@ -130,7 +139,7 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
     for variant in VARIANTS:
         try:
             model_class = getattr(transformers, class_name)
-            config = _of_class(CONFIG_MAPPING[model_type](), model_class.config_class)
+            config = _of_class(_default(model_type), model_class.config_class)
             module = build(model_class, shrunk(config, variant))
             check(module)
             return module
@@ -140,6 +149,14 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
             text = " ".join(str(error).split())
             reasons.append(f"{type(error).__name__}: {text}"[:160])
     raise Unbuildable(reasons[0])
+
+
+def _default(model_type: str) -> PreTrainedConfig:
+    """The default config; one that names a backbone has transformers' own, which needs no other library."""
+    config = CONFIG_MAPPING[model_type]()
+    if getattr(config, "backbone_config", None) is None:
+        return config
+    return CONFIG_MAPPING[model_type](use_timm_backbone=False)
 
 
 def _of_class(config: PreTrainedConfig, wanted: type | None) -> PreTrainedConfig:
@@ -193,6 +210,10 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
             new[name] = shrunk(value, variant)
         elif value is None:
             new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), None)
+        elif isinstance(value, float) and re.search(r"(width|depth)_coefficient$", name):
+            new[name] = min(value, 1.0)
+        elif name == "hidden_dim" and fields.get("width_coefficient"):
+            new[name] = int(value / max(fields["width_coefficient"], 1.0))  # the last width, of 1
         elif isinstance(value, (bool, str, float)):
             new[name] = value
         elif re.search(r"token_id$|token_index$|pad_idx$", name):
@@ -288,6 +309,8 @@ def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int)
                 return min(value, variant.kv_heads)
             if new == -2:
                 return min(value, n_layers)
+            if new == -4:
+                return min(value, variant.patch)
             return variant.image if new == -3 else new
     if SIZE.search(name) and value >= 32:
         if hidden and value % hidden == 0 and value > hidden:  # twice the hidden size and the like
@@ -336,9 +359,11 @@ def _list(
     if "image_size" in name:
         return kind([variant.image] * len(value))
     if re.search(r"depth|num_blocks|block_repeats", name):
-        return kind(min(x, 2) for x in value)
+        return kind(min(x, max(2, variant.layers - 1)) for x in value)
+    if re.search(r"hook_ids$", name):  # layers whose outputs are read
+        return kind(min(x, variant.layers - 1) for x in value)
     if "heads" in name:
         return kind(max(1, x // min(value)) for x in value)
-    if re.search(r"(hidden_sizes|embed_dim|dims$|widths|stage_.*channels)", name):
-        return kind(max(8, 16 * x // min(value)) for x in value)
+    if variant.stages and WIDTHS.search(name):
+        return kind(8 * max(1, -(-2 * x // min(value))) for x in value)
     return value
