@@ -156,7 +156,8 @@ def _watched(
         nonlocal seen
         found = None if name == KERNEL else _found(tape, name, args, kwargs, n_heads=own[module])
         if found is None and name != KERNEL:
-            return function(*args, **kwargs)
+            layer = _layer(module, args) if name == "linear" and tape.in_parts else None
+            return function(*args, **kwargs) if layer is None else layer(args[0])
         seen += 1
         if found is None:
             return kernel(watch_of(module), *args, **kwargs)
@@ -170,6 +171,16 @@ def _watched(
             "this kind (longer ones, perhaps) it computes attention in another way"
         )
     return out
+
+
+def _layer(module: nn.Module, args: tuple) -> nn.Linear | None:
+    """The linear layer of a module of whose weights a function makes use without calling the layer.
+
+    Called in its place, it is seen, and may be hooked, as W_O of other models is.
+    """
+    layers = (part for part in module.modules() if isinstance(part, nn.Linear))
+    same = (x for x in layers if len(args) == 3 and x.weight is args[1] and x.bias is args[2])
+    return next(same, None)
 
 
 def _found(

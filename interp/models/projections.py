@@ -100,9 +100,16 @@ def with_output(layer: Layer, block: BlockMap, key: int | str) -> BlockMap:
         ):
             continue
         first = call.output.shape[0]
-        if call.output.ndim == 2 or first == rows:
+        if first == rows or (call.output.ndim == 2 and not _positions_first(layer, call)):
             return replace(block, attn_out=name)
     return block
+
+
+def _positions_first(layer: Layer, call: ModuleCall) -> bool:
+    """Whether a flattened input holds z position by position, each of them row by row."""
+    assert layer.attention is not None
+    x, z = call.inputs[0].reshape(-1), layer.attention.tensors["z"]
+    return not torch.equal(x, z.reshape(-1)) and torch.equal(x, z.transpose(0, 1).reshape(-1))
 
 
 def _projections(seen: Recording, z: Tensor) -> list[str]:

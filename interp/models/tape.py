@@ -1,12 +1,14 @@
 """What a module computes, call by call: every torch function, what it was given and what it returned.
 
-A tape can say where a tensor came from, and compute again what depends on one that is changed.
+A tape can say where a tensor came from, and compute again what depends on one that is changed. PyTorch's
+`multi_head_attention_forward` is one torch function made of many: of it the many are on the tape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +22,7 @@ PRODUCTS = {  # names of the two factors, and where they stand
     "bmm": (("input", 0), ("mat2", 1)),
     "baddbmm": (("batch1", 1), ("batch2", 2)),
 }
+COMPOSED = "multi_head_attention_forward"
 
 
 @dataclass(eq=False)
@@ -62,12 +65,21 @@ class Tape(TorchFunctionMode):
     attended: Callable[[Tape, str, Callable, tuple, dict], Any]
     steps: list[Step] = field(default_factory=list)
     latest: dict[int, Step] = field(default_factory=dict)
+    in_parts: bool = False
+    """Whether what runs is a part of one composed function."""
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == COMPOSED:
+            self.in_parts = True
+            try:
+                with self:
+                    return _in_parts(func)(*args, **kwargs)
+            finally:
+                self.in_parts = False
         out = self.attended(self, name, func, args, kwargs)
         changed = name == "__setitem__"
         outputs = (args[0],) if changed else tuple(_flat((out,)))
@@ -126,6 +138,14 @@ class Tape(TorchFunctionMode):
             if path is not None:
                 return [*path, step]
         return None
+
+
+def _in_parts(function: Any) -> Callable[..., Any]:
+    """The function's own code, which hands itself over to no mode; the functions that it calls do."""
+    names = {**function.__globals__, "has_torch_function": lambda given: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _before(step: Step, x: Tensor) -> Tensor:

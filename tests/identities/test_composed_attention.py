@@ -1,0 +1,138 @@
+"""Attention by PyTorch's `multi_head_attention_forward`: seen and edited as where a model computes it step by step."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from benchmarks.architectures import runs
+from benchmarks.tiny_configs import tiny_model
+from interp.models.model import Model
+from interp.run.edits import Edit
+from interp.sites import AXES
+
+EXACT = 1e-6
+"""The function's own steps on the same numbers, and two kernels of the same attention."""
+IDS = torch.randint(10, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.first(x)
+        out, _ = self.attention(normed, normed, normed, need_weights=self.weights)
+        x = x + out
+        return x + self.down(self.up(self.second(x)).relu())
+
+
+class Encoder(transformers.BertPreTrainedModel):
+    main_input_name = "input_ids"
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__(transformers.BertConfig(vocab_size=97, hidden_size=32))
+        self.embed = nn.Embedding(97, 32)
+        self.layers = nn.ModuleList([Block(weights) for _ in range(3)])
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+@cache
+def encoder(weights: bool) -> Model:
+    torch.manual_seed(0)
+    module = Encoder(weights).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    return Model(module, id="encoder")
+
+
+@cache
+def wavlm() -> Model:
+    return Model(tiny_model("wavlm", "WavLMForCTC", partial(runs, strict=True)), id="wavlm")
+
+
+def waves() -> dict[str, Tensor]:
+    """Two rows of 5000 samples, the second padded from 3000 on."""
+    x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 5000, dtype=torch.long)
+    mask[1, 3000:] = 0
+    return {"input_values": x, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_pytorchs_own_module_is_seen(weights: bool) -> None:
+    model = encoder(weights)
+    sites = [site for site in AXES if site not in model.spec.refused and model.layers_with(site)]
+    assert not set(model.spec.refused) - model.spec.absent
+    with torch.no_grad():
+        plain = model.module(IDS).last_hidden_state
+    run = model.run(IDS, capture=sites)
+    torch.testing.assert_close(run.logits, plain, atol=EXACT, rtol=1e-5)
+    block: Any = model.blocks[1]
+    with torch.no_grad():
+        x = block.first(run.cache["resid_pre.1"])
+        out, pattern = block.attention(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(run.cache["pattern.1"], pattern, atol=EXACT, rtol=1e-5)
+    torch.testing.assert_close(run.cache["attn_out.1"], out, atol=EXACT, rtol=1e-5)
+    heads = torch.einsum("bqhd,hdm->bqm", run.cache["z.1"], model.W_O(1)) + model.b_O(1)
+    torch.testing.assert_close(heads, out, atol=EXACT, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_head_without_output_is_w_o_without_its_rows(weights: bool) -> None:
+    model = encoder(weights)
+    edited = model.run(IDS, edits=[Edit.zero("z.1.2")]).logits
+    block: Any = model.blocks[1]
+    projection = block.attention.out_proj
+    before = projection.weight.detach().clone()
+    with torch.no_grad():
+        projection.weight[:, 16:24] = 0
+        wanted = model.module(IDS).last_hidden_state
+        projection.weight.copy_(before)
+    torch.testing.assert_close(edited, wanted, atol=1e-5, rtol=1e-5)
+    assert (edited - model.run(IDS).logits).abs().max() > 1e-3
+
+
+def test_an_edited_pattern_mixes_other_values() -> None:
+    model = encoder(True)
+    cache = model.run(IDS, capture=["v.1", "pattern.1"]).cache
+    turned = Edit.apply("pattern.1", lambda x, seen: x.flip(-1))
+    z = model.run(IDS, capture=["z.1"], edits=[turned]).cache["z.1"]
+    wanted = torch.einsum("bhqk,bkhd->bqhd", cache["pattern.1"].flip(-1), cache["v.1"])
+    torch.testing.assert_close(z, wanted, atol=EXACT, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_gated_positions_and_padded_samples() -> None:
+    """WavLM adds a bias of positions, times a gate that its input opens, and hides the keys of padding."""
+    model, given = wavlm(), waves()
+    assert not model.spec.refused and model.spec.n_heads == 4
+    sites = [site for site in AXES if model.layers_with(site)]
+    run = model.run(given, capture=sites)
+    with torch.no_grad():
+        theirs = model.module(**given, output_attentions=True)
+    torch.testing.assert_close(run.logits, theirs.logits, atol=1e-5, rtol=1e-5)
+    for layer, mean in enumerate(theirs.attentions):  # PyTorch averages them over heads
+        pattern = run.cache[f"pattern.{layer}"]
+        torch.testing.assert_close(pattern.mean(1), mean[:, 0], atol=EXACT, rtol=1e-5)
+        assert (pattern[1, ..., -1] == 0).all() and pattern[0].all()
+    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
+    torch.testing.assert_close(
+        model.run(given, edits=same).logits, theirs.logits, atol=1e-5, rtol=1e-5
+    )
