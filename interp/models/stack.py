@@ -233,13 +233,13 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
 
 
 def _lists_around(module: nn.Module, name: str) -> list[str]:
-    """Every ModuleList that holds the module called `name`, nearest first."""
+    """Every ModuleList that holds the module called `name`, nearest first; where none does, every Sequential."""
     parts = name.split(".")
-    return [
-        parent
-        for end in range(len(parts) - 1, 0, -1)
-        if parts[end].isdigit()
-        and isinstance(module.get_submodule(parent := ".".join(parts[:end])), nn.ModuleList)
+    ends = [end for end in range(len(parts) - 1, 0, -1) if parts[end].isdigit()]
+    around = [".".join(parts[:end]) for end in ends]
+    lists = [each for each in around if isinstance(module.get_submodule(each), nn.ModuleList)]
+    return lists or [
+        each for each in around if isinstance(module.get_submodule(each), nn.Sequential)
     ]
 
 

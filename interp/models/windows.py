@@ -123,9 +123,12 @@ def find_windows(
     if not any(_has_windows(layer, key) for layer in layers):
         return {}
     addresses = {
-        i: found for i, layer in enumerate(layers) if (found := _addresses(layer, key)) is not None
+        i: found
+        for i, layer in enumerate(layers)
+        if (found := _addresses(seen, layer, key)) is not None
     }
     layouts = read_layouts(seen.module, addresses, batch)
+    layouts |= _with_wrappers(layouts, addresses, layers, seen.module, batch)
     generator = torch.Generator().manual_seed(0)
     halves = {
         i: torch.rand(layout.n_pos, generator=generator) < 0.5 for i, layout in layouts.items()
@@ -135,7 +138,8 @@ def find_windows(
         assert layer.call.output is not None
         returned.setdefault(layer.name, []).append(layer.call.output)
     for i, half in halves.items():
-        out = layers[i].inside.call(addresses[i][0]).output
+        call = layers[i].inside.once(addresses[i][0]) or seen.call(addresses[i][0])
+        out = call.output
         assert out is not None
         stream = out.reshape(batch.size, -1, out.shape[-1])
         changed = torch.where(half[:, None], stream.flip(-1), stream)
@@ -162,11 +166,45 @@ def _moved(before: AttentionCall, after: AttentionCall, wanted: Tensor) -> bool:
     return True
 
 
-def _addresses(layer: Layer, key: int | str) -> tuple[str, str, str] | None:
+def _with_wrappers(
+    layouts: Mapping[int, Layout],
+    addresses: Mapping[int, tuple[str, str, str]],
+    layers: list[Layer],
+    module: nn.Module,
+    batch: Batch,
+) -> dict[int, Layout]:
+    """Layouts of one window in another order than the stream, `of` the outermost module that reads this window.
+
+    What projects the attention's output may stand beside the attention, and nothing but the order tells one
+    window from the stream.
+    """
+    moved = [i for i, x in layouts.items() if not torch.equal(x.at, torch.arange(x.n_pos)[None])]
+    found: dict[int, Layout] = {}
+    for i in moved:
+        cut, read, of = addresses[i]
+        if len(layouts[i].at) > 1:
+            continue
+        inside, parts = layers[i].inside, of.split(".")
+        outer = [".".join(parts[:end]) for end in range(layers[i].name.count(".") + 2, len(parts))]
+        for name in outer:
+            call = inside.once(name)
+            if (
+                call
+                and call.keys[:1] == (0,)
+                and call.inputs[0].shape == inside.call(read).inputs[0].shape
+            ):
+                told = read_layouts(module, {i: (cut, name, name)}, batch).get(i)
+                if told is not None and torch.equal(told.at, layouts[i].at):
+                    found[i] = told
+                    break
+    return found
+
+
+def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str, str] | None:
     """(cut, read, attention module) of a layer that may attend within windows.
 
     `read` is the first of the attention's parts to read as many windows as q has, `cut` the last module
-    before it that returns a stream.
+    before it that returns a stream: in the block, or the one that returns what the block reads.
     """
     hidden, attention = layer.hidden(key), layer.attention
     if attention is None or layer.attends:
@@ -194,6 +232,15 @@ def _addresses(layer: Layer, key: int | str) -> tuple[str, str, str] | None:
         and call.order <= start
         and call.output.shape[-1] == hidden.shape[-1]
         and call.output.numel() == hidden.numel()
+    ]
+    cuts = cuts or [
+        (calls[0].order, name)
+        for name, calls in seen.calls.items()
+        if len(calls) == 1
+        and calls[0].order <= layer.call.start
+        and calls[0].output is not None
+        and calls[0].output.shape == hidden.shape
+        and torch.equal(calls[0].output, hidden)
     ]
     return (max(cuts)[1], read, of) if cuts else None
 

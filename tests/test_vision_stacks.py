@@ -1,0 +1,104 @@
+"""Vision models whose blocks hold, list or cut their positions in ways of their own: sites against plain weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from interp.models.model import Model
+from interp.run.batch import Batch
+from interp.run.edits import Edit
+from tests.test_windows import ROUNDING, UNSEEN, WINDOW, images, off, randomised, together
+
+SITES = ["q", "k", "v", "pattern", "z", "attn_out", "attn_write", "resid_pre", "resid_mid"]
+
+
+def linear(module: Any, x: Tensor, n_heads: int) -> Tensor:
+    """What a linear layer makes of x, [batch pos heads d_head]."""
+    with torch.no_grad():
+        return module(x).unflatten(-1, (n_heads, -1))
+
+
+def seen_whole(model: Model, side: int) -> dict[str, Any]:
+    """The cache of images, once every identity has passed and heads, writes and logits are the model's own."""
+    assert not set(model.spec.refused) - model.spec.absent
+    assert all(check.passed for check in model.spec.checks)
+    run = model.run(images(side), capture=SITES)
+    for layer in range(model.n_layers):
+        heads = torch.einsum("bphd,hdm->bpm", run.cache[f"z.{layer}"], model.W_O(layer))
+        assert off(heads + model.b_O(layer), run.cache[f"attn_out.{layer}"]) < ROUNDING
+        mid = run.cache[f"resid_pre.{layer}"] + run.cache[f"attn_write.{layer}"]
+        assert off(mid, run.cache[f"resid_mid.{layer}"]) < ROUNDING
+    return {name: run.cache[name] for name in (f"{s}.{i}" for s in SITES for i in range(4))}
+
+
+def test_windows_cut_from_what_a_block_reads() -> None:
+    """Blocks that norm after attention hand the stream itself to it: v, q and k are made of resid_pre."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    config = transformers.Swinv2Config(image_size=32, patch_size=2, window_size=WINDOW, **sizes)
+    model = Model(randomised(transformers.Swinv2Model(config)), id="post-norm")
+    cache = seen_whole(model, 32)
+    for layer, side in enumerate((16, 16, 8, 8)):
+        pattern, z, v = (cache[f"{name}.{layer}"] for name in ("pattern", "z", "v"))
+        assert torch.equal((pattern > UNSEEN).all((0, 1)), together(side, (0, 2)[layer % 2]))
+        attention: Any = model.blocks[layer].attention.self  # type: ignore[union-attr]
+        resid, heads = cache[f"resid_pre.{layer}"], (2, 4)[layer // 2]
+        assert off(v, linear(attention.value, resid, heads)) < ROUNDING
+        q = nn.functional.normalize(linear(attention.query, resid, heads), dim=-1)
+        k = nn.functional.normalize(linear(attention.key, resid, heads), dim=-1)
+        assert off(cache[f"q.{layer}"], q) < ROUNDING and off(cache[f"k.{layer}"], k) < ROUNDING
+        assert off(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)) < ROUNDING
+
+
+def test_a_projection_beside_the_attention_is_in_the_one_shifted_window_too() -> None:
+    """4 × 4 positions of the second stage fill one window, shifted by 2 × 2 in its second block."""
+    torch.manual_seed(0)
+    config = transformers.MaskFormerSwinConfig(
+        image_size=16,
+        patch_size=2,
+        window_size=WINDOW,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+    )
+    model = Model(randomised(transformers.MaskFormerSwinModel(config)), id="beside")
+    cache = seen_whole(model, 16)
+    for layer, side in enumerate((8, 8, 4, 4)):
+        shift = (0, 2)[layer % 2]
+        seen = (cache[f"pattern.{layer}"] > UNSEEN).all((0, 1))
+        assert torch.equal(seen, together(side, shift))
+    edits = [Edit.zero("attn_out.3", positions=[5])]
+    rerun = model.run(images(16), edits=edits, capture=["resid_pre", "resid_mid"])
+    same = rerun.cache["resid_mid.3"] == rerun.cache["resid_pre.3"]
+    assert torch.equal(same.all(-1)[0], torch.arange(16) == 5)
+
+
+def test_blocks_in_a_sequential_are_a_stack() -> None:
+    torch.manual_seed(0)
+    config = transformers.MgpstrConfig(
+        image_size=[8, 16],
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_token_length=5,
+        num_character_labels=7,
+        num_bpe_labels=8,
+        num_wordpiece_labels=9,
+    )
+    module = randomised(transformers.MgpstrForSceneTextRecognition(config))
+    model = Model(module, id="sequential")
+    assert model.spec.stack == "mgp_str.encoder.blocks" and model.n_layers == 4
+    assert isinstance(module.mgp_str.encoder.blocks, nn.Sequential)
+    assert not set(model.spec.refused) - model.spec.absent
+    pixels = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    cache = model.run(Batch({"pixel_values": pixels}), capture=["pattern", "resid_post"]).cache
+    with torch.no_grad():
+        own = module(pixels, output_attentions=True, output_hidden_states=True)
+    for layer in range(4):
+        assert off(cache[f"pattern.{layer}"], own.attentions[layer]) < ROUNDING
+        assert off(cache[f"resid_post.{layer}"], own.hidden_states[layer + 1]) < ROUNDING
