@@ -31,6 +31,10 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     of = module.get_decoder() if batch.has_source else module
     of_ids = batch.has_source or "input_ids" in batch.inputs
     embedding = _name_of(seen, of, "get_input_embeddings") if of_ids else None
+    if embedding and not isinstance(
+        getattr(module.get_submodule(embedding), "weight", None), Tensor
+    ):
+        embedding = None  # of several codebooks, one each
     unembedding = _name_of(seen, module, "get_output_embeddings")
     if unembedding is None and not of_ids:
         unembedding = _head_of_letters(seen, last)

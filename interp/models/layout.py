@@ -29,7 +29,7 @@ def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
         return None
     if "input_ids" not in batch.inputs:
         return IMAGE if shape[0] == batch.size else None
-    rows, length = batch.ids.shape
+    rows, length = batch.ids.shape[:2]
     for axes in STREAMS:
         if (shape[axes.index("batch")], shape[axes.index("pos")]) == (rows, length):
             return axes

@@ -22,8 +22,8 @@ from interp.models.calls import (
     drawing,
     is_encoder_decoder,
     output_tensor,
-    with_decoder_start,
 )
+from interp.models.codebooks import begun, in_codebooks
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
@@ -362,7 +362,7 @@ class Model:
         if isinstance(data, Batch):
             batch = data
         elif isinstance(data, Tensor):
-            batch = Batch.of_ids(data if data.ndim == 2 else data[None])
+            batch = Batch.of_ids(data[None] if data.ndim == 1 else data)
         elif isinstance(data, Mapping):
             batch = Batch.of_inputs(data)
         else:
@@ -376,8 +376,9 @@ class Model:
                     '"decoder_input_ids": what the decoder has read}; Model(module.get_encoder()) is '
                     "one stack"
                 )
-            batch = with_decoder_start(self.module, batch)
+            batch = begun(self.module, batch)
         if batch.has_source or "input_ids" in batch.inputs:
+            batch = in_codebooks(self.module, batch)
             self._check_ids(batch.ids)
         if batch.has_source:
             check_source(self.module, batch)
@@ -465,7 +466,7 @@ class Model:
             for chunk in (same[i : i + per_forward] for i in range(0, len(same), per_forward)):
                 joint = self._replayed(run, start, [variants[i] for i in chunk], logits, capture)
                 for place, i in enumerate(chunk):
-                    results[i] = metric(_rows(joint, run.batch.size, place))
+                    results[i] = metric(_rows(joint, len(chunk), place))
                 if progress is not None:
                     progress(len(chunk))
         return results
@@ -740,14 +741,15 @@ def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _rows(joint: Run, size: int, place: int) -> Run:
-    """One variant's part of a joint run."""
-    rows = slice(place * size, (place + 1) * size)
-    cache = Cache()
+def _rows(joint: Run, n: int, place: int) -> Run:
+    """One of n variants' part of a joint run; there may be several rows of logits for one of the batch."""
+
+    size = joint.batch.size // n
+    rows, cache = slice(place * size, (place + 1) * size), Cache()
     for name in joint.cache:
         for layer, value in joint.cache.by_layer(name).items():
             cache.put(name, layer, value[rows])
-    logits = None if joint.logits is None else joint.logits[rows]
+    logits = None if joint.logits is None else joint.logits.tensor_split(n)[place]
     return Run(joint.batch.rows(rows), logits, cache)
 
 

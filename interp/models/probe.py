@@ -17,6 +17,7 @@ from interp.errors import Refused
 from interp.models import attention
 from interp.models.attention import implementation
 from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
+from interp.models.codebooks import with_codebooks
 from interp.models.discover import discover
 from interp.models.inputs import numbers_taken
 from interp.models.own_attention import find_own
@@ -104,7 +105,8 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
         return 0
     if not isinstance(pad, int) or pad < 0:
         return 0
-    positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids).to(batch.ids)
+    rows, length = batch.ids.shape[:2]
+    positions = torch.arange(length).expand(rows, length).to(batch.ids)
     told = Batch({**batch.inputs, "position_ids": positions})
     for first in (0, pad + 1):
         if torch.equal(output_tensor(call_model(module, told, first)), plain):
@@ -119,7 +121,8 @@ def probe_batch(module: nn.Module) -> Batch:
         generator = torch.Generator().manual_seed(1)
         target = {"decoder_input_ids": _random_ids(module, PROBE_TARGET, generator)}
     source = _source(module, target)
-    return Batch.of_inputs({**source.inputs, **target}) if target else source
+    batch = Batch.of_inputs({**source.inputs, **target}) if target else source
+    return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch
 
 
 def _source(module: nn.Module, target: dict[str, Tensor]) -> Batch:

@@ -112,7 +112,7 @@ def sees_no_later(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
 
     Tells causal models whose attention, if any, is not seen; False for inputs that are no tokens.
     """
-    if batch.has_source or set(batch.inputs) != {"input_ids"}:
+    if batch.has_source or set(batch.inputs) != {"input_ids"} or batch.ids.ndim > 2:
         return False
     ids = batch.ids.clone()
     other = [next((i for i in row if i != row[-1]), row[-1]) for row in ids.tolist()]

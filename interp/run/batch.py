@@ -17,7 +17,8 @@ class Batch:
     """Model inputs by name, with a mask of the positions that hold a real token (or patch).
 
     Of an encoder-decoder, `ids` and `mask` are those of the decoder, whose positions the sites have;
-    the encoder's are `inputs["input_ids"]` (or an image, or sound) and `source_mask`.
+    the encoder's are `inputs["input_ids"]` (or an image, or sound) and `source_mask`. Ids of several
+    codebooks have an axis of their own, or the codebooks of a row as so many rows: `rows_of_ids`.
 
     >>> batch = Batch.of_ids(torch.tensor([[5, 6, 7], [8, 9, 1]]))
     >>> batch.size, batch.repeat(2).ids.shape, bool(batch.padded)
@@ -26,12 +27,18 @@ class Batch:
 
     inputs: dict[str, Tensor]
     mask: Bool[Tensor, "batch pos"] | None = None
+    rows_of_ids: int = 1
 
     @staticmethod
-    def of_ids(ids: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Batch:
+    def of_ids(ids: Int[Tensor, "batch pos ..."], mask: Tensor | None = None) -> Batch:
         """The batch of these token ids; `mask` is False (or 0) at padding."""
         if mask is None or bool(mask.all()):
-            return Batch({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool))
+            mask = (
+                torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+                if mask is None
+                else mask.bool().to(ids.device)
+            )
+            return Batch({"input_ids": ids}, mask)
         mask = mask.bool()
         # Positions count real tokens, so that left padding changes nothing (GPT-2 needs to be told).
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -66,15 +73,28 @@ class Batch:
         first = torch.full((self.size, 1), start, device=next(iter(self.inputs.values())).device)
         return Batch.of_inputs({**self.inputs, "decoder_input_ids": first})
 
+    def of_several_rows(self, times: int) -> Batch:
+        """The same batch, where every `times` rows of its ids are one row of the batch."""
+        rows = len(self.ids) // times
+        of_ids = self.mask is not None and len(self.mask) == len(self.ids)
+        mask = self.mask[::times] if self.mask is not None and of_ids else self.mask
+        assert mask is None or len(mask) == rows
+        return Batch(self.inputs, mask, times)
+
     @property
     def has_source(self) -> bool:
         """Whether this is a batch of an encoder-decoder."""
         return "decoder_input_ids" in self.inputs
 
     @property
-    def ids(self) -> Int[Tensor, "batch pos"]:
+    def ids(self) -> Int[Tensor, "batch pos ..."]:
         """Token ids, of an encoder-decoder the decoder's; KeyError for a batch of images."""
-        return self.inputs["decoder_input_ids" if self.has_source else "input_ids"]
+        return self.inputs[self.name_of_ids]
+
+    @property
+    def name_of_ids(self) -> str:
+        """The input that `ids` are."""
+        return "decoder_input_ids" if self.has_source else "input_ids"
 
     @property
     def source_mask(self) -> Bool[Tensor, "batch source_pos"] | None:
@@ -89,6 +109,8 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of rows."""
+        if self.rows_of_ids > 1:
+            return len(self.ids) // self.rows_of_ids
         return next(iter(self.inputs.values())).shape[0]
 
     @property
@@ -102,7 +124,11 @@ class Batch:
 
     def rows(self, rows: slice) -> Batch:
         """Some of the rows."""
-        return self._map(lambda x: x[rows])
+        some = self._map(lambda x: x[rows])
+        if self.rows_of_ids > 1:
+            ids = self.ids.unflatten(0, (-1, self.rows_of_ids))[rows].flatten(0, 1)
+            some.inputs[self.name_of_ids] = ids
+        return some
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -110,7 +136,7 @@ class Batch:
 
     def _map(self, change) -> Batch:
         mask = None if self.mask is None else change(self.mask)
-        return Batch({name: change(x) for name, x in self.inputs.items()}, mask)
+        return Batch({name: change(x) for name, x in self.inputs.items()}, mask, self.rows_of_ids)
 
 
 def _own_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
