@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks.open_fields import filled, of_layers, rope_of_types, supplied
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS = 64, 4, 16, 96, 97, 64
 LAYERS, MOST_LAYERS = 3, 8
@@ -45,6 +48,8 @@ class Variant:
     """The largest side of a patch."""
     stages: bool = True
     """Whether the widths of stages are cut: some lists of them must fit each other."""
+    filled: bool = False
+    """Whether fields get a value that the default config leaves open, as checkpoints do not."""
 
 
 VARIANTS = (
@@ -55,6 +60,10 @@ VARIANTS = (
     Variant(64, HEADS, 4, rebuilt=False, sections=True),
     Variant(224, HEADS, 4),
     Variant(64, HEADS, 4, patch=16, stages=False),
+    Variant(filled=True),
+    Variant(64, HEADS, 4, of_each_kind=2, filled=True),
+    Variant(64, HEADS, 4, rebuilt=False, filled=True),
+    Variant(64, HEADS, 4, sections=True, filled=True),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -140,14 +149,18 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
         try:
             model_class = getattr(transformers, class_name)
             config = _of_class(_default(model_type), model_class.config_class)
-            module = build(model_class, shrunk(config, variant))
+            small = shrunk(config, variant)
+            module = (
+                supplied(partial(build, model_class), small)
+                if variant.filled
+                else build(model_class, small)
+            )
             check(module)
             return module
-        except Unbuildable:
-            raise
         except Exception as error:  # noqa: BLE001 - any model's own code: anything may be raised
             text = " ".join(str(error).split())
-            reasons.append(f"{type(error).__name__}: {text}"[:160])
+            named = "" if isinstance(error, Unbuildable) else f"{type(error).__name__}: "
+            reasons.append(f"{named}{text}"[:160])
     raise Unbuildable(reasons[0])
 
 
@@ -210,6 +223,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
             new[name] = shrunk(value, variant)
         elif value is None:
             new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), None)
+            if new[name] is None and variant.filled:
+                new[name] = filled(name, fields, n_layers, config)
         elif isinstance(value, float) and re.search(r"(width|depth)_coefficient$", name):
             new[name] = min(value, 1.0)
         elif name == "hidden_dim" and fields.get("width_coefficient"):
@@ -229,6 +244,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
         else:
             new[name] = value
     new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
+    if variant.filled:
+        new |= _layerwise(config, new, variant, picks, hidden)
     if variant.rebuilt:
         made = type(config)(**new)
     else:
@@ -236,6 +253,28 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
         for name, value in new.items():
             setattr(made, name, value)
     made.use_cache = False
+    return made
+
+
+def _layerwise(
+    config: PreTrainedConfig,
+    new: Mapping[str, Any],
+    variant: Variant,
+    picks: list[int],
+    hidden: int,
+) -> dict[str, Any]:
+    """Fields that hold for single layers, or for the layers of a kind."""
+    rope = rope_of_types(new.get("layer_types"), new.get("rope_parameters"))
+    made = {} if rope is new.get("rope_parameters") else {"rope_parameters": _mapping(rope, new, variant)}
+    own = of_layers(config, picks)
+    if own:
+        made["per_layer_config"] = {
+            layer: {
+                name: _number(name, value, variant, len(picks), hidden) if type(value) is int else value
+                for name, value in fields.items()
+            }
+            for layer, fields in own.items()
+        }
     return made
 
 

@@ -1,0 +1,94 @@
+"""What a default config leaves open or forgets, though no model can be built without it, by its name.
+
+Checkpoints name these fields, the defaults of the config classes do not. As in `tiny_configs` no model
+type is known here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_MLP_LAYER_TYPES
+
+Made = TypeVar("Made")
+
+OPEN: tuple[tuple[str, Any], ...] = (
+    (r"^head_dim$|^indexer_head_dim$", 16),
+    (r"^indexer_n_heads$", 4),
+    (r"^indexer_kv_heads$", 1),
+    (r"^indexer_budget$", 4),
+    (r"^indexer_compress_ratio$", 2),
+    (r"^num_experts$", 4),
+    (r"^top_k_experts$", 2),
+    (r"expert_intermediate_size$|moe_intermediate_size$", 96),
+    (r"^sliding_window$", 4),
+    (r"^(pad|mask)_token_id$", 1),
+    (r"^vocabulary_map$", {"<image>": 3}),
+    (r"^deepstack_layer_map$", [[0, 0]]),
+)
+"""What becomes of a field left open, where nothing else about the config tells."""
+
+FORGOTTEN: Mapping[str, Any] = {"rope_theta": 10_000.0, "num_key_value_heads": 4}
+"""What a model asks of a config whose class does not have it."""
+
+
+def filled(name: str, fields: Mapping[str, Any], n_layers: int, config: PreTrainedConfig) -> Any:
+    """A value for a field that is None: of lists with an entry a layer, every kind in turn.
+
+    A default of several (`default_language`) is the first of them (`languages`).
+    """
+    if name in ("layer_types", "mlp_layer_types"):
+        kinds = _kinds(config, name)
+        return [kinds[layer % len(kinds)] for layer in range(n_layers)] if kinds else None
+    several = fields.get(name.removeprefix("default_") + "s")
+    if name.startswith("default_") and isinstance(several, (list, tuple)) and several:
+        return several[0]
+    return next((value for pattern, value in OPEN if re.search(pattern, name)), None)
+
+
+def _kinds(config: PreTrainedConfig, name: str) -> list[str]:
+    """The kinds of layers that the model's own file speaks of, of those that transformers knows."""
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    spoken = set(re.findall(r'"(\w+)"', inspect.getsource(importlib.import_module(module))))
+    known = ALLOWED_MLP_LAYER_TYPES if name.startswith("mlp") else ALLOWED_ATTN_LAYER_TYPES
+    return [kind for kind in known if kind in spoken]
+
+
+def rope_of_types(layer_types: Any, rope: Any) -> Any:
+    """Rotary settings for each kind of layer, where the default has none at all."""
+    if rope or not isinstance(layer_types, (list, tuple)):
+        return rope
+    return {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in set(layer_types)}
+
+
+def of_layers(config: PreTrainedConfig, picks: list[int]) -> dict[int, dict[str, Any]]:
+    """What single layers have otherwise than the rest, of the layers that are kept, numbered anew."""
+    spec = getattr(config, "_heterogeneity_spec", None)
+    overrides = spec.per_layer_overrides if spec is not None else {}
+    return {new: overrides[old] for new, old in enumerate(picks) if old in overrides}
+
+
+def supplied(make: Callable[[PreTrainedConfig], Made], config: PreTrainedConfig) -> Made:
+    """What is made of a config, which is given the fields that the model asks for and its class forgot."""
+    for _ in FORGOTTEN:
+        try:
+            return make(config)
+        except AttributeError as error:
+            if not isinstance(error.obj, PreTrainedConfig) or error.name not in FORGOTTEN:
+                raise
+            for part in _parts(config):
+                if type(part) is type(error.obj):
+                    setattr(part, error.name, FORGOTTEN[error.name])
+    return make(config)
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            yield from _parts(part)
