@@ -28,6 +28,8 @@ OPEN: tuple[tuple[str, Any], ...] = (
     (r"expert_intermediate_size$|moe_intermediate_size$", 96),
     (r"^sliding_window$", 4),
     (r"^(pad|mask)_token_id$", 1),
+    (r"^clip_qkv$", 8.0),
+    (r"^downsample_rate$", "1/2"),
     (r"^vocabulary_map$", {"<image>": 3}),
     (r"^deepstack_layer_map$", [[0, 0]]),
 )
@@ -64,6 +66,16 @@ def rope_of_types(layer_types: Any, rope: Any) -> Any:
     if rope or not isinstance(layer_types, (list, tuple)):
         return rope
     return {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in set(layer_types)}
+
+
+def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads that make up the widened stream, where that held and no longer does."""
+    names = ("hidden_size", "expand", "num_heads", "head_dim")
+    if not all(isinstance(fields.get(name), int) for name in names for fields in (old, new)):
+        return {}
+    if old["hidden_size"] * old["expand"] != old["num_heads"] * old["head_dim"]:
+        return {}
+    return {"num_heads": new["hidden_size"] * new["expand"] // new["head_dim"]}
 
 
 def of_layers(config: PreTrainedConfig, picks: list[int]) -> dict[int, dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.open_fields import filled, of_layers, rope_of_types, supplied
+from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS = 64, 4, 16, 96, 97, 64
 LAYERS, MOST_LAYERS = 3, 8
@@ -82,6 +82,10 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"qk_(rope|nope)_head_dim", 8),
     (r"mamba_(n_heads|num_heads)|mamba_nheads", 2 * HIDDEN // D_HEAD),
     (r"mamba_d_ssm", 2 * HIDDEN),
+    (r"^base_channels$|latent_channels$", lambda v: min(v, 32)),
+    (r"^num_filters$", lambda v: min(v, 4)),
+    (r"^d_latents$", HIDDEN),
+    (r"self_attends_per_block$", lambda v: -2),
     (r"(state_size|d_state|time_step_rank|dt_rank)", 8),
     (r"chunk", lambda v: min(v, 8)),
     (r"mask_time|mask_feature", lambda v: v),
@@ -244,6 +248,7 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
         else:
             new[name] = value
     new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
+    new |= fitting(fields, new)
     if variant.filled:
         new |= _layerwise(config, new, variant, picks, hidden)
     if variant.rebuilt:
@@ -265,12 +270,18 @@ def _layerwise(
 ) -> dict[str, Any]:
     """Fields that hold for single layers, or for the layers of a kind."""
     rope = rope_of_types(new.get("layer_types"), new.get("rope_parameters"))
-    made = {} if rope is new.get("rope_parameters") else {"rope_parameters": _mapping(rope, new, variant)}
+    made = (
+        {}
+        if rope is new.get("rope_parameters")
+        else {"rope_parameters": _mapping(rope, new, variant)}
+    )
     own = of_layers(config, picks)
     if own:
         made["per_layer_config"] = {
             layer: {
-                name: _number(name, value, variant, len(picks), hidden) if type(value) is int else value
+                name: _number(name, value, variant, len(picks), hidden)
+                if type(value) is int
+                else value
                 for name, value in fields.items()
             }
             for layer, fields in own.items()
@@ -341,6 +352,8 @@ def _of_layers(name: str, value: Any, total: int) -> bool:
 
 
 def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
+    if "group" in name and value == hidden:  # a convolution of every channel on its own
+        return HIDDEN
     for pattern, rule in RULES:
         if re.search(pattern, name):
             new = rule if isinstance(rule, int) else rule(value)
@@ -395,6 +408,8 @@ def _list(
         return kind(picks.index(layer) for layer in value if layer in picks)
     if not value or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
         return value
+    if sum(value) == hidden and all(HIDDEN * x % hidden == 0 for x in value):
+        return kind(HIDDEN * x // hidden for x in value)  # parts of the hidden size
     if "image_size" in name:
         return kind([variant.image] * len(value))
     if re.search(r"depth|num_blocks|block_repeats", name):
