@@ -14,7 +14,7 @@ import torch
 
 from interp.models.calls import text_config
 from interp.models.ends import with_ends
-from interp.models.mixed import WHY, mixed_blocks
+from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
@@ -45,8 +45,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     if any(layer.attention for layer in layers):
         layers, blocks = _with_windows(seen, layers, blocks, key, batch, refused)
         _queries_and_keys(layers, refused)
-        blocks = _with_attention(seen, layers, blocks, key, batch, refused)
-        blocks = _with_writes(seen, layers, blocks, key, batch, refused)
+        layers, blocks = _with_parts(seen, layers, blocks, key, batch, refused)
         absent = _absent(blocks, refused)
         causal = any(layer.attention for layer in layers) and all(
             _causal(layer.attention) for layer in layers if layer.attention
@@ -76,6 +75,30 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         absent=frozenset(absent),
     )
     return with_ends(spec, seen, layers, batch)
+
+
+def _with_parts(
+    seen: Recording,
+    layers: list[Layer],
+    blocks: list[BlockMap],
+    key: int | str,
+    batch: Batch,
+    refused: dict[str, str],
+) -> tuple[list[Layer], list[BlockMap]]:
+    """Attention and writes of every block; of several streams in a row where one stream does not explain any."""
+    before = dict(refused)
+    made = _with_attention(seen, layers, blocks, key, batch, refused)
+    made = _with_writes(seen, layers, made, key, batch, refused)
+    n = 1 if any(block.writes or block.mixed for block in made) else streams_in_a_row(layers)
+    if n > 1:
+        side_by_side = [replace(layer, in_a_row=n) for layer in layers]
+        again = _with_attention(seen, side_by_side, blocks, key, batch, before)
+        again = _with_writes(seen, side_by_side, again, key, batch, before)
+        if all(block.mixed for block in again):
+            refused.clear()
+            refused.update(before)
+            return side_by_side, again
+    return layers, made
 
 
 def _anew(block: BlockMap) -> str:

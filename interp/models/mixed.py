@@ -90,6 +90,19 @@ def mixed_blocks(
     return made
 
 
+def streams_in_a_row(layers: list[Layer]) -> int:
+    """How many streams may lie one after the other in the last axis: as many as attention's output is narrower."""
+    ratios = set()
+    for layer in layers:
+        if layer.attention is not None:
+            call = layer.inside.once(layer.inside.names[layer.attention.module])
+            width = call.output.shape[-1] if call and call.output is not None else 0
+            if width == 0 or layer.call.output is None or layer.output.shape[-1] % width:
+                return 1
+            ratios.add(layer.output.shape[-1] // width)
+    return ratios.pop() if len(ratios) == 1 else 1
+
+
 def _smallest_span(
     layer: Layer, candidates: list[Candidate], key: int | str
 ) -> list[Candidate] | None:

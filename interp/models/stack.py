@@ -30,6 +30,8 @@ class Layer:
     axes: tuple[str, ...] = PLAIN
     attends: tuple[nn.Module, ...] = ()
     along: str = ""
+    in_a_row: int = 1
+    """How many residual streams lie one after the other in the last axis, where `axes` has none for them."""
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
@@ -45,7 +47,7 @@ class Layer:
     def n_streams(self) -> int:
         """How many residual streams it reads and returns."""
         if "n_streams" not in self.axes or self.call.output is None:
-            return 1
+            return self.in_a_row
         return self.call.output.shape[self.axes.index("n_streams")]
 
 

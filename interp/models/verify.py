@@ -40,6 +40,8 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     """
     checks, refused = [], dict(spec.refused)
     layers = layers_of(seen, spec.stack, spec.hidden_axes)
+    if "n_streams" not in spec.hidden_axes:
+        layers = [replace(layer, in_a_row=spec.n_streams) for layer in layers]
     layers = [
         layer if block.windows is None else in_order(layer, block.windows.layout)
         for layer, block in zip(
