@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -102,3 +104,66 @@ def test_blocks_in_a_sequential_are_a_stack() -> None:
     for layer in range(4):
         assert off(cache[f"pattern.{layer}"], own.attentions[layer]) < ROUNDING
         assert off(cache[f"resid_post.{layer}"], own.hidden_states[layer + 1]) < ROUNDING
+
+
+def channels_first(side: int, width: int = 32, **options: Any) -> Model:
+    """Four blocks of [batch, channels, height, width]; all but the last attend in windows of 4 × 4 patches."""
+    torch.manual_seed(0)
+    config = transformers.VitDetConfig(
+        hidden_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=side,
+        pretrain_image_size=side,
+        patch_size=4,
+        window_size=WINDOW,
+        window_block_indices=[0, 1, 2],
+        **options,
+    )
+    return Model(randomised(transformers.VitDetModel(config)), id="channels first")
+
+
+@pytest.mark.parametrize(
+    ("side", "width"),
+    [(32, 32), (24, 32), (64, 16)],
+    ids=["windows", "padded", "as many columns as channels"],
+)
+def test_streams_with_channels_before_rows_and_columns(side: int, width: int) -> None:
+    model, n = channels_first(side, width), side // 4
+    spec = model.spec
+    assert spec.hidden_axes == ("batch", "d_model", "height", "width")
+    assert (spec.d_model, spec.n_heads) == (width, 4)
+    cache = seen_whole(model, side)
+    with torch.no_grad():
+        states = model.module(**images(side).inputs, output_hidden_states=True).hidden_states
+    for layer in range(4):
+        resid, pattern = cache[f"resid_pre.{layer}"], cache[f"pattern.{layer}"]
+        assert torch.equal(resid, states[layer].flatten(2).mT)
+        block: Any = model.blocks[layer]
+        with torch.no_grad():
+            q, k, v = block.attention.qkv(block.norm1(resid)).unflatten(-1, (3, 4, -1)).unbind(2)
+        assert off(cache[f"v.{layer}"][:, : n * n], v) < ROUNDING
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / (width / 4) ** 0.5
+        if layer == 3:
+            assert off(pattern, scores.softmax(-1)) < ROUNDING
+        elif side % (4 * WINDOW) == 0:
+            hidden = ~together(n, 0)
+            assert off(pattern, scores.masked_fill(hidden, -torch.inf).softmax(-1)) < ROUNDING
+
+
+def test_edits_and_replays_of_channels_first_streams() -> None:
+    model, batch = channels_first(32, residual_block_indices=[2]), images(32)
+    run = model.run(batch, capture=["resid_pre", "resid_post"])
+    edit = Edit.zero("resid_post.1", positions=[9])
+    rerun = model.run(batch, edits=[edit], capture=["resid_pre"])
+    changed = (rerun.cache["resid_pre.2"] != run.cache["resid_pre.2"]).any(-1)
+    assert torch.equal(changed, (torch.arange(64) == 9).expand(2, 64))
+    (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+    assert rerun.logits is not None and off(replayed, rerun.logits) < ROUNDING
+
+
+def test_convolutions_are_refused_with_what_they_lack() -> None:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 2], num_stages=2)
+    with pytest.raises(Refused, match=r"no softmax attention.* of shape \(2, 8, 28, 28\)"):
+        Model(transformers.ConvNextModel(config).eval(), id="convolutions")

@@ -2,7 +2,8 @@
 
 Most blocks hold it so. Some carry several residual streams side by side (hyper-connections, AltUp): one
 stream after the other makes one vector of n_streams · width entries. Images may keep their rows and
-columns apart: they are positions, row after row. For attention a block may cut them into windows (`Layout`).
+columns apart, before or behind the channels: they are positions, row after row. For attention a block may
+cut them into windows (`Layout`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from interp.run.batch import Batch
 PLAIN = ("batch", "pos", "d_model")
 STREAMS = (("batch", "pos", "n_streams", "d_model"), ("n_streams", "batch", "pos", "d_model"))
 IMAGE = ("batch", "height", "width", "d_model")
+CHANNELS_FIRST = ("batch", "d_model", "height", "width")
 
 
 def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
@@ -46,6 +48,8 @@ def shown(x: Tensor, axes: tuple[str, ...]) -> Tensor:
         return x
     if axes == IMAGE:
         return x.flatten(1, 2)
+    if axes == CHANNELS_FIRST:
+        return x.flatten(2).mT
     return x.movedim(axes.index("n_streams"), -2).flatten(-2)
 
 
@@ -55,6 +59,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         return x
     if axes == IMAGE:
         return x.reshape(-1, *like[1:])
+    if axes == CHANNELS_FIRST:
+        return x.mT.reshape(-1, *like[1:])
     where = axes.index("n_streams")
     return x.unflatten(-1, (like[where], like[-1])).movedim(-2, where)
 

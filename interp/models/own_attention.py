@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import call_model, other_forwards
+from interp.models.spec import first_tensor
 from interp.models.tape import (
     PRODUCTS,
     Step,
@@ -91,18 +92,28 @@ def find_own(module: nn.Module, batch: Batch) -> str:
     """
     running: list[tuple[nn.Module, int]] = []
     noted: set[nn.Module] = set()
+    folded: dict[nn.Module, torch.Size] = {}
 
     def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
+        found = None if name == KERNEL else _found(tape, name, args, kwargs, batch.size)
         first = None
         if name == KERNEL:
             first, n_heads = len(tape.steps), 0
-        elif (found := _found(tape, name, args, kwargs, batch.size)) is not None:
+        elif found is not None:
             first, n_heads = _first(found), found.n_heads
         if first is not None:
             inside = [part for part, start in running if start <= first]
             own[inside[-1]] = n_heads
             noted.add(inside[-1])
+            if found is not None and found.weights.ndim == 3:
+                folded[inside[-1]] = found.weights.shape
         return function(*args, **kwargs)
+
+    def left(part: nn.Module, args: tuple, out: Any) -> None:
+        running.pop()
+        made = first_tensor(out)
+        if part in folded and made is not None:
+            own[part] = _heads_folded(folded.pop(part), made.shape) or own[part]
 
     tape = Tape(attended)
     with ExitStack() as stack:
@@ -110,7 +121,7 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             enter = part.register_forward_pre_hook(
                 lambda part, args: running.append((part, len(tape.steps)))
             )
-            leave = part.register_forward_hook(lambda part, args, out: running.pop() and None)
+            leave = part.register_forward_hook(left)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
         stack.enter_context(tape)
@@ -123,6 +134,17 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             "softmax with values, [batch, heads, query, key] with [batch, heads, key, width]"
         )
     return f"{type(module).__name__} has no softmax attention: nothing in it is a softmax over rows of scores"
+
+
+def _heads_folded(weights: torch.Size, made: torch.Size) -> int:
+    """How many heads a pattern [rows·heads query key] has, where its module makes a vector a row and query.
+
+    Rows may be windows of an image, more than the batch has. 0 where what is made is folded as well.
+    """
+    vectors, n_queries = made[:-1].numel(), weights[1]
+    if made[0] == weights[0] or vectors % n_queries or weights[0] % (vectors // n_queries or 1):
+        return 0
+    return weights[0] * n_queries // vectors
 
 
 @contextmanager

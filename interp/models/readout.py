@@ -18,7 +18,7 @@ from interp.models.calls import (
     uncapped_logits,
 )
 from interp.models.hooks import argument, with_hidden
-from interp.models.layout import PLAIN, held
+from interp.models.layout import CHANNELS_FIRST, PLAIN, held
 from interp.models.spec import Spec, module_device
 from interp.run.batch import Batch
 
@@ -34,10 +34,14 @@ def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
         return rest_of_model(spec, module, residual)
     if spec.readout:
         x = residual
-        if spec.hidden_axes != PLAIN:  # all vectors in one row, as blocks hold them
+        if (
+            spec.hidden_axes != PLAIN
+        ):  # as blocks hold them: all in one row, or images of one position
             sizes = {"n_streams": spec.n_streams, "d_model": spec.d_model // spec.n_streams}
             like = [sizes.get(axis, 1) for axis in spec.hidden_axes]
-            x = held(x.reshape(1, -1, x.shape[-1]), spec.hidden_axes, like)
+            x = x.reshape(-1, x.shape[-1])
+            x = x[:, None] if spec.hidden_axes == CHANNELS_FIRST else x[None]
+            x = held(x, spec.hidden_axes, like)
         for name in spec.readout:
             x = at_home(module.get_submodule(name), x)
         return x.reshape(*residual.shape[:-1], x.shape[-1])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
-from interp.models.layout import PLAIN, axes_of, shown
+from interp.models.layout import CHANNELS_FIRST, IMAGE, PLAIN, axes_of, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
@@ -81,10 +81,11 @@ def find_stack(
             "nothing can be addressed"
         )
     shape = layers[0].hidden(key).shape
-    axes = axes_of(shape, batch)
-    if axes is None or (axes != PLAIN and not _channels_last(layers, key)):
+    axes = _axes(layers, key, batch)
+    if axes is None or (axes == CHANNELS_FIRST and not seen.attention):
+        why = f"{seen.without}; " if seen.without else ""
         raise Refused(
-            f"blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
+            f"{why}blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
         )
     for layer in layers:
         if (rows := shown(layer.hidden(key), axes).shape[0]) > batch.size:
@@ -137,8 +138,24 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     return replace(layer, attention=one[0], attends=tuple(c.module for c in own), along=one[1])
 
 
-def _channels_last(layers: list[Layer], key: int | str) -> bool:
-    """Whether linear layers of every block read the last axis of its hidden state."""
+def _axes(layers: list[Layer], key: int | str, batch: Batch) -> tuple[str, ...] | None:
+    """How blocks hold their hidden states; channels are the axis that linear layers of every block read."""
+    x = layers[0].hidden(key)
+    axes = axes_of(x.shape, batch)
+    if axes in (PLAIN, None):
+        return axes
+    last = _linear_layers_read(layers, key, -1)
+    if axes != IMAGE:
+        return axes if last else None
+    first = _linear_layers_read(layers, key, 1)
+    if first and last:  # as many channels as columns: some module reads the stream as it lies
+        calls = [call for calls in layers[0].inside.calls.values() for call in calls]
+        last = any(call.inputs and torch.equal(call.inputs[0], x) for call in calls)
+    return IMAGE if last else CHANNELS_FIRST if first else None
+
+
+def _linear_layers_read(layers: list[Layer], key: int | str, axis: int) -> bool:
+    """Whether linear layers of every block read as many channels as this axis of its hidden state has."""
 
     def reads(inside: Recording, name: str, call: ModuleCall, width: int) -> bool:
         weight = getattr(inside.module.get_submodule(name), "weight", None)
@@ -147,7 +164,7 @@ def _channels_last(layers: list[Layer], key: int | str) -> bool:
 
     return all(
         any(
-            reads(layer.inside, name, call, layer.hidden(key).shape[-1])
+            reads(layer.inside, name, call, layer.hidden(key).shape[axis])
             for name, calls in layer.inside.calls.items()
             for call in calls
         )
@@ -331,7 +348,6 @@ def _largest_chain(seen: Recording) -> str:
             if linked and all(torch.equal(a.output, b.inputs[0]) for a, b in pairwise(calls)):  # type: ignore
                 chains.append((len(submodule), name))
     if not chains:
-        raise Refused(
-            f"{type(seen.module).__name__} shows no stack of blocks: nothing can be addressed"
-        )
+        why = f"{seen.without}; it" if seen.without else type(seen.module).__name__
+        raise Refused(f"{why} shows no stack of blocks: nothing can be addressed")
     return max(chains)[1]
