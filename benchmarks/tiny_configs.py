@@ -48,6 +48,8 @@ class Variant:
     """The largest side of a patch."""
     stages: bool = True
     """Whether the widths of stages are cut: some lists of them must fit each other."""
+    common: bool = False
+    """Whether the parts of a config share one scale: one that is twice as wide as another stays so."""
     filled: bool = False
     """Whether fields get a value that the default config leaves open, as checkpoints do not."""
 
@@ -60,6 +62,7 @@ VARIANTS = (
     Variant(64, HEADS, 4, rebuilt=False, sections=True),
     Variant(224, HEADS, 4),
     Variant(64, HEADS, 4, patch=16, stages=False),
+    Variant(64, HEADS, 4, common=True),
     Variant(filled=True),
     Variant(64, HEADS, 4, of_each_kind=2, filled=True),
     Variant(64, HEADS, 4, rebuilt=False, filled=True),
@@ -203,8 +206,8 @@ def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
     return module
 
 
-def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
-    """A small config of the same class and kind."""
+def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> PreTrainedConfig:
+    """A small config of the same class and kind; `narrowest` is the hidden size that becomes HIDDEN."""
     fields = {
         name: value
         for name, value in vars(config).items()
@@ -212,19 +215,15 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
         and name not in ("transformers_version", "dtype", "ignore_keys_at_rope_validation")
     }
     n_layers, picks, total = _layers(fields, variant)
-    hidden = next(
-        (
-            v
-            for n in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim")
-            if isinstance(v := fields.get(n), int)
-        ),
-        0,
-    )
+    hidden = narrowest or _hidden(fields)
+    if variant.common and not narrowest:
+        sizes = {_hidden(vars(x)) for x in fields.values() if isinstance(x, PreTrainedConfig)} - {0}
+        narrowest = min((x for x in sizes if any(y > x and y % x == 0 for y in sizes)), default=0)
     tokens = _Tokens()
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            new[name] = shrunk(value, variant)
+            new[name] = shrunk(value, variant, narrowest)
         elif value is None:
             new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), None)
             if new[name] is None and variant.filled:
@@ -249,6 +248,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
             new[name] = value
     new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
     new |= fitting(fields, new)
+    if narrowest and isinstance(new.get("num_attention_heads"), int):  # as wide as in the narrowest part
+        new["num_attention_heads"] *= max(1, _hidden(new) // HIDDEN)
     if variant.filled:
         new |= _layerwise(config, new, variant, picks, hidden)
     if variant.rebuilt:
@@ -259,6 +260,12 @@ def shrunk(config: PreTrainedConfig, variant: Variant) -> PreTrainedConfig:
             setattr(made, name, value)
     made.use_cache = False
     return made
+
+
+def _hidden(fields: Mapping[str, Any]) -> int:
+    """The hidden size that a config names, 0 if it names none."""
+    names = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim")
+    return next((v for n in names if isinstance(v := fields.get(n), int)), 0)
 
 
 def _layerwise(
@@ -384,7 +391,8 @@ def _mapping(
     if "mrope_section" in new or (variant.sections and "rope_theta" in new):
         part = new.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
         half = int(D_HEAD * part) // 2
-        new["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        third, rest = half // 3, half - 2 * (half // 3)
+        new["mrope_section"] = [third, third, rest] if variant.filled else [rest, third, third]
     return new
 
 
