@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -61,6 +63,8 @@ SECONDS, GIGABYTES = 60, 8
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
 WHOLE, SENSED = "encoder-decoder", "sound and video"
+TEXT = "text"
+"""The part of a multimodal model that reads tokens, where the whole does not work on tokens alone."""
 KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, "multimodal")
 KIND_OF_INPUT = {
     "input_ids": "encoder",
@@ -119,9 +123,10 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
     """The row of one model type; None where it reads neither text, images, sound nor video."""
     row = Row(model_type, kind, classes[0], "not built")
     reasons = []
-    for name in classes[:3]:
+    parts = (kind, TEXT) if kind == "multimodal" else (kind,)
+    for of, name in product(parts, classes[:3]):
         try:
-            module = _part(_tiny(model_type, name, kind), kind)
+            module = _part(_tiny(model_type, name, of), of)
         except Unbuildable as error:
             reasons.append(f"{name}: {error}")
             continue
@@ -192,6 +197,10 @@ def _part(module: nn.Module, kind: str) -> nn.Module:
     An encoder that reads other things than the model (an image's features, say) is no model of its own.
     """
     config: Any = module.config
+    if kind == TEXT:
+        wanted = type(config.get_text_config())
+        parts = (x for x in module.modules() if isinstance(x, PreTrainedModel) and x is not module)
+        return next((x for x in parts if isinstance(x.config, wanted)), module)
     if kind == WHOLE or not getattr(config, "is_encoder_decoder", False):
         return module
     encoder: Any = module.get_encoder()  # type: ignore
