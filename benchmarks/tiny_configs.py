@@ -248,7 +248,9 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
             new[name] = value
     new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
     new |= fitting(fields, new)
-    if narrowest and isinstance(new.get("num_attention_heads"), int):  # as wide as in the narrowest part
+    if narrowest and isinstance(
+        new.get("num_attention_heads"), int
+    ):  # as wide as in the narrowest part
         new["num_attention_heads"] *= max(1, _hidden(new) // HIDDEN)
     if variant.filled:
         new |= _layerwise(config, new, variant, picks, hidden)
