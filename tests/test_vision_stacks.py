@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.images import random_images
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -167,3 +168,45 @@ def test_convolutions_are_refused_with_what_they_lack() -> None:
     config = transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 2], num_stages=2)
     with pytest.raises(Refused, match=r"no softmax attention.* of shape \(2, 8, 28, 28\)"):
         Model(transformers.ConvNextModel(config).eval(), id="convolutions")
+
+
+def test_patches_that_are_cut_already() -> None:
+    """Images of 2 × 3 and 4 × 2 patches: the first has two positions of padding, which no query sees."""
+    torch.manual_seed(0)
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        patch_size=4,
+        num_patches=16,
+    )
+    module = randomised(transformers.Siglip2VisionModel(config))
+    assert random_images(module)["pixel_values"].shape == (2, 16, 48)
+    model = Model(module, id="patches")
+    assert not set(model.spec.refused) - model.spec.absent
+    inputs = {
+        "pixel_values": torch.randn(2, 8, 48, generator=torch.Generator().manual_seed(0)),
+        "spatial_shapes": torch.tensor([[2, 3], [4, 2]]),
+        "pixel_attention_mask": torch.tensor([[1] * 6 + [0] * 2, [1] * 8]),
+    }
+    cache = model.run(inputs, capture=["pattern"]).cache
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = module(**inputs, output_attentions=True).attentions
+    for layer in range(4):
+        assert off(cache[f"pattern.{layer}"], own[layer]) < ROUNDING
+        assert not cache[f"pattern.{layer}"][0, :, :, 6:].any()
+
+
+def test_images_of_no_given_size_are_as_large_as_the_model_needs() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 100)
+            self.config = transformers.PreTrainedConfig()
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.convolution(pixel_values)
+
+    assert random_images(Picky())["pixel_values"].shape == (2, 3, 128, 128)

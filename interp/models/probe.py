@@ -19,6 +19,7 @@ from interp.models.attention import implementation
 from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
 from interp.models.codebooks import with_codebooks
 from interp.models.discover import discover
+from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.own_attention import find_own
 from interp.models.recording import Recording, record
@@ -27,8 +28,6 @@ from interp.models.verify import relative_error, relative_tolerance, verify
 from interp.run.batch import Batch
 
 PROBE_ROWS, PROBE_LENGTH, PROBE_TARGET = 2, 7, 5
-ANY_IMAGE = 64
-"""Pixels a side for models whose config names no size, since they take any."""
 
 
 def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
@@ -130,18 +129,7 @@ def _source(module: nn.Module, target: dict[str, Tensor]) -> Batch:
     kind = getattr(module, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if kind == "pixel_values":
-        config = getattr(config, "vision_config", config)
-        size = getattr(config, "image_size", None) or ANY_IMAGE
-        size = size if isinstance(size, (tuple, list)) else [size] * 2
-        frames = getattr(config, "num_frames", None)  # a video: one image a frame
-        shape = (
-            PROBE_ROWS,
-            *([] if frames is None else [frames]),
-            getattr(config, "num_channels", 3),
-            *size,
-        )
-        dtype = next(module.parameters()).dtype
-        return Batch({"pixel_values": torch.randn(shape, generator=generator).to(dtype)})
+        return Batch(random_images(module))
     if kind != "input_ids":
         return Batch(numbers_taken(module, kind, target))
     if config is None:

@@ -1,0 +1,65 @@
+"""Random images as a model takes them: pixels, or patches that are cut already."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import call_model
+from interp.models.inputs import FAILURES
+from interp.models.spec import module_device
+from interp.run.batch import Batch
+
+ROWS = 2
+ANY_SIDES = (64, 128, 256)
+"""Pixels a side for models whose config names no size: most take any, some only images of several patches."""
+
+
+def random_images(module: nn.Module) -> dict[str, Tensor]:
+    """Two random images by the names of the model's inputs.
+
+    Pixels [row channel height width] of the size that the config names, [row frame channel height width]
+    where it names frames; of a model that takes any size the smallest on which its forward works. A model
+    that is told how many rows and columns of patches there are (`spatial_shapes`) reads patches
+    [row patch channel·height·width].
+    """
+    config: Any = getattr(module, "config", None)
+    config = getattr(config, "vision_config", config)
+    channels = getattr(config, "num_channels", 3)
+    taken = inspect.signature(type(module).forward).parameters
+    n_patches = getattr(config, "num_patches", None)
+    if "spatial_shapes" in taken and n_patches:
+        side = int(n_patches**0.5)
+        numbers = _normal(module, ROWS, side * side, channels * config.patch_size**2)
+        given = {
+            "pixel_values": numbers,
+            "spatial_shapes": torch.full((ROWS, 2), side),
+            "pixel_attention_mask": torch.ones(ROWS, side * side, dtype=torch.long),
+        }
+        return {name: x for name, x in given.items() if name in taken}
+    frames = getattr(config, "num_frames", None)  # a video: one image a frame
+    lead = (ROWS, channels) if frames is None else (ROWS, frames, channels)
+    size = getattr(config, "image_size", None)
+    if size:
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": _normal(module, *lead, *sides)}
+    images = [{"pixel_values": _normal(module, *lead, side, side)} for side in ANY_SIDES]
+    return next((image for image in images if _taken(module, image)), images[0])
+
+
+def _normal(module: nn.Module, *shape: int) -> Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(next(module.parameters()).dtype)
+
+
+def _taken(module: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Whether the model's forward works on these inputs."""
+    try:
+        with torch.no_grad():
+            call_model(module, Batch(inputs).to(module_device(module)))
+    except FAILURES:
+        return False
+    return True
