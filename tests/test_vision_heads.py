@@ -204,7 +204,9 @@ def test_models_without_a_grid_are_refused_with_the_reason(tiny):
     windows = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1]}
     windows |= {"num_heads": [2, 2], "window_size": 4}
     swin = Model(transformers.Swinv2Model(transformers.Swinv2Config(**windows)).eval())
-    with pytest.raises(interp.InterpError, match="no one grid of patches: layer 1 attends over 1 × 16 positions"):
+    with pytest.raises(
+        interp.InterpError, match="no one grid of patches: layer 1 attends over 1 × 16 positions"
+    ):
         patch_grid(swin)
     with pytest.raises(interp.InterpError, match="no one grid of patches"):
         patch_grid(Model(FAMILIES[PADDED]()))
