@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from interp.models.layout import require_rows_first
 from interp.models.model import Model
 from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import FrozenNorm, linear_map
@@ -75,6 +76,7 @@ class Frozen:
         patterns: bool = True,
     ):
         model.layers_with("pattern")
+        require_rows_first((block.axes for block in model.spec.blocks), "holding norms")
         self.model, self.share_bias = model, share_bias
         self.last = f"resid_post.{model.n_layers - 1}"
         sites = ["resid_pre", *(["pattern"] if patterns else []), self.last, *capture]

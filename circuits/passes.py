@@ -223,7 +223,7 @@ def heads_of(
     """
     block, watch = model.blocks[layer], _Stopped()
     args, kwargs = call
-    old = hidden_of(args, kwargs, model.spec)
+    old = hidden_of(args, kwargs, model.spec, layer)
     size, times = old.shape[0], stream.shape[0] // old.shape[0]
 
     def again(x: Any) -> Any:
@@ -237,7 +237,7 @@ def heads_of(
         tuple(map(again, args)),
         {name: again(value) for name, value in kwargs.items()},
     )
-    args, kwargs = with_hidden(args, kwargs, stream, model.spec)
+    args, kwargs = with_hidden(args, kwargs, stream, model.spec, layer)
     # Some models hand their blocks a cache of keys even when told not to use one.
     kwargs = {name: None if name.startswith("past_key") else x for name, x in kwargs.items()}
     with window(block, lambda module: watch), suppress(Stop):

@@ -387,10 +387,10 @@ class PathReplay:
     # --- calling ---------------------------------------------------------------------------------
 
     def _call_block(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
-        args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec)
+        args, kwargs = with_hidden(call.args, call.kwargs, hidden, self.model.spec, layer)
         out = first_tensor(self.model.blocks[layer](*args, **kwargs))
         assert out is not None
-        return shown(out, self.model.spec.hidden_axes).to(hidden.device)
+        return shown(out, self.model.spec.hidden_axes, len(hidden)).to(hidden.device)
 
     @contextmanager
     def _attention_returns(self, layer: int, call: Call, value: Tensor) -> Iterator[None]:

@@ -373,10 +373,10 @@ def _probe(model: Model) -> list[_Seen]:
 
     def start(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            x = hidden_of(args, kwargs, model.spec).detach().to(module_device(module))
+            x = hidden_of(args, kwargs, model.spec, layer).detach().to(module_device(module))
             seen[layer].x = x.requires_grad_()
             # The block reads a view: an operation in place on a leaf would be refused.
-            return with_hidden(args, kwargs, x.view_as(x), model.spec)
+            return with_hidden(args, kwargs, x.view_as(x), model.spec, layer)
 
         return hook
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models.layout import PLAIN
+from interp.models.layout import PLAIN, require_rows_first
 from interp.models.model import Model
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import Recording, record
@@ -168,6 +168,7 @@ class Addresses:
         if layer >= self.spec.n_layers:
             raise BadInput(f"no site '{site}': layers are 0 to {self.spec.n_layers - 1}")
         block, head = self.spec.blocks[layer], site.head
+        require_rows_first([block.axes], "a trace")
         if head is not None and head >= block.n_heads:
             raise BadInput(f"no site '{site}': heads are 0 to {block.n_heads - 1}")
         heads = (block.n_heads, block.d_head)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -201,14 +201,15 @@ class Projections:
         def stop(module: nn.Module, args: tuple, output: object) -> None:
             raise Stop
 
-        def same(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = hidden_of(args, kwargs, self.spec)
-            return with_hidden(args, kwargs, hidden[-1:].expand_as(hidden).contiguous(), self.spec)
+        def same(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = hidden_of(args, kwargs, self.spec, layer)
+            last = hidden[-1:].expand_as(hidden).contiguous()
+            return with_hidden(args, kwargs, last, self.spec, layer)
 
         blocks = [self.module.get_submodule(block.name) for block in self.spec.blocks]
         with ExitStack() as stack:
-            for block in blocks:
-                hook = block.register_forward_pre_hook(same, with_kwargs=True)
+            for layer, block in enumerate(blocks):
+                hook = block.register_forward_pre_hook(partial(same, layer), with_kwargs=True)
                 stack.callback(hook.remove)
             stack.callback(blocks[-1].register_forward_hook(stop).remove)
             with suppress(Stop):

@@ -99,8 +99,8 @@ def test_attention_to_the_whole_image_has_every_site() -> None:
 
 def test_what_is_held_of_an_image_has_any_number_of_rows() -> None:
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(held(shown(x, IMAGE), IMAGE, x.shape), x)
-    assert held(shown(x, IMAGE).repeat(2, 1, 1), IMAGE, x.shape).shape == (4, 3, 4, 5)
+    assert torch.equal(held(shown(x, IMAGE, 2), IMAGE, x.shape), x)
+    assert held(shown(x, IMAGE, 2).repeat(2, 1, 1), IMAGE, x.shape).shape == (4, 3, 4, 5)
 
 
 # --- several lists ----------------------------------------------------------------------------------

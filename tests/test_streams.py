@@ -265,5 +265,5 @@ def test_layouts_are_told_by_the_batch() -> None:
 def test_what_is_held_is_the_inverse_of_what_is_shown(axes: tuple[str, ...]) -> None:
     sizes = {"batch": 2, "pos": 5, "n_streams": 3, "d_model": 4}
     x = torch.randn([sizes[axis] for axis in axes])
-    assert shown(x, axes).shape == (2, 5, 12)
-    assert torch.equal(held(shown(x, axes), axes, x.shape), x)
+    assert shown(x, axes, 2).shape == (2, 5, 12)
+    assert torch.equal(held(shown(x, axes, 2), axes, x.shape), x)

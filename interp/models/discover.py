@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from interp.models.axes import find_axes, with_axes
 from interp.models.calls import text_config
 from interp.models.ends import with_ends
+from interp.models.layout import ACROSS, PARTS
 from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import AttentionCall, Recording
@@ -35,10 +37,11 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     """The map that the recording suggests, not yet verified."""
     refused: dict[str, str] = {}
     stack, layers, key = find_stack(seen, batch, refused)
+    layers = with_axes(layers, find_axes(seen, layers, key, batch))
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
     blocks = [
-        BlockMap(layer.name, d_model=shape[-1], starts_stage=start)
+        BlockMap(layer.name, d_model=shape[-1], axes=layer.axes, starts_stage=start)
         for layer, shape, start in zip(layers, shapes, starts, strict=True)
     ]
     absent: set[str] = set()
@@ -64,7 +67,6 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         d_vocab=getattr(text, "vocab_size", None) if of_ids else None,
         n_ctx=getattr(text, "max_position_embeddings", None),
         hidden=key,
-        hidden_axes=layers[0].axes,
         n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
         copies=frozenset(
@@ -189,7 +191,7 @@ def _with_attention(
 
 def _with_something_between(block: BlockMap) -> bool:
     """Whether W_O was not seen to read z, where a trial can tell what stands between them."""
-    alone = not block.along and block.windows is None
+    alone = not block.along and block.windows is None and block.axes not in (PARTS, ACROSS)
     return block.attention is not None and block.W_O is None and alone
 
 

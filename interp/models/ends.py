@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.calls import is_encoder_decoder, text_config
+from interp.models.layout import ROWS_ELSEWHERE
 from interp.models.projections import same
 from interp.models.readout import WHOLE, rest_of_model
 from interp.models.recording import ModuleCall, Recording, record
@@ -27,6 +28,7 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     """The map with embedding, final norm and unembedding, or a readout of more modules."""
     last = layers[-1].call
     assert last.output is not None
+    residual = layers[-1].output if layers[-1].axes in ROWS_ELSEWHERE else last.output
     module: Any = seen.module
     of = module.get_decoder() if batch.has_source else module
     of_ids = batch.has_source or "input_ids" in batch.inputs
@@ -37,23 +39,25 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         embedding = None  # of several codebooks, one each
     unembedding = _name_of(seen, module, "get_output_embeddings")
     if unembedding is None and not of_ids:
-        unembedding = _head_of_letters(seen, last)
+        unembedding = _head_of_letters(seen, last, residual)
     final = seen.once(unembedding)
     if final is not None and not final.inputs:  # an embedding, multiplied with outside any module
         final = None
+    if batch.has_source and final is None and (head := _head_of_letters(seen, last, residual)):
+        unembedding, final = head, seen.once(head)
     after = {
         name: late[0]
         for name, calls in seen.calls.items()
         if len(late := [call for call in calls if call.start >= last.order]) == 1 and late[0].inputs
     }
-    norm, before = _final_norm(seen, after, last.output, final)
+    norm, before = _final_norm(seen, after, residual, final)
     if norm is not None and (dtype := after[norm].inputs[0].dtype) != last.output.dtype:
         spec = replace(spec, final_dtype=dtype)
     if final is None or final.output is None or final.output.shape != seen.output.shape:
         return replace(spec, embedding=embedding, final_norm=norm)
     if before is None:
         spec = replace(spec, embedding=embedding, unembedding=unembedding)
-        if path := _path(seen, after, last.output):
+        if path := _path(seen, after, residual):
             why = (
                 f"'{path[0]}' transforms the final residual before W_U is reached, so logits are not "
                 "linear in it; model.unembed gives them all the same"
@@ -97,10 +101,10 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     )
 
 
-def _head_of_letters(seen: Recording, last: ModuleCall) -> str | None:
-    """The linear layer behind the blocks that gives each position of sound logits of the vocabulary (CTC)."""
+def _head_of_letters(seen: Recording, last: ModuleCall, residual: Tensor) -> str | None:
+    """The linear layer behind the blocks that gives each position logits of the vocabulary (CTC)."""
     d_vocab = getattr(text_config(seen.module), "vocab_size", None)
-    if last.output is None or seen.output.shape != (*last.output.shape[:-1], d_vocab):
+    if seen.output.shape != (*residual.shape[:-1], d_vocab):
         return None
     for name, calls in seen.calls.items():
         (call, *more), weight = calls, getattr(seen.module.get_submodule(name), "weight", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.attention import Watch
-from interp.models.layout import held, shown
+from interp.models.layout import held, require_rows_first, shown
 from interp.models.several import HEADS, Part
 from interp.models.spec import Carry, Spec, first_tensor, with_first
 from interp.run.cache import Run
@@ -163,7 +163,8 @@ class BlockInput:
         self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x = given = hidden_of(args, kwargs, self.spec)
+        axes, held_as = self.spec.blocks[self.layer].axes, argument(args, kwargs, self.spec.hidden)
+        x = given = shown(held_as, axes, self.run.batch.size)
         if self.grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
@@ -172,9 +173,9 @@ class BlockInput:
         self.resid = x
         if self.stop:
             raise Stop
-        if x is given and _untouched(x, argument(args, kwargs, self.spec.hidden)):
+        if x is given and _untouched(x, held_as):
             return None
-        return with_hidden(args, kwargs, x, self.spec)
+        return with_hidden(args, kwargs, x, self.spec, self.layer)
 
 
 class BlockOutput:
@@ -190,7 +191,7 @@ class BlockOutput:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         old = first_tensor(output)
         assert old is not None
-        x = given = shown(old, self.axes)
+        x = given = shown(old, self.axes, self.run.batch.size)
         if isinstance(output, tuple):
             self.run.extras[self.layer] = output[1:]
         if self.plan.wants("resid_post", self.layer):
@@ -301,15 +302,25 @@ class Turns:
         return lambda *args: hook(*args) if self.now == layer else None
 
 
-def hidden_of(args: tuple, kwargs: dict, spec: Spec) -> Tensor:
-    """The hidden state [batch pos d_model] among a block's arguments, at `spec.hidden`."""
-    return shown(argument(args, kwargs, spec.hidden), spec.hidden_axes)
+def hidden_of(args: tuple, kwargs: dict, spec: Spec, layer: int) -> Tensor:
+    """The hidden state [batch pos d_model] among a block's arguments, at `spec.hidden`.
+
+    For what calls blocks or their modules itself.
+
+    Raises:
+        Refused: the blocks hold rows of the batch elsewhere than first.
+    """
+    require_rows_first([spec.blocks[layer].axes], "calling blocks by themselves")
+    x = argument(args, kwargs, spec.hidden)
+    return shown(x, spec.blocks[layer].axes, x.shape[0])
 
 
-def with_hidden(args: tuple, kwargs: dict, hidden: Tensor, spec: Spec) -> tuple[tuple, dict]:
+def with_hidden(
+    args: tuple, kwargs: dict, hidden: Tensor, spec: Spec, layer: int
+) -> tuple[tuple, dict]:
     """A block's arguments with another hidden state [batch pos d_model] at `spec.hidden`."""
     key = spec.hidden
-    hidden = held(hidden, spec.hidden_axes, argument(args, kwargs, key).shape)
+    hidden = held(hidden, spec.blocks[layer].axes, argument(args, kwargs, key).shape)
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}

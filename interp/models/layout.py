@@ -1,26 +1,46 @@
 """How blocks hold the hidden state, and the one shape in which sites show it: [batch pos d_model].
 
-Most blocks hold it so. Some carry several residual streams side by side (hyper-connections, AltUp): one
-stream after the other makes one vector of n_streams · width entries. Images may keep their rows and
-columns apart, before or behind the channels: they are positions, row after row. For attention a block may
-cut them into windows (`Layout`).
+Most blocks hold it so. Some have the positions first. Some carry several residual streams side by side
+(hyper-connections, AltUp): one stream after the other makes one vector of n_streams · width entries.
+Images may keep their rows and columns apart, before or behind the channels: they are positions, row after
+row. Blocks on videos may have a row of the batch for every frame, or for every place in a frame: positions
+are places, frame after frame. For attention a block may cut positions into windows (`Layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.errors import Refused
 from interp.run.batch import Batch
 
 PLAIN = ("batch", "pos", "d_model")
 STREAMS = (("batch", "pos", "n_streams", "d_model"), ("n_streams", "batch", "pos", "d_model"))
 IMAGE = ("batch", "height", "width", "d_model")
 CHANNELS_FIRST = ("batch", "d_model", "height", "width")
+POSITIONS_FIRST = ("pos", "batch", "d_model")
+PARTS = ("batch·part", "pos", "d_model")
+"""A row for each part of an input: its positions are those of the parts, one part after the other."""
+ACROSS = ("batch·pos", "part", "d_model")
+"""A row for each position in a part: what stands there in all parts."""
+
+ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS)
+"""Axes whose first is not the batch: modules inside such a block have them too."""
+
+
+def require_rows_first(blocks: Iterable[tuple[str, ...]], what: str) -> None:
+    """Refuse `what`, which takes the first axis of blocks' tensors for the batch, where it is another."""
+    for axes in blocks:
+        if axes in ROWS_ELSEWHERE:
+            raise Refused(
+                f"a block holds its stream as [{', '.join(axes)}], which {what} does not know; model.run with "
+                "captures and edits works"
+            )
 
 
 def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
@@ -38,14 +58,20 @@ def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
     return None
 
 
-def shown(x: Tensor, axes: tuple[str, ...]) -> Tensor:
-    """A block's hidden state as sites show it [batch pos d_model]: a view where it can be one.
+def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
+    """A block's hidden state, of `size` inputs, as sites show it [batch pos d_model]: a view where it can be one.
 
-    >>> shown(torch.arange(8.0).reshape(2, 1, 1, 4), STREAMS[1])
+    >>> shown(torch.arange(8.0).reshape(2, 1, 1, 4), STREAMS[1], 1)
     tensor([[[0., 1., 2., 3., 4., 5., 6., 7.]]])
+    >>> shown(torch.arange(6.0).reshape(2, 3, 1), ACROSS, 1)[..., 0]
+    tensor([[0., 3., 1., 4., 2., 5.]])
     """
     if axes == PLAIN:
         return x
+    if axes == POSITIONS_FIRST:
+        return x.transpose(0, 1)
+    if axes in (PARTS, ACROSS):
+        return layout_of(x, axes, size).positions(x)
     if axes == IMAGE:
         return x.flatten(1, 2)
     if axes == CHANNELS_FIRST:
@@ -57,7 +83,11 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
     """The inverse of `shown`: as a block holds it, where a hidden state has shape `like` (of any number of rows)."""
     if axes == PLAIN:
         return x
-    if axes == IMAGE:
+    if axes == POSITIONS_FIRST:
+        return x.transpose(0, 1)
+    if axes == ACROSS:
+        x = x.unflatten(1, (like[1], -1)).transpose(1, 2)
+    if axes in (IMAGE, PARTS, ACROSS):
         return x.reshape(-1, *like[1:])
     if axes == CHANNELS_FIRST:
         return x.mT.reshape(-1, *like[1:])
@@ -123,6 +153,36 @@ class Layout:
     def _pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         at = self.at.to(device)
         return at[:, :, None], at[:, None, :]
+
+
+def layout_of(x: Tensor, axes: tuple[str, ...], size: int) -> Layout:
+    """The layout of tensors [rows pos …] of a block that has several rows for each of `size` inputs.
+
+    >>> layout_of(torch.zeros(4, 3, 1), ACROSS, 2).at
+    tensor([[0, 2, 4],
+            [1, 3, 5]])
+    """
+    rows, length = x.shape[0] // size, x.shape[1]
+    at = torch.arange(rows * length)
+    return Layout(
+        at.reshape(length, rows).T if axes == ACROSS else at.reshape(rows, length), len(at)
+    )
+
+
+def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
+    """What a module inside a block reads or returns, of `size` inputs, as [batch pos width], flattened or not."""
+    if axes == POSITIONS_FIRST and x.ndim == 2:
+        x = x.unflatten(0, (-1, size))
+    if axes in ROWS_ELSEWHERE:
+        return shown(x, axes, size)
+    return x if x.ndim == 3 else x.reshape(size, -1, x.shape[-1])
+
+
+def held_inside(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
+    """The inverse of `shown_inside`: in the shape `like`."""
+    if axes in ROWS_ELSEWHERE:
+        x = held(x, axes, like)
+    return x.reshape(tuple(like))
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,14 +35,14 @@ from interp.models.hooks import (
     write_change,
 )
 from interp.models.inputs import check_kind, faults_of_input
-from interp.models.layout import Layout
+from interp.models.layout import Layout, held_inside, shown_inside
 from interp.models.probe import probe
 from interp.models.readout import unembed
 from interp.models.several import Part, attention_calls
 from interp.models.skipping import skipping
 from interp.models.spec import BlockMap, first_tensor, module_device, with_first
 from interp.models.weights import FrozenNorm, linear_map
-from interp.models.windows import InWindows, Layouts
+from interp.models.windows import Layouts, in_one_row
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
@@ -629,7 +629,8 @@ class Model:
                     return Watch()
                 layer, prefix, part = next(next_call[module])
                 watching = RunWatch(turns.now if turns else layer, plan, touch, run, prefix, part)
-                return InWindows(watching, layouts[layer]) if layer in layouts else watching
+                place = self.spec.blocks[layer].axes, layouts.get(layer)
+                return in_one_row(watching, *place, run.batch.size)
 
             stack.enter_context(window(self.module, watch))
         if turns:
@@ -649,15 +650,15 @@ class Model:
             if pre.needed:
                 stack.callback(block.register_forward_pre_hook(on(pre), with_kwargs=True).remove)
             if where.W_out and plan.wants("mlp_post", layer):
-                self._on_input(stack, where.W_out, partial(touch, "mlp_post", layer), run, on)
-            on_output = partial(self._on_output, stack, run, on, layouts.get(layer))
+                self._on_input(stack, where, partial(touch, "mlp_post", layer), run, on)
+            on_output = partial(self._on_output, stack, run, on, layouts.get(layer), where.axes)
             for name, module, factor in self._outputs(where):
                 if plan.wants(name, layer):
                     on_output(module, write_change(name, layer, factor, touch))
             if where.before_mid and plan.wants("resid_mid", layer):
                 self._on_middle(on_output, layer, where, touch, pre)
             last = stop_at == layer + 1 == self.n_layers
-            post = BlockOutput(layer, touch, run, plan, self.spec.hidden_axes, stop=last)
+            post = BlockOutput(layer, touch, run, plan, where.axes, stop=last)
             if post.needed or self.spec.tuple_blocks:
                 stack.callback(block.register_forward_hook(on(post)).remove)
 
@@ -691,17 +692,17 @@ class Model:
         on_output(where.before_mid[-1].module, middle.change)
 
     def _on_input(
-        self, stack: ExitStack, name: str, change: Callable[[Tensor], Tensor], run: Run, on
+        self, stack: ExitStack, block: BlockMap, change: Callable[[Tensor], Tensor], run: Run, on
     ) -> None:
-        """Hook a module's input, seen as [batch pos width] even where the block flattened it."""
+        """Hook the input of W_out, seen as [batch pos width] even where the block flattened it."""
 
         def hook(module: nn.Module, args: tuple) -> Any:
             x = args[0]
-            seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
-            new = change(seen)
-            return None if new is x else (new.reshape(x.shape), *args[1:])
+            new = change(shown_inside(x, block.axes, run.batch.size))
+            return None if new is x else (held_inside(new, block.axes, x.shape), *args[1:])
 
-        stack.callback(self.module.get_submodule(name).register_forward_pre_hook(on(hook)).remove)
+        of = self.module.get_submodule(block.W_out or "")
+        stack.callback(of.register_forward_pre_hook(on(hook)).remove)
 
     def _on_output(
         self,
@@ -709,6 +710,7 @@ class Model:
         run: Run,
         on,
         layout: Layout | None,
+        axes: tuple[str, ...],
         name: str,
         change: Callable[[Tensor], Tensor],
     ) -> None:
@@ -721,7 +723,7 @@ class Model:
             if layout is not None and cut:
                 seen = layout.positions(x.flatten(1, -2))
             else:
-                seen = x if x.ndim == 3 else x.reshape(run.batch.size, -1, x.shape[-1])
+                seen = shown_inside(x, axes, run.batch.size)
             if name in self.spec.copies:  # the block changes this tensor in place later on
                 seen = seen.clone()
             new = change(seen)
@@ -732,7 +734,8 @@ class Model:
             new = new.clone() if name in self.spec.copies else new
             if layout is not None and cut:
                 new = layout.windows(new, x.flatten(1, -2))
-            return with_first(output, new.reshape(x.shape))
+                return with_first(output, new.reshape(x.shape))
+            return with_first(output, held_inside(new, axes, x.shape))
 
         stack.callback(self.module.get_submodule(name).register_forward_hook(on(hook)).remove)
 

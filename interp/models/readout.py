@@ -76,6 +76,6 @@ def _returning(spec: Spec, module: nn.Module, resid: Tensor) -> AbstractContextM
     blocks = {module.get_submodule(block.name) for block in spec.blocks}
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return argument(*with_hidden(args, kwargs, resid, spec), spec.hidden)
+        return argument(*with_hidden(args, kwargs, resid, spec, -1), spec.hidden)
 
     return other_forwards(dict.fromkeys(blocks, forward))

@@ -66,7 +66,7 @@ class AttentionCall(Watch):
 
 @dataclass
 class Recording:
-    """Everything seen in the probe forward; `without` says why no attention was, where there is none."""
+    """Everything seen in the probe forward, of `n_rows` inputs; `without` says why no attention was."""
 
     module: nn.Module
     names: dict[nn.Module, str]
@@ -74,6 +74,7 @@ class Recording:
     attention: list[AttentionCall]
     output: Tensor
     without: str = ""
+    n_rows: int = 0
 
     def call(self, name: str) -> ModuleCall:
         """The only call of a module that is known to be called once."""
@@ -109,7 +110,7 @@ def record(
         restored: by module, what each of its calls returns whatever it computed.
     """
     names = {submodule: name for name, submodule in module.named_modules()}
-    seen = Recording(module, names, {}, [], torch.empty(0))
+    seen = Recording(module, names, {}, [], torch.empty(0), n_rows=batch.size)
     order = 0
     inputs: dict[int, tuple[list[Tensor], tuple[int | str, ...], int]] = {}
 

@@ -26,7 +26,7 @@ def skipping(
     for layer, block in enumerate(blocks[:start]):
         rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
         output = None if layer < begin else resid  # other stages return what they are given
-        skipped.setdefault(block, []).append((output, rest))
+        skipped.setdefault(block, []).append((layer, output, rest))
     for block in blocks[start:]:  # a module that is called again later on works then
         if block in skipped:
             skipped[block].append(None)
@@ -38,7 +38,7 @@ def skipping(
 
             def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
                 given = next(first)
-                return None if given is None else with_hidden(args, kwargs, given, spec)
+                return None if given is None else with_hidden(args, kwargs, given, spec, start)
 
             hook = blocks[start].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
             stack.callback(hook.remove)
@@ -46,11 +46,13 @@ def skipping(
 
 
 def _returning(
-    outputs: Sequence[tuple[Tensor | None, tuple] | None], forward: Callable[..., Any], spec: Spec
+    outputs: Sequence[tuple[int, Tensor | None, tuple] | None],
+    forward: Callable[..., Any],
+    spec: Spec,
 ) -> Callable[..., Any]:
     """A block's forward that returns one output a call in turn, and works as before where it is None.
 
-    An output is a hidden state (its own input, where that is None), and what comes besides.
+    An output is a layer, a hidden state (its own input, where that is None), and what comes besides.
     """
     turns = cycle(outputs)
 
@@ -58,9 +60,9 @@ def _returning(
         output = next(turns)
         if output is None:
             return forward(*args, **kwargs)
-        resid, rest = output
+        layer, resid, rest = output
         if resid is not None:
-            args, kwargs = with_hidden(args, kwargs, resid, spec)  # as a block holds it
+            args, kwargs = with_hidden(args, kwargs, resid, spec, layer)  # as a block holds it
         hidden = argument(args, kwargs, spec.hidden)
         return (hidden, *rest) if spec.tuple_blocks else hidden
 

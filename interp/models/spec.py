@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.layout import Windows
+from interp.models.layout import PLAIN, Windows
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,12 @@ class BlockMap:
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before returned.
-    `windows`: where the block cuts its positions into windows, each of which attends to itself.
+    `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
     """
 
     name: str
     d_model: int = 0
+    axes: tuple[str, ...] = PLAIN
     starts_stage: bool = False
     windows: Windows | None = None
     attention: str | None = None
@@ -178,9 +179,9 @@ class Spec:
     `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn.
     Blocks of a model with stages work on streams of several widths and lengths one after the other; `d_model`
     is then that of the last, and `stages` says which layers belong together.
-    `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword;
-    `hidden_axes` how blocks hold it (`interp.models.layout`). With several residual streams `d_model` is
-    what all `n_streams` have together, and attn_out and mlp_out are as wide as one of them.
+    `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword. With
+    several residual streams `d_model` is what all `n_streams` have together, and attn_out and mlp_out are
+    as wide as one of them.
     `readout` are the modules that make logits of the final residual one after the other, where that is
     more than a norm and a linear layer (BERT's head has a transform); ("",) is the model itself, less its blocks.
     `bypassed` says what reads an earlier block's stream besides the one after it, "" if nothing does.
@@ -205,7 +206,6 @@ class Spec:
     logit_softcap: float | None = None
     readout: tuple[str, ...] = ()
     hidden: int | str = 0
-    hidden_axes: tuple[str, ...] = ("batch", "pos", "d_model")
     n_streams: int = 1
     tuple_blocks: bool = False
     bypassed: str = ""
@@ -233,6 +233,11 @@ class Spec:
     def d_head(self) -> int:
         """Width of z of the widest layer."""
         return max((block.d_head for block in self.blocks), default=0)
+
+    @property
+    def hidden_axes(self) -> tuple[str, ...]:
+        """How the last block holds its stream."""
+        return self.blocks[-1].axes
 
     @property
     def facts(self) -> dict[str, Any]:

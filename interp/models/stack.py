@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
-from interp.models.layout import CHANNELS_FIRST, IMAGE, PLAIN, axes_of, shown
+from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
@@ -35,13 +36,14 @@ class Layer:
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
-        return shown(self.call.inputs[self.call.keys.index(key)], self.axes)
+        x = self.call.inputs[self.call.keys.index(key)]
+        return shown(x, self.axes, self.inside.n_rows)
 
     @property
     def output(self) -> Tensor:
         """The hidden state it returned [batch pos d_model]."""
         assert self.call.output is not None
-        return shown(self.call.output, self.axes)
+        return shown(self.call.output, self.axes, self.inside.n_rows)
 
     @property
     def n_streams(self) -> int:
@@ -80,17 +82,6 @@ def find_stack(
             f"blocks of '{stack}' are not called with a hidden state that the next one reads: "
             "nothing can be addressed"
         )
-    shape = layers[0].hidden(key).shape
-    axes = _axes(layers, key, batch)
-    if axes is None or (axes == CHANNELS_FIRST and not seen.attention):
-        why = f"{seen.without}; " if seen.without else ""
-        raise Refused(
-            f"{why}blocks of '{stack}' read a tensor of shape {tuple(shape)}; expected [batch, pos, d_model]"
-        )
-    for layer in layers:
-        if (rows := shown(layer.hidden(key), axes).shape[0]) > batch.size:
-            why = f"{rows} rows for {batch.size} of the input (each frame or part one of its own)"
-            raise Refused(f"block '{layer.name}' works on {why}: no site has the batch's rows")
     layers = [with_cross(layer, key) for layer in layers]
     shapes = {layer.hidden(key).shape for layer in layers}
     if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
@@ -102,7 +93,7 @@ def find_stack(
             why = f"block '{layer.name}' attends {several} times, with heads of different shapes"
             for site in (*SELF_SITES, "attn_out", "attn_write"):
                 refused[site] = why
-    return stack, [replace(layer, axes=axes) for layer in layers], key
+    return stack, layers, key
 
 
 def _decoder(seen: Recording, placed: list[str]) -> list[str]:
@@ -138,40 +129,6 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     return replace(layer, attention=one[0], attends=tuple(c.module for c in own), along=one[1])
 
 
-def _axes(layers: list[Layer], key: int | str, batch: Batch) -> tuple[str, ...] | None:
-    """How blocks hold their hidden states; channels are the axis that linear layers of every block read."""
-    x = layers[0].hidden(key)
-    axes = axes_of(x.shape, batch)
-    if axes in (PLAIN, None):
-        return axes
-    last = _linear_layers_read(layers, key, -1)
-    if axes != IMAGE:
-        return axes if last else None
-    first = _linear_layers_read(layers, key, 1)
-    if first and last:  # as many channels as columns: some module reads the stream as it lies
-        calls = [call for calls in layers[0].inside.calls.values() for call in calls]
-        last = any(call.inputs and torch.equal(call.inputs[0], x) for call in calls)
-    return IMAGE if last else CHANNELS_FIRST if first else None
-
-
-def _linear_layers_read(layers: list[Layer], key: int | str, axis: int) -> bool:
-    """Whether linear layers of every block read as many channels as this axis of its hidden state has."""
-
-    def reads(inside: Recording, name: str, call: ModuleCall, width: int) -> bool:
-        weight = getattr(inside.module.get_submodule(name), "weight", None)
-        matrix = isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
-        return matrix and bool(call.inputs) and call.inputs[0].shape[-1] == width
-
-    return all(
-        any(
-            reads(layer.inside, name, call, layer.hidden(key).shape[axis])
-            for name, calls in layer.inside.calls.items()
-            for call in calls
-        )
-        for layer in layers
-    )
-
-
 def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> list[Layer]:
     """Every call of a member of the list, first called first; a member may be called several times.
 
@@ -190,6 +147,12 @@ def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> lis
     if not layers or any(layer.call.output is None for layer in layers):
         raise Refused(f"blocks of '{stack}' return no hidden state: nothing can be addressed")
     return layers
+
+
+def calls_of(seen: Recording, layers: Sequence[Layer]) -> list[ModuleCall]:
+    """These layers' calls in another recording of the same model."""
+    taken = {layer.name: iter(seen.calls[layer.name]) for layer in layers}
+    return [next(taken[layer.name]) for layer in layers]
 
 
 def _hidden_key(layers: list[Layer]) -> int | str | None:
@@ -216,8 +179,8 @@ def _hidden_key(layers: list[Layer]) -> int | str | None:
 
 
 def starts_stage(before: Layer, layer: Layer, key: int | str) -> bool:
-    """Whether a block reads a stream of another width or length than the block before it returned."""
-    return layer.hidden(key).shape != before.output.shape
+    """Whether a block reads a stream of another width or length than the one before returned, or of other axes."""
+    return layer.axes != before.axes or layer.hidden(key).shape != before.output.shape
 
 
 def _same_shape(call: ModuleCall, shape: torch.Size) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.models.axes import with_axes
 from interp.models.calls import call_model
-from interp.models.layout import shown
+from interp.models.layout import POSITIONS_FIRST, shown
 from interp.models.recording import Recording, record
 from interp.models.spec import first_tensor, with_first
 from interp.models.stack import Layer
@@ -40,8 +41,8 @@ def scaled_z(
         call = next(taken[layer.name])
         inside = again.within(call)
         attention = next(iter(inside.attention), None)
-        changed.append(Layer(layer.name, call, inside, attention, axes=layer.axes))
-    return changed, factors
+        changed.append(Layer(layer.name, call, inside, attention))
+    return with_axes(changed, [layer.axes for layer in layers]), factors
 
 
 def works_by_position(
@@ -53,16 +54,17 @@ def works_by_position(
     their output in reverse order; attention, a state-space layer or a convolution something else.
     """
     rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
+    first = layers[0].axes == POSITIONS_FIRST
 
     def reverse(args: tuple, kwargs: dict) -> Any:
         args = tuple(map(reverse_ids, args))
         kwargs = {name: reverse_ids(x) for name, x in kwargs.items()}
         for i, x in enumerate(args):
             if isinstance(x, Tensor) and x.is_floating_point():
-                return (*args[:i], _reversed(x, rows), *args[i + 1 :]), kwargs
+                return (*args[:i], _reversed(x, rows, first), *args[i + 1 :]), kwargs
         for name, x in kwargs.items():
             if isinstance(x, Tensor) and x.is_floating_point():
-                return args, {**kwargs, name: _reversed(x, rows)}
+                return args, {**kwargs, name: _reversed(x, rows, first)}
         return None
 
     def reverse_ids(x: Any) -> Any:  # experts may be picked by token
@@ -70,7 +72,7 @@ def works_by_position(
         return x.flip(1) if same else x
 
     def in_reverse(got: Tensor, wanted: Tensor) -> bool:
-        error = (_reversed(got, rows).cpu().double() - wanted.double()).abs().max()
+        error = (_reversed(got, rows, first).cpu().double() - wanted.double()).abs().max()
         return float(error) <= 1e-2 * float(wanted.abs().max())
 
     return answering(seen, branches, batch, reverse, in_reverse)
@@ -121,13 +123,15 @@ def sees_no_later(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
     output = again.calls[layers[-1].name][-1].output
     if output is None or output.shape != layers[-1].call.output.shape:  # type: ignore[union-attr]
         return False
-    moved = (shown(output, layers[-1].axes) - layers[-1].output).abs().amax((0, 2))
+    moved = (shown(output, layers[-1].axes, batch.size) - layers[-1].output).abs().amax((0, 2))
     allowed = 1e-3 * float(layers[-1].output.abs().max())
     return float(moved[:-1].max()) <= allowed < float(moved[-1])
 
 
-def _reversed(x: Tensor, rows: int) -> Tensor:
-    """Positions in reverse order, in [batch pos width] or flattened [batch·pos width]."""
+def _reversed(x: Tensor, rows: int, first: bool) -> Tensor:
+    """Positions in reverse order, in [batch pos width] or flattened [batch·pos width]; or they come first."""
+    if first:
+        return x.flip(0) if x.ndim > 2 else x.unflatten(0, (-1, rows)).flip(0).reshape(x.shape)
     if x.shape[0] == rows:
         return x.flip(1) if x.ndim > 2 else x
     return x.reshape(rows, -1, x.shape[-1]).flip(1).reshape(x.shape)

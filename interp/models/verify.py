@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
+from interp.models.axes import with_axes
 from interp.models.calls import at_home
 from interp.models.readout import unembed
 from interp.models.recording import Recording
@@ -39,13 +40,18 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     may be twice as far from them.
     """
     checks, refused = [], dict(spec.refused)
-    layers = layers_of(seen, spec.stack, spec.hidden_axes)
+    layers = layers_of(seen, spec.stack)
     if "n_streams" not in spec.hidden_axes:
         layers = [replace(layer, in_a_row=spec.n_streams) for layer in layers]
     layers = [
         layer if block.windows is None else in_order(layer, block.windows.layout)
         for layer, block in zip(
-            (with_cross(layer, spec.hidden) for layer in layers), spec.blocks, strict=True
+            with_axes(
+                [with_cross(layer, spec.hidden) for layer in layers],
+                [block.axes for block in spec.blocks],
+            ),
+            spec.blocks,
+            strict=True,
         )
     ]
     # Some models return logits in float32 whatever the stream is in.

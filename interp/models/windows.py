@@ -7,9 +7,10 @@ is read off a forward in which every position says its number; it depends on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from interp.errors import Refused
 from interp.models.attention import Watch
 from interp.models.calls import call_model
 from interp.models.hooks import RunWatch
-from interp.models.layout import Layout, Windows
+from interp.models.layout import ACROSS, PARTS, Layout, Windows, layout_of
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.spec import Spec, first_tensor, with_first
 from interp.models.stack import Layer
@@ -37,10 +38,13 @@ class InWindows(Watch):
 
     at_once = True
 
-    def __init__(self, inner: RunWatch, layout: Layout):
-        self.inner, self.layout, self.needs_rows = inner, layout, inner.needs_rows
+    def __init__(self, inner: RunWatch, layout: Layout | Callable[[Tensor], Layout]):
+        self.inner, self.needs_rows = inner, inner.needs_rows
+        self._layout = layout
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fixed = isinstance(self._layout, Layout)
+        self.layout = self._layout if fixed else self._layout(q.transpose(1, 2))
         given = (q, k, v)
         shown = [_of_heads(self.layout, x, padding=x is not q) for x in given]
         new = self.inner.inputs(*shown)
@@ -71,6 +75,13 @@ class InWindows(Watch):
 def _of_heads(layout: Layout, x: Tensor, padding: bool) -> Tensor:
     """[batch·windows heads rows d_head] as [batch heads pos d_head]."""
     return layout.positions(x.transpose(1, 2), padding).transpose(1, 2)
+
+
+def in_one_row(watch: RunWatch, axes: tuple[str, ...], layout: Layout | None, size: int) -> Watch:
+    """A watch that is shown each of `size` inputs in one row, where windows or parts of them have rows of their own."""
+    if axes in (PARTS, ACROSS):
+        return InWindows(watch, partial(layout_of, axes=axes, size=size))
+    return watch if layout is None else InWindows(watch, layout)
 
 
 class Layouts:
@@ -315,8 +326,8 @@ def _told(codes: Float[Tensor, "windows rows 3"], n_pos: int, size: int) -> Tens
     return at.reshape(shape)
 
 
-def in_order(layer: Layer, layout: Layout) -> Layer:
-    """The layer with everything that it holds in windows in the order of positions."""
+def attention_in_order(layer: Layer, layout: Layout) -> Layer:
+    """The layer with its attention in the order of positions."""
     of = layer.attention
     assert of is not None
     size = len(of.tensors["q"]) // len(layout.at)
@@ -325,6 +336,15 @@ def in_order(layer: Layer, layout: Layout) -> Layer:
     # Patterns of all images and heads would be large; whether any sees a key is all that is asked of them.
     most = torch.cat(of.rows, 2).unflatten(0, (size, -1)).amax((0, 2))
     rows = [layout.rows(most[:, None], 0.0)]
+    attention = AttentionCall(of.module, of.order, None, tensors, rows)
+    others = [attention if call is of else call for call in layer.inside.attention]
+    return replace(layer, inside=replace(layer.inside, attention=others), attention=attention)
+
+
+def in_order(layer: Layer, layout: Layout) -> Layer:
+    """The layer with everything that it holds in windows in the order of positions."""
+    assert layer.attention is not None
+    size = len(layer.attention.tensors["q"]) // len(layout.at)
 
     def shown(name: str, x: Tensor) -> Tensor:
         return layout.positions(x.flatten(1, -2)) if layout.holds(name, x, size) else x
@@ -336,10 +356,5 @@ def in_order(layer: Layer, layout: Layout) -> Layer:
 
     inside = layer.inside.calls.items()
     calls = {name: [seen(name, call) for call in calls] for name, calls in inside}
-    attention = AttentionCall(of.module, of.order, None, tensors, rows)
-    others = [attention if call is of else call for call in layer.inside.attention]
-    return replace(
-        layer,
-        inside=replace(layer.inside, calls=calls, attention=others),
-        attention=attention,
-    )
+    layer = attention_in_order(layer, layout)
+    return replace(layer, inside=replace(layer.inside, calls=calls))

@@ -62,6 +62,11 @@ MADE = {
     "marian": ("MarianMTModel", "MarianConfig", {**BART, "decoder_vocab_size": 97}),
     "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", BART),
     "m2m_100": ("M2M100ForConditionalGeneration", "M2M100Config", BART),
+    "fsmt": (  # positions before rows of the batch
+        "FSMTForConditionalGeneration",
+        "FSMTConfig",
+        {**BART, "langs": ["en", "de"], "src_vocab_size": 97, "tgt_vocab_size": 97},
+    ),
 }
 N_SOURCE, N_TARGET = 9, 6
 every = pytest.mark.parametrize("name", MADE)
