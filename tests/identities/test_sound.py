@@ -219,13 +219,17 @@ def n_hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-def test_frames_that_are_rows_of_their_own_are_refused() -> None:
+def test_frames_that_are_rows_of_their_own_are_shown_in_the_batch_s() -> None:
     """A factorised video model: first the patches of each frame, then the frames of each patch."""
     module = tiny_model(
         "videoprism_vision_model", "VideoPrismVisionModel", partial(runs, strict=True)
     )
-    with pytest.raises(Refused, match=r"works on \d+ rows for 2 of the input"):
-        Model(module)
+    model = Model(module)
+    run = model.run(probe_batch(module), capture=["resid_pre", "pattern"])
+    for layer in range(model.n_layers):
+        assert run.cache[f"resid_pre.{layer}"].shape[0] == 2
+        assert run.cache[f"pattern.{layer}"].shape[0] == 2
+    assert not model.spec.refused
 
 
 class Toy(nn.Module):
