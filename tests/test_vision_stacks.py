@@ -210,3 +210,58 @@ def test_images_of_no_given_size_are_as_large_as_the_model_needs() -> None:
             return self.convolution(pixel_values)
 
     assert random_images(Picky())["pixel_values"].shape == (2, 3, 128, 128)
+
+
+def detector(name: str) -> Model:
+    """A tiny detector of objects: a convolutional backbone, two encoder layers, two decoder layers of 6 queries."""
+    torch.manual_seed(0)
+    stem = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "embedding_size": 8}
+    config = getattr(transformers, f"{name}Config")(
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(**stem, out_features=["stage4"]),
+        d_model=32,
+        hidden_size=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=6,
+        num_feature_levels=1,
+    )
+    module = randomised(getattr(transformers, f"{name}Model")(config))
+    model = Model(module, id=name)
+    assert "decoder.layers" in model.spec.stack
+    assert not set(model.spec.refused) - model.spec.absent
+    return model
+
+
+def test_projections_beside_the_attention_to_a_source_tell_it_from_the_other() -> None:
+    """Queries and keys of both attentions are projected outside of the modules that attend."""
+    model = detector("DabDetr")
+    cache = model.run(images(96), capture=["pattern", "cross_pattern", "cross_k"]).cache
+    model.module.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        own = model.module(**images(96).inputs, output_attentions=True)
+    for layer in range(2):
+        assert off(cache[f"pattern.{layer}"], own.decoder_attentions[layer]) < ROUNDING
+        assert off(cache[f"cross_pattern.{layer}"], own.cross_attentions[layer]) < ROUNDING
+        assert cache[f"cross_k.{layer}"].shape[-1] == 16  # content and place, 8 each
+
+
+def test_a_norm_before_what_else_a_block_reads_of_an_image() -> None:
+    """resid_mid = norm(norm(resid_pre + attention) + what is sampled of the image), no attention to a source."""
+    model = detector("DeformableDetr")
+    block: Any = model.blocks[1]
+    returned: list[Tensor] = []
+    hook = block.encoder_attn.register_forward_hook(lambda m, a, out: returned.append(out[0]))
+    names = ["resid_pre", "attn_write", "resid_mid", "mlp_write", "resid_post"]
+    cache = model.run(images(96), capture=names).cache
+    hook.remove()
+    pre, write, mid, mlp, post = (cache[f"{name}.1"] for name in names)
+    with torch.no_grad():
+        first = block.self_attn_layer_norm(pre + write)
+        assert off(mid, block.encoder_attn_layer_norm(first + returned[0])) < ROUNDING
+        assert off(post, block.final_layer_norm(mid + mlp)) < ROUNDING
+    assert model.spec.blocks[1].cross is None

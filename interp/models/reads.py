@@ -20,8 +20,8 @@ def given(layer: Layer, key: int | str) -> list[Tensor]:
 
 
 def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) -> bool:
-    """Whether a linear layer that an attention module calls before it attends reads one of these."""
-    name = seen.names[attention.module]
+    """Whether a linear layer called before an attention, in its module or around it, reads one of these."""
+    name = _around(seen, attention)
     outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
     return any(
         len(call.inputs) > 0 and any(torch.equal(call.inputs[0], x) for x in sources)
@@ -30,6 +30,19 @@ def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) 
         and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
         for call in calls
         if outer and outer[0].start <= call.start and call.order <= attention.order
+    )
+
+
+def _around(seen: Recording, attention: AttentionCall) -> str:
+    """The outermost module of the block in which nothing else attends: projections may stand beside the attention."""
+    parts = seen.names[attention.module].split(".")
+    others = {seen.names[call.module] for call in seen.attention} - {".".join(parts)}
+    outer = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next(
+        name
+        for name in outer
+        if name == outer[-1]
+        or (name in seen.calls and not any(f"{other}.".startswith(f"{name}.") for other in others))
     )
 
 

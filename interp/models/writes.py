@@ -98,7 +98,7 @@ def _sums(
             before = [c for c in inside if c.order < order]
             if first := _solve(pre, x_mid.double(), before, dtype):
                 return Sums(first + rest, norm_mid, norm_post, len(first))
-            if layer.cross and (found := _twice(pre, x_mid, before, norms, dtype)):
+            if found := _twice(pre, x_mid, before, norms, dtype):
                 first, second, norm = found
                 n = len(first) + len(second)
                 return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
@@ -135,7 +135,10 @@ def _twice(
     norms: list[tuple[int, str, Tensor, Tensor]],
     dtype: torch.dtype,
 ) -> tuple[list[tuple[Candidate, float]], list[tuple[Candidate, float]], str] | None:
-    """Writes before and after a norm that stands before x_mid, and that norm: attention, then to a source."""
+    """Writes before and after a norm that stands before x_mid, and that norm: attention, then to a source.
+
+    The source may be read in another way than by attention (deformable sampling of an image).
+    """
     for order, norm, x, out in norms:
         earlier = [c for c in candidates if c.order < order]
         later = [c for c in candidates if c.order > order]
