@@ -284,8 +284,7 @@ def counts(rows: list[Row]) -> str:
     """How many model types came out how, by kind, and the total of those asked for."""
     count = Counter((row.kind, row.outcome) for row in rows)
     lines = [f"{'':16}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
-    for kind in KINDS:
-        lines.append(f"{kind:16}" + "".join(f"{count[kind, outcome]:>22}" for outcome in OUTCOMES))
+    lines += [f"{k:16}" + "".join(f"{count[k, each]:>22}" for each in OUTCOMES) for k in KINDS]
     asked: dict[str, list[str]] = {}
     for row in rows:
         if row.kind != "multimodal":
