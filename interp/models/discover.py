@@ -207,12 +207,16 @@ def _with_writes(
     if layers[0].n_streams > 1:
         return mixed_blocks(seen, layers, blocks, key, batch, refused)
     found: list[tuple[Sums | None, list[Candidate]]] = []
-    for layer in layers:
+    for i, layer in enumerate(layers):
         if layer.output.shape != layer.hidden(key).shape:
-            refused["resid_post"] = (
+            why = (
                 f"'{layer.name}' returns shape {tuple(layer.output.shape)}, "
                 f"reads {tuple(layer.hidden(key).shape)}"
             )
+            if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
+                refused["resid_post"] = why
+            for site in (*WRITE_SITES, *(["cross_write"] if layer.cross else [])):
+                refused.setdefault(site, f"{why}: what it writes does not add up to that")
             found.append((None, []))
             continue
         sums, candidates = taken_apart(layer, key)

@@ -106,7 +106,7 @@ class BlockMap:
     several times, the module of each call in order; `along` then says whether their heads lie side by side
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
-    that the block reads. `starts_stage`: it is of another width or length than the block before returned.
+    that the block reads. `starts_stage`: it is of another width or length than the block before read.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
     """
 

@@ -167,6 +167,8 @@ def _hidden_key(layers: list[Layer]) -> int | str | None:
         equal = all(torch.equal(out, x) for out, x in linked)
         if equal and (linked or _same_shape(first, layers[0].hidden(key).shape)):
             return key
+        if any(torch.equal(out, x) for out, x in linked):
+            return key
     # Something may be done to the stream between blocks: `verify` says so; the shape still tells.
     return next(
         (
@@ -179,8 +181,9 @@ def _hidden_key(layers: list[Layer]) -> int | str | None:
 
 
 def starts_stage(before: Layer, layer: Layer, key: int | str) -> bool:
-    """Whether a block reads a stream of another width or length than the one before returned, or of other axes."""
-    return layer.axes != before.axes or layer.hidden(key).shape != before.output.shape
+    """Whether a block reads a stream of another width or length than the one before read or returned, or other axes."""
+    shapes = {before.hidden(key).shape, before.output.shape, layer.hidden(key).shape}
+    return layer.axes != before.axes or len(shapes) > 1
 
 
 def _same_shape(call: ModuleCall, shape: torch.Size) -> bool:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.attention import Watch
+from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.hooks import RunWatch
 from interp.models.layout import ACROSS, PARTS, Layout, Windows, layout_of
@@ -193,7 +193,7 @@ def _with_wrappers(
     found: dict[int, Layout] = {}
     for i in moved:
         cut, read, of = addresses[i]
-        if len(layouts[i].at) > 1:
+        if len(layouts[i].at) > 1 or not read:
             continue
         inside, parts = layers[i].inside, of.split(".")
         outer = [".".join(parts[:end]) for end in range(layers[i].name.count(".") + 2, len(parts))]
@@ -234,7 +234,7 @@ def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str,
         and call.inputs[0].shape[-1] == hidden.shape[-1]
     ]
     if not reads:
-        return None
+        return _chunked(layer, key, of) if _has_windows(layer, key) else None
     start, read = min(reads)
     cuts = [
         (call.order, name)
@@ -256,6 +256,21 @@ def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str,
     return (max(cuts)[1], read, of) if cuts else None
 
 
+def _chunked(layer: Layer, key: int | str, of: str) -> tuple[str, str, str] | None:
+    """The same, `read` empty, of an attention that may cut the projected positions into windows as they come."""
+    hidden, attending = layer.hidden(key), layer.inside.once(of)
+    cuts = [
+        (calls[0].order, name)
+        for name, calls in layer.inside.calls.items()
+        if len(calls) == 1
+        and attending is not None
+        and calls[0].order <= attending.start
+        and calls[0].output is not None
+        and calls[0].output.shape == hidden.shape
+    ]
+    return (max(cuts)[1], "", of) if cuts else None
+
+
 def _has_windows(layer: Layer, key: int | str) -> bool:
     """Whether its attention has another number of rows of the batch, or of positions, than the stream."""
     if layer.attention is None:
@@ -270,7 +285,8 @@ def read_layouts(
 ) -> dict[int, Layout]:
     """The layout of each of these layers, named by `Windows.address`, for inputs of this shape.
 
-    Only layers that show every position once, image after image in the same order.
+    Only layers that show every position once, image after image in the same order. Where no module reads
+    windows they hold positions as these come, padding behind them: their number is that of the queries.
     """
     seen: dict[int, Tensor] = {}
     n_pos: dict[int, int] = {}
@@ -288,12 +304,22 @@ def read_layouts(
     def keep(layer: int, args: tuple) -> None:
         seen[layer] = args[0].flatten(1, -2)[..., :3].cpu().double()
 
+    chunked = {module.get_submodule(of): i for i, (_, read, of) in addresses.items() if not read}
+    shapes: dict[int, tuple[int, int]] = {}
+
+    def listen(attention: nn.Module) -> Watch:
+        return _Shape(chunked[attention], shapes) if attention in chunked else Watch()
+
     with ExitStack() as stack:
+        if chunked:
+            stack.enter_context(window(module, listen))
         for layer, (cut, read, _) in addresses.items():
             hook = module.get_submodule(cut).register_forward_hook(
                 lambda module, args, output, layer=layer: tell(layer, output)
             )
             stack.callback(hook.remove)
+            if not read:
+                continue
             hook = module.get_submodule(read).register_forward_pre_hook(
                 lambda module, args, layer=layer: keep(layer, args)  # type: ignore[arg-type]
             )
@@ -304,7 +330,23 @@ def read_layouts(
         at = _told(codes, n_pos[i], batch.size)
         if at is not None:
             found[i] = Layout(at, n_pos[i], addresses[i][2])
+    for i, (rows, length) in shapes.items():
+        n_windows = rows // batch.size
+        if (n_windows - 1) * length < n_pos[i] <= n_windows * length and rows % batch.size == 0:
+            at = torch.arange(n_windows * length).reshape(n_windows, length)
+            found[i] = Layout(at, n_pos[i], addresses[i][2])
     return found
+
+
+class _Shape(Watch):
+    """Notes how many rows and queries an attention has."""
+
+    def __init__(self, layer: int, shapes: dict[int, tuple[int, int]]):
+        self.layer, self.shapes = layer, shapes
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.shapes[self.layer] = (q.shape[0], q.shape[2])
+        return q, k, v
 
 
 def _told(codes: Float[Tensor, "windows rows 3"], n_pos: int, size: int) -> Tensor | None:
