@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import call_model, other_forwards
+from interp.models.find_pieces import find_pieces
+from interp.models.pieces import pieces, watched
 from interp.models.spec import first_tensor
 from interp.models.tape import (
     PRODUCTS,
@@ -93,10 +95,13 @@ def find_own(module: nn.Module, batch: Batch) -> str:
     running: list[tuple[nn.Module, int]] = []
     noted: set[nn.Module] = set()
     folded: dict[nn.Module, torch.Size] = {}
+    others: list[nn.Module] = []
 
     def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
         found = None if name == KERNEL else _found(tape, name, args, kwargs, batch.size)
         first = None
+        if name == "softmax":
+            others.extend(_with_layers(tape, running))
         if name == KERNEL:
             first, n_heads = len(tape.steps), 0
         elif found is not None:
@@ -126,12 +131,16 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             stack.callback(leave.remove)
         stack.enter_context(tape)
         call_model(module, batch)
+    if not noted:
+        own.update((part, pieces[part].n_heads) for part in find_pieces(module, batch, others))
+        noted.update(part for part in others if part in own)
     if noted:
         return ""
     if any(softmax_of_rows(step) for step in tape.steps):
         return (
             f"{type(module).__name__} calls no attention function, and does not multiply the rows of a "
-            "softmax with values, [batch, heads, query, key] with [batch, heads, key, width]"
+            "softmax with values, [batch, heads, query, key] with [batch, heads, key, width], nor blocks of "
+            "such rows with blocks of values"
         )
     return f"{type(module).__name__} has no softmax attention: nothing in it is a softmax over rows of scores"
 
@@ -147,6 +156,14 @@ def _heads_folded(weights: torch.Size, made: torch.Size) -> int:
     return weights[0] * n_queries // vectors
 
 
+def _with_layers(tape: Tape, running: list[tuple[nn.Module, int]]) -> list[nn.Module]:
+    """The innermost module that is running and has called a linear layer."""
+    with_layers = [
+        part for part, start in running if any(step.name == "linear" for step in tape.steps[start:])
+    ]
+    return with_layers[-1:]
+
+
 @contextmanager
 def own_attention_shown(
     modules: Iterable[nn.Module],
@@ -158,7 +175,10 @@ def own_attention_shown(
     `kernel` computes, with a watch, what PyTorch's SDPA computes.
     """
     forwards = {
-        module: partial(_watched, module, module.forward, watch_of, kernel) for module in modules
+        module: partial(watched, module, module.forward, watch_of)
+        if module in pieces
+        else partial(_watched, module, module.forward, watch_of, kernel)
+        for module in modules
     }
     with other_forwards(forwards):
         yield

@@ -1,0 +1,198 @@
+"""Which modules' patterns lie in pieces, tried on the probe.
+
+The softmaxes and linear layers that a module calls are tried for what they are: those whose output z changes
+with, the pattern held, are values; those that rows of the scores change with are queries, columns keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import call_model, other_forwards, text_config
+from interp.models.pairs import leading_to, pairs, rows_of
+from interp.models.pieces import (
+    CLOSE,
+    Pieces,
+    Seen,
+    Substitutes,
+    calls_of,
+    close,
+    is_whole,
+    once,
+    pieces,
+)
+from interp.models.tape import Step, Tape, key_of, softmax_of_rows, tensors
+from interp.run.batch import Batch
+
+LONGER = (4, 16)
+"""How many times as long inputs are tried, until there is a key of every sort: global ones, of many positions each."""
+
+
+def find_pieces(module: nn.Module, batch: Batch, parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those of these modules whose pattern lies in pieces, noted from then on."""
+    n_ctx = getattr(text_config(module), "max_position_embeddings", None)
+    found = _learnt(module, batch, parts)
+    for times in LONGER:
+        empty = any(of.empty for of in found.values())
+        if not empty or set(batch.inputs) != {"input_ids"}:
+            break
+        ids = batch.ids.repeat(1, times)
+        if n_ctx is not None and ids.shape[1] > n_ctx:
+            break
+        found = _learnt(module, Batch.of_ids(ids), parts)
+    if any(part not in found for part in parts):
+        return []  # a part of the layers alone would pass for a model of several kinds
+    pieces.update(found)
+    return list(found)
+
+
+def _learnt(module: nn.Module, batch: Batch, parts: Sequence[nn.Module]) -> dict[nn.Module, Pieces]:
+    found: dict[nn.Module, Pieces] = {}
+
+    def learn(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(new: Substitutes) -> tuple[Tape, Any, list[Tensor]]:
+            return new.run(forward, args, kwargs)
+
+        ran = run(Substitutes())
+        hidden = next((x for x in tensors(args, kwargs) if x.is_floating_point()), None)
+        if hidden is not None and (of := _understood(ran, hidden, run)) is not None:
+            empty = tuple(i for i in of.k + of.v if not ran[2][i].numel())
+            found[part] = replace(of, empty=empty, calls=calls_of(ran[0]))
+        return ran[1]
+
+    forwards = {part: partial(learn, part, part.forward) for part in dict.fromkeys(parts)}
+    with other_forwards(forwards), torch.no_grad():
+        call_model(module, batch)
+    return found
+
+
+def _understood(
+    ran: tuple[Tape, Any, list[Tensor]],
+    hidden: Tensor,
+    run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]],
+) -> Pieces | None:
+    """The one attention of this call with a query for each row of `hidden`, whose z is its pattern times v."""
+    tape = ran[0]
+    softmaxes = [step for step in tape.steps if step.name == "softmax"]
+    linears = [step for step in tape.steps if step.name == "linear"]
+    found = []
+    for number, softmax in enumerate(softmaxes):
+        of = Pieces(number, _reader(tape, softmax, linears), (), 1, (False, False))
+        z, maker = Seen(*ran, of).z
+        if not softmax_of_rows(softmax) or hidden.ndim != 3 or z.ndim != 3 or maker is None:
+            continue
+        path = leading_to(z, maker)
+        if softmax not in path:
+            continue
+        held = Substitutes(pattern={number: softmax.outputs[0]})
+        v = [
+            i
+            for i in _numbers(path, linears, without=softmax)
+            if not ran[2][i].numel()
+            or not torch.equal(Seen(*run(replace(held, linear={i: 2 * ran[2][i]})), of).z[0], z)
+        ]
+        if not v:
+            continue
+        read = [linears[i].args[0] for i in v]
+        before = any(torch.equal(x, hidden.transpose(0, 1)) for x in read)
+        before = before and not any(torch.equal(x, hidden) for x in read)
+        for after in (False, True):
+            own = [i for i in v if rows_of(ran[2][i], before)[1] == hidden.shape[1]]
+            if rows_of(z, after) != rows_of(hidden, False) or not own:
+                continue
+            order = (own[0], *(i for i in v if i != own[0]))
+            seen = _verified(Seen(*ran, replace(of, v=order, turned=(before, after))))
+            if seen is not None:
+                found.append(_with_queries(*seen, run))
+                break
+    return found[0] if len(found) == 1 else None
+
+
+def _reader(tape: Tape, softmax: Step, linears: list[Step]) -> int | None:
+    """Which linear layer is the first to read what is made of a pattern."""
+    made = {key_of(softmax.outputs[0], softmax)}
+    for step in tape.steps[softmax.index + 1 :]:
+        given = [key_of(x, step.made_by.get(id(x))) for x in tensors(step.args, step.kwargs)]
+        if made.isdisjoint(given):
+            continue
+        if step.name == "linear":
+            return linears.index(step)
+        made |= {key_of(x, step) for x in step.outputs}
+    return None
+
+
+def _numbers(path: list[Step], linears: list[Step], without: Step | None = None) -> list[int]:
+    """The last linear layers on a path to a tensor, but for what `without` was made of."""
+    open_, found, known = [path[-1]], set(), set()
+    while open_:
+        step = open_.pop()
+        if step is without or step.index in known:
+            continue
+        known.add(step.index)
+        if step.name == "linear":
+            found.add(linears.index(step))
+        else:
+            open_ += step.made_by.values()
+    return sorted(found)
+
+
+def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
+    """With its heads and where entries stand, if z is the pattern over all pairs of positions times v."""
+    known, width = pairs(seen), seen.z[0].shape[-1]
+    if known is None or not once(known[0]) or width % known[1]:
+        return None
+    seen = replace(seen, of=replace(seen.of, n_heads=known[1]))
+    if any(seen.made[i].shape[-1] != width for i in seen.of.v) or not is_whole(seen, known[0]):
+        return None
+    return seen, known[0]
+
+
+def _with_queries(
+    seen: Seen, at: Tensor, run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]]
+) -> Pieces:
+    """With the linear layers of q and k, where the scores are one product of them and else something of no q.
+
+    Twice the queries are scores that are larger by q times k; which rows of a layer are queries, and which are
+    keys, is seen of what a change of half of them changes.
+    """
+    of, softmax = seen.of, seen.softmax
+    numbers = _numbers(leading_to(seen.scores, softmax.made_by.get(id(seen.scores))), seen.linears)
+    sizes = [seen.shown(i).shape[2] for i in of.v]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    visible = (at >= 0) & (seen.weights > 0)
+    n_pos, n_keys = rows_of(seen.z[0], of.turned[1])[1], sum(sizes)
+    query, key = at[visible] // n_keys % n_pos, at[visible] % n_keys
+    half = torch.rand(n_keys, generator=torch.Generator().manual_seed(0)).to(at.device) < 0.5
+    eps = CLOSE.get(seen.scores.dtype, CLOSE[torch.bfloat16])
+
+    def moved(number: int, rows: Tensor) -> Tensor:
+        factor = 1 + rows.to(seen.made[number])
+        factor = factor[:, None, None] if of.turned[0] else factor[:, None]
+        other = Seen(*run(Substitutes({number: seen.made[number] * factor})), of)
+        return (other.scores - seen.scores)[visible].double()
+
+    def plays(number: int, place: Tensor, start: int, size: int) -> bool:
+        rows, inside = half[start : start + size], (place >= start) & (place < start + size)
+        if seen.shown(number).shape[2] != size or size == 0:
+            return seen.shown(number).shape[2] == size
+        change = moved(number, rows).abs()
+        rest = change[~(inside & half[place])]
+        return bool(change.max() > 0) and not bool((rest > eps * change.max()).any())
+
+    q = [i for i in numbers if plays(i, query, 0, n_pos)]
+    places = list(zip(starts, sizes, strict=True))
+    k = [[i for i in numbers if plays(i, key, start, size)] for start, size in places]
+    if len(q) != 1 or any(len(found) != 1 for found in k):
+        return of
+    known = replace(seen, of=replace(of, q=(q[0],), k=tuple(found[0] for found in k)))
+    change = moved(q[0], torch.ones(n_pos, device=at.device))
+    product = known.joined(known.of.q).double() @ known.joined(known.of.k).double().mT
+    product = product.flatten()[at[visible]]
+    scale = (change @ product) / (product @ product)
+    return known.of if close(scale * product, change, eps) else of

@@ -1,0 +1,301 @@
+"""Attention whose pattern lies in pieces, blocks of keys or a band of them: shown over all pairs of positions.
+
+Some modules let a query see few keys and keep scores and pattern in a shape of their own: blocks of rows, each
+with its own, the neighbouring and global blocks of keys, or a band along the diagonal. Which query and which
+key an entry of it belongs to is read off derivatives. z is linear in the pattern and in the values: where the
+values are numbers of their rows, the derivative of z by an entry of the pattern is the number of the key whose
+value it is multiplied with. Nothing else about how the module computes is known, or needs to be.
+
+A module is run by itself first, for its attention to be looked at, and then once more, with what was changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.pairs import pairs
+from interp.models.spec import first_tensor, with_first
+from interp.models.tape import Step, Tape
+
+if TYPE_CHECKING:
+    from interp.models.attention import Watch
+
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""How far products may be from those of the module, relative to their size: roundings of one product."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which calls of a module make its attention: its softmaxes and its linear layers, counted from the first.
+
+    `k` and `v` are of the positions, then of keys that are no position's. `reader` reads z, and where there is none
+    the module returns it. `q` and `k` are () where the scores are not made of one product of them alone.
+    `turned`: whether q, k and v, and whether z, have positions before rows of the batch. `empty`: keys and values
+    of which the probe had none. `calls`: the softmaxes and linear layers, in the order of their calls.
+    """
+
+    softmax: int
+    reader: int | None
+    v: tuple[int, ...]
+    n_heads: int
+    turned: tuple[bool, bool]
+    q: tuple[int, ...] = ()
+    k: tuple[int, ...] = ()
+    empty: tuple[int, ...] = ()
+    calls: tuple[str, ...] = ()
+
+
+pieces: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
+"""Modules whose pattern lies in pieces, as their probe finds."""
+
+
+@dataclass
+class Substitutes:
+    """What calls of a module return or read instead, by their numbers; and the tape of a run with them."""
+
+    linear: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    pattern: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[int, Tensor] = field(default_factory=dict)
+    returned: Tensor | None = None
+
+    def run(
+        self, forward: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> tuple[Tape, Any, list[Tensor]]:
+        """What the module computes with these: its calls, what it returns, and what its linear layers do."""
+        counts, made = {"linear": -1, "softmax": -1}, list[Tensor]()
+
+        def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
+            if name not in counts:
+                return function(*args, **kwargs)
+            counts[name] += 1
+            number = counts[name]
+            if name == "linear":
+                if number in self.read:
+                    args = (self.read[number], *args[1:])
+                made.append(
+                    self.linear[number] if number in self.linear else function(*args, **kwargs)
+                )
+                return made[-1].clone()  # the module may go on to change it in place
+            if number in self.pattern:
+                return self.pattern[number]
+            x = self.scores.get(number)
+            return (
+                function(*args, **kwargs) if x is None else _softmax_of(x, function, args, kwargs)
+            )
+
+        tape = Tape(attended)
+        with tape:
+            out = forward(*args, **kwargs)
+        return tape, out if self.returned is None else with_first(out, self.returned), made
+
+
+def _softmax_of(x: Tensor, function: Any, args: tuple, kwargs: dict) -> Tensor:
+    if args:
+        return function(x, *args[1:], **kwargs)
+    return function(**{**kwargs, "input": x})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One run of a module: the calls that `of` names, and the z they make."""
+
+    tape: Tape
+    out: Any
+    made: list[Tensor]
+    of: Pieces
+
+    @property
+    def linears(self) -> list[Step]:
+        return [step for step in self.tape.steps if step.name == "linear"]
+
+    @property
+    def softmax(self) -> Step:
+        return [step for step in self.tape.steps if step.name == "softmax"][self.of.softmax]
+
+    @property
+    def weights(self) -> Tensor:
+        """What the softmax returned."""
+        return self.softmax.outputs[0]
+
+    @property
+    def scores(self) -> Tensor:
+        """What the softmax was given."""
+        softmax = self.softmax
+        return softmax.args[0] if softmax.args else softmax.kwargs["input"]
+
+    @property
+    def z(self) -> tuple[Tensor, Step | None]:
+        """z as the module has it, and the step that made it."""
+        if self.of.reader is None:
+            x = first_tensor(self.out)
+            assert x is not None
+            return x, self.tape.latest.get(id(x))
+        reader = self.linears[self.of.reader]
+        return reader.args[0], reader.made_by.get(id(reader.args[0]))
+
+    def shown(self, number: int) -> Tensor:
+        """[batch heads pos d_head] of what a linear layer returned."""
+        return by_head(self.made[number], self.of.turned[0], self.of.n_heads)
+
+    def joined(self, numbers: Sequence[int]) -> Tensor:
+        """The same of several, one behind the other."""
+        return torch.cat([self.shown(number) for number in numbers], 2)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v; q and k of no width where the scores are not made of them alone."""
+        v, n_pos = self.joined(self.of.v), self.shown(self.of.v[0]).shape[2]
+        if not self.of.q:
+            return v[:, :, :n_pos, :0], v[..., :0], v
+        return self.joined(self.of.q), self.joined(self.of.k), v
+
+    def spread(
+        self, x: Tensor, at: Int[Tensor, "..."], fill: float
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Entries over all pairs of positions, `fill` where a query has no entry for a key."""
+        there, v = at >= 0, self.joined(self.of.v)
+        shape = (*v.shape[:2], self.shown(self.of.v[0]).shape[2], v.shape[2])
+        whole = x.new_full((torch.Size(shape).numel(),), fill)
+        return whole.index_put((at[there],), x[there]).reshape(shape)
+
+
+def by_head(x: Tensor, turned: bool, n_heads: int) -> Tensor:
+    """[batch heads pos d_head] of [batch pos width], or of [pos batch width]."""
+    x = x.transpose(0, 1) if turned else x
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def as_held(x: Tensor, turned: bool) -> Tensor:
+    """The inverse."""
+    x = x.transpose(1, 2).flatten(2)
+    return (x.transpose(0, 1) if turned else x).contiguous()
+
+
+# --- a run that is watched ---------------------------------------------------------------------------
+
+
+def watched(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    watch_of: Callable[[nn.Module], Watch],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What the module returns, its attention shown to a watch and what that changes put in place."""
+    watch, of = watch_of(module), pieces[module]
+    new = Substitutes()
+
+    def looked_at() -> Seen:
+        with without_hooks(module):
+            seen = Seen(*new.run(forward, args, kwargs), of)
+        _check(module, seen)
+        return seen
+
+    seen = looked_at()
+    given = seen.inputs()
+    for numbers, x, y in zip((of.q, of.k, of.v), given, watch.inputs(*given), strict=True):
+        if numbers and _changed(y, x):
+            parts = y.split([seen.shown(number).shape[2] for number in numbers], 2)
+            held = (as_held(part, of.turned[0]) for part in parts)
+            new.linear |= dict(zip(numbers, held, strict=True))
+    seen = looked_at() if new.linear else seen
+    if watch.needs_rows:
+        seen = _show_rows(watch, seen, new, looked_at)
+    z, _ = seen.z
+    shown = by_head(z, of.turned[1], of.n_heads).transpose(1, 2)
+    changed = watch.z(shown)
+    if _changed(changed, shown):
+        held = as_held(changed.transpose(1, 2), of.turned[1])
+        if of.reader is None:
+            new.returned = held
+        else:
+            new.read[of.reader] = held
+    return new.run(forward, args, kwargs)[1]
+
+
+def _show_rows(watch: Watch, seen: Seen, new: Substitutes, looked_at: Callable[[], Seen]) -> Seen:
+    """Scores and pattern over all pairs of positions; the run with what was changed."""
+    found, number = pairs(seen), seen.of.softmax
+    if found is None or not once(at := found[0]) or not is_whole(seen, at):
+        raise Refused(
+            "which queries and keys the entries of the pattern belong to was not found on inputs of this "
+            "kind (some keys may stand in it twice); q, k, v and z still work"
+        )
+    whole = seen.spread(seen.scores, at, -torch.inf)
+    scores = watch.scores(whole, 0)
+    if _changed(scores, whole):
+        new.scores[number] = gathered(scores, at, seen.scores)
+        seen = looked_at()
+    whole = seen.spread(seen.weights, at, 0.0)
+    pattern = watch.pattern(whole, 0)
+    if _changed(pattern, whole):
+        new.pattern[number] = gathered(pattern, at, seen.weights)
+        seen = looked_at()
+    return seen
+
+
+def _changed(new: Tensor, shown: Tensor) -> bool:
+    """Whether what a watch was shown does not go on as it was: with gradients it goes through what was shown."""
+    return new is not shown or torch.is_grad_enabled()
+
+
+def gathered(whole: Tensor, at: Int[Tensor, "..."], before: Tensor) -> Tensor:
+    """The inverse; what belongs to no pair stays as it was."""
+    return torch.where(at >= 0, whole.flatten()[at.clamp_min(0)].to(before), before)
+
+
+def once(at: Tensor) -> bool:
+    there = at[at >= 0]
+    return len(there) == len(there.unique())
+
+
+def _check(module: nn.Module, seen: Seen) -> None:
+    """Raise where a module did not make the calls it made on the probe: other numbers are other calls."""
+    filled = any(seen.made[number].numel() for number in seen.of.empty)
+    if filled or calls_of(seen.tape) != seen.of.calls:  # an edit would be left out without a word
+        raise Refused(
+            f"{type(module).__name__} did not attend as it did on the probe: on inputs of this kind "
+            "(with global tokens, perhaps) it computes attention in another way"
+        )
+
+
+def calls_of(tape: Tape) -> tuple[str, ...]:
+    return tuple(step.name for step in tape.steps if step.name in ("linear", "softmax"))
+
+
+def is_whole(seen: Seen, at: Tensor) -> bool:
+    """Whether z is the pattern over all pairs of positions times v, and no weight is left out."""
+    z, v = seen.z[0].detach(), seen.joined(seen.of.v).detach().double()
+    pattern = seen.spread(seen.weights.detach(), at, 0.0).double()
+    sums, eps = pattern.sum(-1), CLOSE.get(z.dtype, CLOSE[torch.bfloat16])
+    kept = (sums - (sums > 0.5).double()).abs().max() <= eps  # a row that is left out is all zero
+    wanted = by_head(z, seen.of.turned[1], seen.of.n_heads).double()
+    return bool(kept) and close(pattern @ v, wanted, eps)
+
+
+def close(got: Tensor, wanted: Tensor, eps: float) -> bool:
+    return bool((got - wanted).abs().max() <= eps * wanted.abs().max())
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, no hook of a part of this module is called."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    parts = [part for part in module.modules() if part is not module]
+    before = [{name: getattr(part, name) for name in names} for part in parts]
+    try:
+        for part, hooks in zip(parts, before, strict=True):
+            part.__dict__.update({name: type(of)() for name, of in hooks.items()})
+        yield
+    finally:
+        for part, hooks in zip(parts, before, strict=True):
+            part.__dict__.update(hooks)
