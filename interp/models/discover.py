@@ -17,6 +17,7 @@ from interp.models.calls import text_config
 from interp.models.ends import with_ends
 from interp.models.layout import ACROSS, PARTS
 from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
+from interp.models.pieces import pieces
 from interp.models.projections import attention_map, cross_attention, gated_attention_map
 from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
@@ -131,7 +132,7 @@ def _with_windows(
     for i, layer in enumerate(layers):
         rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
-        if q is not None and q.shape[0] != rows:
+        if q is not None and (q.shape[0] != rows or _padded(layer, key)):
             why = (
                 f"'{layer.name}' attends in windows ({q.shape[0]} of {q.shape[2]} positions, for {rows} "
                 "rows of the batch), and which positions of the residual stream they hold was not found"
@@ -140,6 +141,13 @@ def _with_windows(
                 refused.setdefault(site, why)
             layers[i] = replace(layer, attention=None)
     return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
+
+
+def _padded(layer: Layer, key: int | str) -> bool:
+    """Whether the attention over pieces of a block is one of more positions than its stream has."""
+    call = layer.attention
+    n_pos = layer.hidden(key).shape[1]
+    return call is not None and call.module in pieces and call.tensors["q"].shape[2] != n_pos
 
 
 def _queries_and_keys(layers: list[Layer], refused: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ from interp.models.pieces import (
     Substitutes,
     calls_of,
     close,
+    is_product,
     is_whole,
     once,
     pieces,
@@ -148,9 +149,10 @@ def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
     if known is None or not once(known[0]) or width % known[1]:
         return None
     seen = replace(seen, of=replace(seen.of, n_heads=known[1]))
-    if any(seen.made[i].shape[-1] != width for i in seen.of.v) or not is_whole(seen, known[0]):
+    if any(seen.made[i].shape[-1] != width for i in seen.of.v):
         return None
-    return seen, known[0]
+    whole = is_product(seen, known[0]) and is_whole(seen, known[0])
+    return (seen, known[0]) if whole else None
 
 
 def _with_queries(
@@ -169,6 +171,7 @@ def _with_queries(
     n_pos, n_keys = rows_of(seen.z[0], of.turned[1])[1], sum(sizes)
     query, key = at[visible] // n_keys % n_pos, at[visible] % n_keys
     half = torch.rand(n_keys, generator=torch.Generator().manual_seed(0)).to(at.device) < 0.5
+    half[[start for start, size in zip(starts, sizes, strict=True) if size]] = True  # of each sort
     eps = CLOSE.get(seen.scores.dtype, CLOSE[torch.bfloat16])
 
     def moved(number: int, rows: Tensor) -> Tensor:

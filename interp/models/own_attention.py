@@ -10,7 +10,7 @@ own functions; where it changes nothing, nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import call_model, other_forwards
-from interp.models.find_pieces import find_pieces
+from interp.models.calls import other_forwards
 from interp.models.pieces import pieces, watched
-from interp.models.spec import first_tensor
 from interp.models.tape import (
     PRODUCTS,
     Step,
@@ -37,7 +35,6 @@ from interp.models.tape import (
     tensors,
     two_factors,
 )
-from interp.run.batch import Batch
 
 if TYPE_CHECKING:
     from interp.models.attention import Watch
@@ -86,84 +83,6 @@ class Found:
         return x if x.ndim == 4 else x.unflatten(0, (self.n_rows, -1))
 
 
-def find_own(module: nn.Module, batch: Batch) -> str:
-    """Note which modules of this model compute attention themselves: a window watches them from then on.
-
-    A module is the innermost one whose call forms the scores, the pattern and z. Returns why there is
-    none, "" where there is one.
-    """
-    running: list[tuple[nn.Module, int]] = []
-    noted: set[nn.Module] = set()
-    folded: dict[nn.Module, torch.Size] = {}
-    others: list[nn.Module] = []
-
-    def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
-        found = None if name == KERNEL else _found(tape, name, args, kwargs, batch.size)
-        first = None
-        if name == "softmax":
-            others.extend(_with_layers(tape, running))
-        if name == KERNEL:
-            first, n_heads = len(tape.steps), 0
-        elif found is not None:
-            first, n_heads = _first(found), found.n_heads
-        if first is not None:
-            inside = [part for part, start in running if start <= first]
-            own[inside[-1]] = n_heads
-            noted.add(inside[-1])
-            if found is not None and found.weights.ndim == 3:
-                folded[inside[-1]] = found.weights.shape
-        return function(*args, **kwargs)
-
-    def left(part: nn.Module, args: tuple, out: Any) -> None:
-        running.pop()
-        made = first_tensor(out)
-        if part in folded and made is not None:
-            own[part] = _heads_folded(folded.pop(part), made.shape) or own[part]
-
-    tape = Tape(attended)
-    with ExitStack() as stack:
-        for part in module.modules():
-            enter = part.register_forward_pre_hook(
-                lambda part, args: running.append((part, len(tape.steps)))
-            )
-            leave = part.register_forward_hook(left)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        stack.enter_context(tape)
-        call_model(module, batch)
-    if not noted:
-        own.update((part, pieces[part].n_heads) for part in find_pieces(module, batch, others))
-        noted.update(part for part in others if part in own)
-    if noted:
-        return ""
-    if any(softmax_of_rows(step) for step in tape.steps):
-        return (
-            f"{type(module).__name__} calls no attention function, and does not multiply the rows of a "
-            "softmax with values, [batch, heads, query, key] with [batch, heads, key, width], nor blocks of "
-            "such rows with blocks of values"
-        )
-    return f"{type(module).__name__} has no softmax attention: nothing in it is a softmax over rows of scores"
-
-
-def _heads_folded(weights: torch.Size, made: torch.Size) -> int:
-    """How many heads a pattern [rows·heads query key] has, where its module makes a vector a row and query.
-
-    Rows may be windows of an image, more than the batch has. 0 where what is made is folded as well.
-    """
-    vectors, n_queries = made[:-1].numel(), weights[1]
-    if made[0] == weights[0] or vectors % n_queries or weights[0] % (vectors // n_queries or 1):
-        return 0
-    return weights[0] * n_queries // vectors
-
-
-def _with_layers(tape: Tape, running: list[tuple[nn.Module, int]]) -> list[nn.Module]:
-    """The innermost module that is running and has called a linear layer."""
-    with_layers = [
-        part for part, start in running if any(step.name == "linear" for step in tape.steps[start:])
-    ]
-    return with_layers[-1:]
-
-
 @contextmanager
 def own_attention_shown(
     modules: Iterable[nn.Module],
@@ -196,7 +115,7 @@ def _watched(
 
     def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
         nonlocal seen
-        found = None if name == KERNEL else _found(tape, name, args, kwargs, n_heads=own[module])
+        found = None if name == KERNEL else found_at(tape, name, args, kwargs, n_heads=own[module])
         if found is None and name != KERNEL:
             layer = _layer(module, args) if name == "linear" and tape.in_parts else None
             return function(*args, **kwargs) if layer is None else layer(args[0])
@@ -225,7 +144,7 @@ def _layer(module: nn.Module, args: tuple) -> nn.Linear | None:
     return next(same, None)
 
 
-def _found(
+def found_at(
     tape: Tape, name: str, args: tuple, kwargs: dict, n_rows: int = 0, n_heads: int = 0
 ) -> Found | None:
     """The attention whose z this call is; folded heads are told apart by the number of rows or of heads."""
@@ -299,7 +218,7 @@ def _in_same_order(given: Tensor, x: Tensor, between: list[Step], turned: bool =
     return bool(((made - scale * numbers).abs() <= 0.1 * scale.abs()).all())
 
 
-def _first(found: Found) -> int:
+def first_step(found: Found) -> int:
     """The first step of this attention: what holds it is running by then."""
     makers = [factor.maker for factor in (found.q, found.k) if factor and factor.maker]
     return min(step.index for step in [found.after[0], *makers])

@@ -225,7 +225,7 @@ def watched(
 def _show_rows(watch: Watch, seen: Seen, new: Substitutes, looked_at: Callable[[], Seen]) -> Seen:
     """Scores and pattern over all pairs of positions; the run with what was changed."""
     found, number = pairs(seen), seen.of.softmax
-    if found is None or not once(at := found[0]) or not is_whole(seen, at):
+    if found is None or not once(at := found[0]) or not is_product(seen, at):
         raise Refused(
             "which queries and keys the entries of the pattern belong to was not found on inputs of this "
             "kind (some keys may stand in it twice); q, k, v and z still work"
@@ -272,14 +272,22 @@ def calls_of(tape: Tape) -> tuple[str, ...]:
     return tuple(step.name for step in tape.steps if step.name in ("linear", "softmax"))
 
 
-def is_whole(seen: Seen, at: Tensor) -> bool:
-    """Whether z is the pattern over all pairs of positions times v, and no weight is left out."""
+def is_product(seen: Seen, at: Tensor) -> bool:
+    """Whether z is the pattern over all pairs of positions times v."""
     z, v = seen.z[0].detach(), seen.joined(seen.of.v).detach().double()
     pattern = seen.spread(seen.weights.detach(), at, 0.0).double()
-    sums, eps = pattern.sum(-1), CLOSE.get(z.dtype, CLOSE[torch.bfloat16])
-    kept = (sums - (sums > 0.5).double()).abs().max() <= eps  # a row that is left out is all zero
     wanted = by_head(z, seen.of.turned[1], seen.of.n_heads).double()
-    return bool(kept) and close(pattern @ v, wanted, eps)
+    return close(pattern @ v, wanted, CLOSE.get(z.dtype, CLOSE[torch.bfloat16]))
+
+
+def is_whole(seen: Seen, at: Tensor) -> bool:
+    """Whether no weight is left out of a row, but for rows that are left out all.
+
+    (Rows of padding that see nothing may attend to what is no key at all.)
+    """
+    sums = seen.spread(seen.weights, at, 0.0).double().sum(-1)
+    error = (sums - (sums > 0.5).double()).abs().max()
+    return bool(error <= CLOSE.get(seen.weights.dtype, CLOSE[torch.bfloat16]))
 
 
 def close(got: Tensor, wanted: Tensor, eps: float) -> bool:

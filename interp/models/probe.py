@@ -19,9 +19,9 @@ from interp.models.attention import implementation
 from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
 from interp.models.codebooks import with_codebooks
 from interp.models.discover import discover
+from interp.models.find_own import find_own
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
-from interp.models.own_attention import find_own
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
