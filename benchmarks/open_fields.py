@@ -54,11 +54,15 @@ def filled(name: str, fields: Mapping[str, Any], n_layers: int, config: PreTrain
 
 
 def _kinds(config: PreTrainedConfig, name: str) -> list[str]:
-    """The kinds of layers that the model's own file speaks of, of those that transformers knows."""
+    """The kinds of layers that the model's own file speaks of, of those that transformers knows.
+
+    Of the two kinds of MLP it may name one, and mean the other by whatever is not that.
+    """
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     spoken = set(re.findall(r'"(\w+)"', inspect.getsource(importlib.import_module(module))))
-    known = ALLOWED_MLP_LAYER_TYPES if name.startswith("mlp") else ALLOWED_ATTN_LAYER_TYPES
-    return [kind for kind in known if kind in spoken]
+    if name.startswith("mlp"):
+        return list(ALLOWED_MLP_LAYER_TYPES) if spoken.intersection(ALLOWED_MLP_LAYER_TYPES) else []
+    return [kind for kind in ALLOWED_ATTN_LAYER_TYPES if kind in spoken]
 
 
 def rope_of_types(layer_types: Any, rope: Any) -> Any:

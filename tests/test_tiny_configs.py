@@ -1,0 +1,111 @@
+"""Tiny configs: what default configs leave open is filled by name, and fields that depend on each other still fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks.architectures import runs
+from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
+from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
+from benchmarks.tiny_configs import shrunk, tiny_model
+
+FILLED = next(variant for variant in VARIANTS if variant.filled)
+
+
+def default(model_type: str) -> Any:
+    return CONFIG_MAPPING[model_type]()
+
+
+class Forgetful(PreTrainedConfig):
+    """A config class without a field that its model reads."""
+
+    model_type = "forgetful"
+
+
+def test_a_list_of_kinds_of_layers_left_open_names_every_kind_that_the_model_knows() -> None:
+    config = default("lfm2_moe")
+    assert config.layer_types is None
+    made = filled("layer_types", {}, 5, config)
+    assert len(made) == 5 and set(made) == {"full_attention", "conv"}
+    text = default("deepseek_ocr2").text_config
+    assert set(filled("mlp_layer_types", {}, 2, text)) == {"dense", "sparse"}
+    assert filled("mlp_layer_types", {}, 2, default("bert")) is None
+
+
+def test_a_default_of_several_is_the_first_of_them_and_an_unknown_field_stays_open() -> None:
+    config = default("bert")
+    assert filled("default_language", {"languages": ["en", "de"]}, 3, config) == "en"
+    assert filled("head_dim", {}, 3, config) * HEADS == HIDDEN
+    assert filled("chunk_size_feed_forward", {}, 3, config) is None
+
+
+def test_heads_make_up_the_widened_stream_where_they_did() -> None:
+    old = {"hidden_size": 4096, "expand": 2, "num_heads": 128, "head_dim": 64}
+    new = {"hidden_size": 64, "expand": 2, "num_heads": 4, "head_dim": 16}
+    assert fitting(old, new) == {"num_heads": 8}
+    assert fitting({**old, "num_heads": 100}, new) == {}
+    assert fitting({"hidden_size": 64}, {"hidden_size": 64}) == {}
+
+
+def test_rotary_settings_are_made_for_kinds_of_layers_only_where_there_are_none() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert set(rope_of_types(kinds, {})) == set(kinds)
+    known = {"rope_theta": 1.0}
+    assert rope_of_types(kinds, known) is known and rope_of_types(None, {}) == {}
+
+
+def test_what_single_layers_have_goes_with_the_layers_that_are_kept() -> None:
+    config = default("gemma4_text")
+    wide = config.layer_types.index("full_attention")
+    assert of_layers(config, [0, wide]) == {1: {"head_dim": 512}}
+    assert of_layers(default("llama"), [0, 1]) == {}
+
+
+def test_a_field_that_the_class_forgot_is_supplied_and_other_faults_stay() -> None:
+    def make(config: Any) -> float:
+        return config.rope_theta * config.inner.rope_theta
+
+    config: Any = Forgetful(inner=Forgetful())
+    assert supplied(make, config) == config.rope_theta**2
+    with pytest.raises(AttributeError, match="never_named"):
+        supplied(lambda config: config.never_named, Forgetful())
+    with pytest.raises(AttributeError, match="rope_theta"):
+        supplied(lambda config: nn.Linear(1, 1).rope_theta, Forgetful())
+
+
+def test_parts_of_one_scale_keep_their_ratio() -> None:
+    config = default("blt")
+    small: Any = shrunk(config, Variant(common=True))
+    wide, narrow = small.global_config, small.encoder_config
+    assert (narrow.hidden_size, wide.hidden_size) == (HIDDEN, 2 * HIDDEN)
+    assert narrow.hidden_size_global == wide.hidden_size
+    assert wide.hidden_size // wide.num_attention_heads == HIDDEN // HEADS
+    apart: Any = shrunk(default("blt"), Variant())
+    assert apart.global_config.hidden_size == apart.encoder_config.hidden_size == HIDDEN
+
+
+def test_parts_of_the_hidden_size_still_sum_to_it() -> None:
+    config: Any = shrunk(default("reformer"), Variant())
+    assert sum(config.axial_pos_embds_dim) == config.hidden_size == HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("lfm2_moe", "Lfm2MoeForCausalLM"),
+        ("dbrx", "DbrxForCausalLM"),
+        ("dots3_note_text", "Dots3NoteForCausalLM"),
+        ("mamba2", "Mamba2ForCausalLM"),
+        ("cohere_compass_text", "CohereCompassForCausalLM"),
+    ],
+)
+def test_models_whose_default_config_leaves_fields_open_are_built(
+    model_type: str, class_name: str
+) -> None:
+    module = tiny_model(model_type, class_name, runs)
+    assert sum(parameter.numel() for parameter in module.parameters()) < 2_000_000
