@@ -25,6 +25,7 @@ from interp.models.restarted import follow_no_input, restarted, restarts
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
+from interp.models.thrice import three_norms, with_middle
 from interp.models.trials import scaled_z, sees_no_later, works_by_position
 from interp.models.windows import find_windows, in_order
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
@@ -229,7 +230,7 @@ def _with_writes(
             continue
         sums, candidates = taken_apart(layer, key)
         if sums is None:
-            sums = rescaled(layer, key, candidates)
+            sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates)
         found.append((sums, candidates))
     found = _with_restarts(seen, layers, found, batch, key)
     for layer, (sums, _) in zip(layers, found, strict=True):
@@ -257,7 +258,11 @@ def _with_writes(
     return [
         block
         if sums is None
-        else write_map(layer, block, sums, candidates, by_position, key, refused)
+        else with_middle(
+            layer,
+            write_map(layer, block, sums, candidates, by_position, key, refused),
+            refused,
+        )
         for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
     ]
 

@@ -90,7 +90,8 @@ class BlockMap:
     `before_mid` are the writes made before the MLP reads. Writes are attn_write, mlp_write and `others`:
     a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
     attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
-    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`.
+    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`;
+    where it normalises what the MLP has added before it adds more, `norm_late`, of `before_late`.
 
     Some blocks rescale the stream before they add to it, or carry a norm of it on instead of it:
     `resid_mid = norm_mid(carry_mid(norm_pre(resid_pre)) + before_mid)` and `resid_post =
@@ -136,6 +137,8 @@ class BlockMap:
     norm_first: str | None = None
     before_mid: tuple[Write, ...] = ()
     norm_mid: str | None = None
+    norm_late: str | None = None
+    before_late: tuple[Write, ...] = ()
     norm_post: str | None = None
     norm_pre: str | None = None
     carry_mid: Carry | None = None

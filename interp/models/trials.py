@@ -50,26 +50,30 @@ def works_by_position(
 ) -> set[str]:
     """Those of the modules `branches` whose output at a position follows from the input there alone.
 
-    They are given their input (and token ids) with the positions in reverse order. An MLP and routed experts return
-    their output in reverse order; attention, a state-space layer or a convolution something else.
+    They are given their input (token ids, and the stream that they add to) with the positions in reverse
+    order. An MLP and routed experts return their output in reverse order; attention, a state-space layer or
+    a convolution something else.
     """
     rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
     first = layers[0].axes == POSITIONS_FIRST
+    streams = {layer.call.inputs[layer.call.keys.index(key)].shape for layer in layers}
 
     def reverse(args: tuple, kwargs: dict) -> Any:
-        args = tuple(map(reverse_ids, args))
-        kwargs = {name: reverse_ids(x) for name, x in kwargs.items()}
-        for i, x in enumerate(args):
-            if isinstance(x, Tensor) and x.is_floating_point():
-                return (*args[:i], _reversed(x, rows, first), *args[i + 1 :]), kwargs
-        for name, x in kwargs.items():
-            if isinstance(x, Tensor) and x.is_floating_point():
-                return args, {**kwargs, name: _reversed(x, rows, first)}
-        return None
+        turned = False
 
-    def reverse_ids(x: Any) -> Any:  # experts may be picked by token
-        same = isinstance(x, Tensor) and ids is not None and torch.equal(x, ids)
-        return x.flip(1) if same else x
+        def turn(x: Any) -> Any:
+            nonlocal turned
+            if not isinstance(x, Tensor):
+                return x
+            if ids is not None and torch.equal(x, ids):  # experts may be picked by token
+                return x.flip(1)
+            if x.is_floating_point() and (not turned or x.shape in streams):
+                turned = True
+                return _reversed(x, rows, first)
+            return x
+
+        args, kwargs = tuple(map(turn, args)), {name: turn(x) for name, x in kwargs.items()}
+        return (args, kwargs) if turned else None
 
     def in_reverse(got: Tensor, wanted: Tensor) -> bool:
         error = (_reversed(got, rows, first).cpu().double() - wanted.double()).abs().max()

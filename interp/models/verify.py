@@ -237,6 +237,9 @@ def _check_writes(
             x = total if block.norm_mid is None else _normed(layer, block.norm_mid, total.to(x))
         else:
             before = ()
+        if block.norm_late is not None:
+            late = added(x.double(), layer, block.before_late).to(layer.output)
+            x, before = _normed(layer, block.norm_late, late), (*before, *block.before_late)
         rest = tuple(write for write in block.writes if write not in before)
         out = added(_carried(block.carry_post, x), layer, rest)
         if block.norm_post is not None:
@@ -306,7 +309,7 @@ def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:
 
 
 def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
-    call, norm = layer.inside.call(name), layer.inside.module.get_submodule(name)
+    call, norm = layer.inside.calls[name][0], layer.inside.module.get_submodule(name)
     return at_home(norm, x.reshape(call.inputs[0].shape)).reshape(x.shape)
 
 

@@ -82,21 +82,21 @@ def _sums(
     if not pre.any():  # a stream that is still zero is whatever the last norm returns: no write
         returned = {name for _, name, _, _ in norms}
         candidates = [c for c in candidates if not returned & set(c.modules)]
-    if chosen := _solve(pre, post, candidates, dtype):
+    if chosen := solved(pre, post, candidates, dtype):
         return Sums(chosen)
     for norm_post, x in ends_of(norms, post):
         inside = [c for c in candidates if norm_post not in c.modules]
-        if norm_post and (chosen := _solve(pre, x.double(), inside, dtype)):
+        if norm_post and (chosen := solved(pre, x.double(), inside, dtype)):
             return Sums(chosen, norm_post=norm_post)
         for order, norm_mid, x_mid, mid in norms:
             if norm_mid == norm_post:
                 continue
             later = [c for c in inside if c.order > order]
-            rest = _solve(mid.double(), x.double(), later, dtype)
+            rest = solved(mid.double(), x.double(), later, dtype)
             if rest is None:
                 continue
             before = [c for c in inside if c.order < order]
-            if first := _solve(pre, x_mid.double(), before, dtype):
+            if first := solved(pre, x_mid.double(), before, dtype):
                 return Sums(first + rest, norm_mid, norm_post, len(first))
             if found := _twice(pre, x_mid, before, norms, dtype):
                 first, second, norm = found
@@ -121,7 +121,7 @@ def _in_pieces(
             continue
         left = [c for c in candidates if not any(c is known for known, _ in found)]
         left = [c for c in left if order is None or c.order < order]
-        if chosen := _solve(at, x.double(), left, dtype):
+        if chosen := solved(at, x.double(), left, dtype):
             found, at = found + chosen, x.double()
         elif order is None:
             return None
@@ -142,8 +142,8 @@ def _twice(
     for order, norm, x, out in norms:
         earlier = [c for c in candidates if c.order < order]
         later = [c for c in candidates if c.order > order]
-        first = _solve(pre, x.double(), earlier, dtype)
-        if first and (second := _solve(out.double(), x_mid.double(), later, dtype)):
+        first = solved(pre, x.double(), earlier, dtype)
+        if first and (second := solved(out.double(), x_mid.double(), later, dtype)):
             return first, second, norm
     return None
 
@@ -224,7 +224,7 @@ def _parameters(seen: Recording, block: str, like: Candidate) -> list[tuple[str,
     ]
 
 
-def _solve(
+def solved(
     pre: Tensor, post: Tensor, candidates: Sequence[Candidate], dtype: torch.dtype
 ) -> list[tuple[Candidate, float]] | None:
     """The fewest candidates, with multipliers, that sum to post - pre, first written first."""
