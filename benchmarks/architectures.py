@@ -49,7 +49,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from benchmarks.tiny_configs import Unbuildable, tiny_model
 from interp.errors import InterpError, Refused
@@ -135,9 +135,8 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
         if kind == WHOLE and not is_encoder_decoder(module):
             return None
         return _verified(replace(row, kind=kind, model=type(module).__name__), module)
-    if not kind:
-        return None
-    return replace(row, reason="; ".join(reasons[:1]))
+    kind = kind or _declared(model_type, classes[0])
+    return replace(row, kind=kind, reason="; ".join(reasons[:1])) if kind else None
 
 
 def _tiny(model_type: str, name: str, kind: str) -> nn.Module:
@@ -217,6 +216,14 @@ def _kind(module: nn.Module) -> str:
     if main == "input_ids" and not hasattr(module.config, "vocab_size"):
         return ""  # a part of a larger model: it reads cut patches or sound
     return KIND_OF_INPUT.get(main, "")
+
+
+def _declared(model_type: str, name: str) -> str:
+    """Of a base model that could not be built: "vision" where its class says that it reads images alone."""
+    main = getattr(getattr(transformers, name, None), "main_input_name", "")
+    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+    of_parts = {"vision_config", "text_config"} & set(parts)
+    return "vision" if main == "pixel_values" and not of_parts else ""
 
 
 def _line(error: BaseException) -> str:

@@ -71,7 +71,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"(state_size|d_state|time_step_rank|dt_rank)", 8),
     (r"chunk", lambda v: min(v, 8)),
     (r"mask_time|mask_feature", lambda v: v),
-    (r"(key_value_heads|kv_heads|num_query_groups|key_value_groups)$", lambda v: -1),
+    (r"(key_value_heads|kv_heads|num_query_groups|key_value_groups)(_per_layer)?$", lambda v: -1),
     (r"(head_dim|d_kv|d_head|kv_channels|dim_head|key_dim|headdim|head_size)$", D_HEAD),
     (r"rotary_dim", 8),
     (r"rank$", 16),

@@ -32,7 +32,7 @@ from benchmarks.field_rules import (
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
 
 MOST_LAYERS = 8
-MOST_PARAMETERS = 16_000_000
+MOST_PARAMETERS = 28_000_000
 
 
 class Unbuildable(Exception):
@@ -140,7 +140,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
             new[name] = _list(name, value, variant, n_layers, picks, total, hidden)
         else:
             new[name] = value
-    new = {name: value for name, value in new.items() if name not in ("id2label", "label2id")}
+    made_anew = ("id2label", "label2id", "stage_names")
+    new = {name: value for name, value in new.items() if name not in made_anew}
     new |= fitting(fields, new)
     if narrowest and isinstance(
         new.get("num_attention_heads"), int
@@ -155,7 +156,15 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
         for name, value in new.items():
             setattr(made, name, value)
     made.use_cache = False
+    _return_stages(made, config)
     return made
+
+
+def _return_stages(made: Any, config: Any) -> None:
+    """A backbone returns the stages that its default config says, where it still has them all."""
+    names, wanted = getattr(made, "stage_names", []), getattr(config, "out_features", None)
+    if wanted and set(wanted) <= set(names):
+        made.out_features = wanted
 
 
 def _hidden(fields: Mapping[str, Any]) -> int:
@@ -316,6 +325,8 @@ def _list(
         return kind(HIDDEN * x // hidden for x in value)  # parts of the hidden size
     if "image_size" in name:
         return kind([variant.image] * len(value))
+    if "channels" in name and set(value) == {hidden}:  # what reads or makes the stream itself
+        return kind([min(hidden, HIDDEN)] * len(value))
     if re.search(r"depth|num_blocks|block_repeats", name):
         return kind(min(x, max(2, variant.layers - 1)) for x in value)
     if re.search(r"hook_ids$", name):  # layers whose outputs are read
