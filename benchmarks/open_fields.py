@@ -53,6 +53,14 @@ def filled(name: str, fields: Mapping[str, Any], n_layers: int, config: PreTrain
     return next((value for pattern, value in OPEN if re.search(pattern, name)), None)
 
 
+def of_every_kind(value: Any, config: PreTrainedConfig) -> Any:
+    """Kinds of layers with attention among them, where all are without by default and the model knows others."""
+    kinds = _kinds(config, "layer_types")
+    if not isinstance(value, (list, tuple)) or set(value) != {"linear_attention"}:
+        return value
+    return [kinds[layer % len(kinds)] for layer in range(len(value))] if len(kinds) > 1 else value
+
+
 def _kinds(config: PreTrainedConfig, name: str) -> list[str]:
     """The kinds of layers that the model's own file speaks of, of those that transformers knows.
 

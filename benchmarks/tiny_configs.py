@@ -29,7 +29,14 @@ from benchmarks.field_rules import (
     WIDTHS,
     Variant,
 )
-from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
+from benchmarks.open_fields import (
+    filled,
+    fitting,
+    of_every_kind,
+    of_layers,
+    rope_of_types,
+    supplied,
+)
 
 MOST_LAYERS = 8
 MOST_PARAMETERS = 28_000_000
@@ -143,6 +150,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
     made_anew = ("id2label", "label2id", "stage_names")
     new = {name: value for name, value in new.items() if name not in made_anew}
     new |= fitting(fields, new)
+    if "layer_types" in new:
+        new["layer_types"] = of_every_kind(new["layer_types"], config)
     if narrowest and isinstance(
         new.get("num_attention_heads"), int
     ):  # as wide as in the narrowest part
