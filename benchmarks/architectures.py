@@ -9,7 +9,8 @@ model type is
 
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
-  mlp_post, a head with a transform no one unembedding);
+  mlp_post, a head with a transform no one unembedding); of towers side by side, so in each as a model
+  of its own;
 - partly: some site is refused, with the reason;
 - residual stream only: no attention is seen, since the model has none, or computes it neither through
   transformers' attention interface nor as a softmax of rows times values;
@@ -30,6 +31,7 @@ import csv
 import inspect
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -164,7 +166,7 @@ def _verified(row: Row, module: nn.Module) -> Row:
     try:
         model = Model(module, id=row.model_type)
     except InterpError as error:
-        return replace(row, outcome="refused", reason=str(error))
+        return _by_parts(row, module, str(error))
     spec = model.spec
     row = replace(row, n_layers=spec.n_layers, n_heads=spec.n_heads)
     refused = {site: why for site, why in spec.refused.items() if site not in spec.absent}
@@ -188,6 +190,22 @@ def _verified(row: Row, module: nn.Module) -> Row:
     reasons = dict.fromkeys(refused.values())
     shown = ", ".join(missing if outcome == "in full" else refused)
     return replace(row, outcome=outcome, refused=shown, reason="; ".join(reasons))
+
+
+def _by_parts(row: Row, module: nn.Module, refusal: str) -> Row:
+    """The row of a model of several stacks side by side: in full where all the parts that the refusal names are."""
+    names = re.findall(r"`model\.([\w.]+)`", refusal)
+    found = [_verified(row, module.get_submodule(name)) for name in names]
+    if len(found) < 2 or any(part.outcome != "in full" for part in found):
+        return replace(row, outcome="refused", reason=refusal)
+    return replace(
+        row,
+        outcome="in full",
+        n_layers=sum(part.n_layers for part in found),
+        n_heads=max(part.n_heads for part in found),
+        refused=", ".join(dict.fromkeys(part.refused for part in found if part.refused)),
+        reason=f"as its parts side by side, each a model of its own: {', '.join(names)}",
+    )
 
 
 def _part(module: nn.Module, kind: str) -> nn.Module:

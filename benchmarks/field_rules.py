@@ -75,6 +75,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"(head_dim|d_kv|d_head|kv_channels|dim_head|key_dim|headdim|head_size)$", D_HEAD),
     (r"rotary_dim", 8),
     (r"rank$", 16),
+    (r"latent_query_num", lambda v: min(v, 8)),
     (r"window_infer", lambda v: min(v, 16)),
     (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
     (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
@@ -117,6 +118,7 @@ UNSET = (
     (r"^vocab_size$", VOCAB),
     (r"^num_key_value_heads$", HEADS),
     (r"attn_layer_indices", [1]),
+    (r"^(image|video)_token_(index|id)$", 9),
 )
 """What becomes of a field that the default config leaves open, and that no model can leave open."""
 

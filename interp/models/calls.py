@@ -17,6 +17,16 @@ from interp.run.batch import Batch
 
 drawing: WeakSet[nn.Module] = WeakSet()
 """Models that draw random numbers in every forward, as the probe finds: torch's generator is put back before each."""
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
+"""What models raise for an input of another shape, or for one that is missing."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DRAWS = (
     "draws random numbers in every forward (masks, perhaps): the same ones, of seed 0, in every run on inputs of "

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from interp.errors import BadInput
-from interp.models.calls import call_model, output_tensor, with_decoder_start
+from interp.models.calls import FAILURES, call_model, output_tensor, with_decoder_start
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
 COUNTS = ("num_codebooks", "num_channels")
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
-"""What models raise for ids of another shape."""
 LAST, ROWS = "[batch, pos, {}]", "[batch·{}, pos]"
 
 _known: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()

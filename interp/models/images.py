@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import call_model
-from interp.models.inputs import FAILURES
+from interp.models.calls import FAILURES, call_model
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 

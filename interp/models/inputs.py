@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import call_model, is_encoder_decoder, output_tensor
+from interp.models.calls import FAILURES, call_model, is_encoder_decoder, output_tensor
+from interp.models.companions import needed
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -38,8 +39,6 @@ VIDEO_FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
 """Of it the first layer says how many bins it wants; two axes that can be told apart."""
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""What models raise for an input of another shape."""
 
 _known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -114,13 +113,21 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         yield
     except FAILURES as error:
         name = getattr(module, "main_input_name", "")
-        known, x = _known.get(module), batch.inputs.get(name)
-        if known is None or x is None or not (why := _wanted(module, batch)[1]):
+        known = _known.get(module) or needed.get(module) or {}
+        missing = [given for given in known if given not in batch.inputs]
+        x = batch.inputs.get(name) if module in _known else None
+        if (x is None and not missing) or not (why := _wanted(module, batch)[1]):
             raise
-        besides = "".join(f", with '{n}' {tuple(m.shape)}" for n, m in known.items() if n != name)
+        besides = [f"'{n}' {tuple(m.shape)}" for n, m in known.items() if n != name]
+        if x is None:
+            raise BadInput(
+                f"{type(module).__name__} fails on {', '.join(batch.inputs)}: {why}; it works with "
+                + ", ".join(f"'{n}' {tuple(m.shape)}" for n, m in known.items())
+            ) from error
         raise BadInput(
             f"{type(module).__name__} fails on '{name}' of shape {tuple(x.shape)}, type {x.dtype}: {why}; "
-            f"it works on shape {tuple(known[name].shape)}, type {next(module.parameters()).dtype}{besides}"
+            f"it works on shape {tuple(known[name].shape)}, type {next(module.parameters()).dtype}"
+            + ", with ".join(["", *besides])
         ) from error
 
 

@@ -6,8 +6,8 @@ name, with the reason.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from interp.models import attention
 from interp.models.attention import implementation
 from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
 from interp.models.codebooks import with_codebooks
+from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.find_own import find_own
 from interp.models.images import random_images
@@ -27,7 +28,7 @@ from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
 from interp.run.batch import Batch
 
-PROBE_ROWS, PROBE_LENGTH, PROBE_TARGET = 2, 7, 5
+PROBE_TARGET = 5
 
 
 def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
@@ -99,15 +100,18 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
 
     Padded rows need to be told positions, and in the numbers of the model.
     """
-    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    if batch.has_source or "input_ids" not in batch.inputs:
+    if batch.has_source or "input_ids" not in batch.inputs or not hasattr(module, "config"):
         return 0
-    if not isinstance(pad, int) or pad < 0:
+    named = (
+        getattr(config, "pad_token_id", None) for config in (module.config, text_config(module))
+    )
+    pads = dict.fromkeys(pad for pad in named if isinstance(pad, int) and pad >= 0)
+    if not pads:
         return 0
     rows, length = batch.ids.shape[:2]
     positions = torch.arange(length).expand(rows, length).to(batch.ids)
     told = Batch({**batch.inputs, "position_ids": positions})
-    for first in (0, pad + 1):
+    for first in (0, *(pad + 1 for pad in pads)):
         if torch.equal(output_tensor(call_model(module, told, first)), plain):
             return first
     return 0
@@ -117,40 +121,23 @@ def probe_batch(module: nn.Module) -> Batch:
     """Random inputs of the kind the model takes; for an encoder-decoder a source and a shorter target."""
     target = {}
     if is_encoder_decoder(module):
-        generator = torch.Generator().manual_seed(1)
-        target = {"decoder_input_ids": _random_ids(module, PROBE_TARGET, generator)}
-    source = _source(module, target)
-    batch = Batch.of_inputs({**source.inputs, **target}) if target else source
-    return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch
-
-
-def _source(module: nn.Module, target: dict[str, Tensor]) -> Batch:
-    config: Any = getattr(module, "config", None)
+        target = {"decoder_input_ids": random_ids(module, PROBE_TARGET, seed=1)}
     kind = getattr(module, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(0)
+    read = inspect.signature(type(module).forward).parameters
+    if kind not in read and "pixel_values" in read:  # a part that inherits another's name
+        kind = "pixel_values"
+    if kind not in ("input_ids", "pixel_values"):
+        inputs = numbers_taken(module, kind, target)
+        if not target:
+            return Batch(inputs)
+        return with_codebooks(module, Batch.of_inputs({**inputs, **target}))
     if kind == "pixel_values":
-        return Batch(random_images(module))
-    if kind != "input_ids":
-        return Batch(numbers_taken(module, kind, target))
-    if config is None:
+        batch = Batch.of_inputs({**random_images(module), **target})
+    elif getattr(module, "config", None) is None:
         raise Refused(
             f"{type(module).__name__} takes '{kind}' and has no config to tell its vocabulary"
         )
-    return Batch.of_ids(_random_ids(module, PROBE_LENGTH, generator))
-
-
-def _random_ids(module: nn.Module, length: int, generator: torch.Generator) -> Tensor:
-    """Token ids [PROBE_ROWS length] that are no special token's."""
-    d_vocab = getattr(text_config(module), "vocab_size", None)
-    if d_vocab is None:
-        raise Refused(
-            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "
-            "token and image models can be probed"
-        )
-    special = {
-        value
-        for key, value in text_config(module).to_dict().items()
-        if key.endswith("token_id") and isinstance(value, int)
-    }
-    usable = torch.tensor([i for i in range(d_vocab) if i not in special] or [0])
-    return usable[torch.randint(len(usable), (PROBE_ROWS, length), generator=generator)]
+    else:
+        batch = Batch.of_inputs({kind: random_ids(module, PROBE_LENGTH), **target})
+    batch = with_companions(module, batch)
+    return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
+from interp.models.feeding import fed_stack
 from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
@@ -69,10 +70,13 @@ def find_stack(
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         stack = _largest_chain(seen)
     elif len(placed) > 1 and (why := _not_one_stream(seen, placed, batch)):
-        raise Refused(
-            f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
-            f"({', '.join(placed)}){why}"
-        )
+        fed = fed_stack(seen, placed, batch)
+        if not fed or (len(fed) > 1 and _not_one_stream(seen, fed, batch)):
+            raise Refused(
+                f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
+                f"({', '.join(placed)}){why}"
+            )
+        stack = ", ".join(fed)
     else:
         stack = ", ".join(placed)
     layers = layers_of(seen, stack)
@@ -97,11 +101,14 @@ def find_stack(
 
 
 def _decoder(seen: Recording, placed: list[str]) -> list[str]:
-    """Of several lists the one whose blocks attend to a source besides, where it is the last to be called."""
+    """Of several lists the one whose blocks attend to a source besides, where all others are called before it."""
     if len(placed) < 2:
         return []
     stacks = {name: layers_of(seen, name) for name in placed}
     last = max(placed, key=lambda name: stacks[name][-1].call.order)
+    begins = stacks[last][0].call.start
+    if any(stacks[name][-1].call.order > begins for name in placed if name != last):
+        return []  # two streams that attend to each other, block by block
     key = _hidden_key(stacks[last])
     attends = key is not None and any(
         with_cross(layer, key).cross or merged(layer, key) for layer in stacks[last]

@@ -91,7 +91,8 @@ def _sums(
         for order, norm_mid, x_mid, mid in norms:
             if norm_mid == norm_post:
                 continue
-            later = [c for c in inside if c.order > order]
+            # What the norm returned is the middle itself: taken away as a write it would let all else in.
+            later = [c for c in inside if c.order > order and norm_mid not in c.modules]
             rest = solved(mid.double(), x.double(), later, dtype)
             if rest is None:
                 continue

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models.calls import call_model, output_tensor
 from interp.models.inputs import numbers_taken
 from interp.models.model import Model
@@ -37,13 +37,15 @@ def plain(model: Model, given: dict[str, Tensor]) -> Tensor:
 
 def close(got: Tensor, wanted: Tensor) -> bool:
     assert got.shape == wanted.shape
-    return float((got - wanted).abs().max()) < ROUNDING * max(1.0, float(wanted.abs().max()))
+    return float((got - wanted).detach().abs().max()) < ROUNDING * max(
+        1.0, float(wanted.abs().max())
+    )
 
 
 def check_all_sites(model: Model, given: dict[str, Tensor]) -> None:
     """Capturing every site, and editing it to itself, leaves the model's output as it is."""
     sites = [s for s in AXES if s not in model.spec.refused and model.layers_with(s)]
-    assert {"q", "k", "v", "z", "pattern", "mlp_write"} <= set(sites)
+    assert {"q", "k", "v", "z", "pattern", "resid_post"} <= set(sites)
     run = model.run(given, capture=sites)
     assert close(run.logits, plain(model, given))
     same = [Edit.apply(site, lambda x, seen: x) for site in sites]
@@ -103,3 +105,170 @@ def test_bins_behind_a_convolution_and_a_mask_are_found() -> None:
     made = numbers_taken(Folded(), "bands", {})
     frames = made["bands"].shape[1]
     assert made["bands"].shape[2] == 48 and made["bands_mask"].shape == (2, frames)
+
+
+# --- several inputs -------------------------------------------------------------------------------
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+MASK = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+
+
+def words(*shape: int) -> Tensor:
+    return torch.randint(10, 97, shape, generator=torch.Generator().manual_seed(5))
+
+
+def marked(n: int, length: int) -> Tensor:
+    """1 at n positions behind the first."""
+    return (
+        torch.cat([torch.zeros(1), torch.ones(n), torch.zeros(length - n - 1)]).long().expand(2, -1)
+    )
+
+
+def boxes(n: int) -> Tensor:
+    return (
+        torch.rand(2, n, 2, 2, generator=torch.Generator().manual_seed(6)).sort(2).values.flatten(2)
+    )
+
+
+def placed(n: int) -> Tensor:
+    """Nine tokens, of which n behind the first stand for an image."""
+    ids = words(2, 9)
+    ids[:, 1 : 1 + n] = 9
+    return ids
+
+
+SOUND = torch.randn(2, 128, 72, generator=torch.Generator().manual_seed(7))
+WITH_IMAGES: dict[str, tuple[str, str, dict[str, Tensor]]] = {
+    "image and text": (
+        "blip",
+        "BlipForConditionalGeneration",
+        {"pixel_values": IMAGES, "input_ids": words(2, 9), "attention_mask": MASK},
+    ),
+    "several images a row": (
+        "idefics",
+        "IdeficsForVisionText2Text",
+        {
+            "pixel_values": torch.stack([IMAGES, IMAGES.flip(0)], 1),
+            "image_attention_mask": torch.ones(2, 9, 2, dtype=torch.long),
+            "input_ids": words(2, 9),
+            "attention_mask": MASK,
+        },
+    ),
+    "an image in place of tokens": (
+        "kosmos-2",
+        "Kosmos2ForConditionalGeneration",
+        {
+            "pixel_values": IMAGES,
+            "image_embeds_position_mask": marked(8, 12),
+            "input_ids": words(2, 12),
+            "attention_mask": torch.tensor([[1] * 12, [1] * 10 + [0] * 2]),
+        },
+    ),
+    "boxes of tokens": (
+        "udop",
+        "UdopForConditionalGeneration",
+        {
+            "input_ids": words(2, 9),
+            "attention_mask": MASK,
+            "bbox": boxes(9),
+            "decoder_input_ids": words(2, 4),
+        },
+    ),
+    "sound added to tokens": (
+        "voxtral_realtime",
+        "VoxtralRealtimeForConditionalGeneration",
+        {"input_ids": words(2, 9), "attention_mask": MASK, "input_features": SOUND},
+    ),
+}
+every = pytest.mark.parametrize("name", WITH_IMAGES)
+
+
+def with_images(name: str) -> tuple[Model, dict[str, Tensor]]:
+    of, model, given = WITH_IMAGES[name]
+    return model_of(of, model, "encoder-decoder" if "decoder_input_ids" in given else ""), given
+
+
+def real(logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """Logits of the positions that are no padding."""
+    mask = given["attention_mask"]
+    return logits.flatten(0, 1) if "decoder_input_ids" in given else logits[mask.bool()]
+
+
+@every
+def test_a_call_with_all_that_a_processor_makes(name: str) -> None:
+    model, given = with_images(name)
+    assert not set(model.spec.refused) - model.spec.absent
+    sites = [s for s in AXES if s not in model.spec.refused and model.layers_with(s)]
+    assert {"z", "pattern", "mlp_post", "mlp_write", "resid_mid"} <= set(sites)
+    run = model.run(given, capture=sites)
+    with torch.no_grad():
+        plain = output_tensor(model.module(**given, use_cache=False))
+    assert close(real(run.logits, given), real(plain, given))
+    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
+    assert close(model.run(given, edits=same).logits, run.logits)
+    without = model.run(given, edits=[Edit.zero("z", heads=[(1, 2)])])
+    assert not close(real(without.logits, given), real(plain, given))
+    clean = model.run(given, capture=["resid_pre"])
+    (replayed,) = model.replay(clean, [[Edit.zero("z", heads=[(1, 2)])]], lambda r: r.logits)
+    assert close(real(replayed, given), real(without.logits, given))
+
+
+@every
+def test_a_head_writes_z_times_W_O(name: str) -> None:
+    model, given = with_images(name)
+    if model.spec.blocks[1].between:
+        with pytest.raises(Refused, match="only through a function of it"):  # a norm
+            model.W_O(1)
+        return
+    cache = model.run(given, capture=["z.1", "attn_out.1"]).cache
+    without = model.run(given, capture=["attn_out.1"], edits=[Edit.zero("z", heads=[(1, 2)])])
+    head = cache["z.1"][:, :, 2] @ model.W_O(1)[2]
+    assert close(cache["attn_out.1"] - without.cache["attn_out.1"], head.detach())
+
+
+def test_a_decoder_attends_to_the_image() -> None:
+    """BLIP's text model: its writes are attention's, that to the image, and the MLP's, each behind a norm."""
+    model, given = with_images("image and text")
+    assert all(block.cross and len(block.writes) == 3 for block in model.spec.blocks)
+    run = model.run(given, capture=["cross_pattern", "mlp_write.1", "mlp_out.1"])
+    assert run.cache["cross_pattern.0"].shape[2:] == (9, 17)
+    torch.testing.assert_close(run.cache["mlp_write.1"], run.cache["mlp_out.1"])
+    other = {**given, "pixel_values": IMAGES.flip(0)}
+    assert not close(model.run(other).logits, run.logits)
+
+
+@every
+def test_what_is_missing_is_asked_for(name: str) -> None:
+    model, given = with_images(name)
+    left_out = next(key for key in given if key not in ("input_ids", "attention_mask"))
+    rest = {key: x for key, x in given.items() if key != left_out}
+    with pytest.raises(BadInput, match=rf"fails on .*it works with .*'{left_out}' \(2, "):
+        model.run(rest)
+
+
+# --- towers that feed -----------------------------------------------------------------------------
+
+
+def test_the_stack_behind_the_towers_is_the_models_own() -> None:
+    """A vision tower, a Q-former and the language model: what the language model's blocks return is all there is."""
+    model = model_of("blip-2", "Blip2ForConditionalGeneration")
+    assert model.spec.stack.startswith("language_model.") and not model.spec.refused
+    given = {
+        "pixel_values": IMAGES,
+        "input_ids": torch.cat([torch.full((2, 32), 9), words(2, 5)], 1),
+    }
+    run = model.run(given, capture=["resid_pre"])
+    with torch.no_grad():
+        assert close(run.logits, model.module(**given).logits)
+    other = model.run({**given, "pixel_values": IMAGES.flip(0)}, capture=["embed"])
+    changed = (other.cache["embed"] - run.cache["resid_pre.0"]).abs().amax(-1) > 0
+    assert changed[:, :32].all() and not changed[:, 32:].any()
+    assert close(
+        model.unembed(model.run(given, capture=["resid_post.2"]).cache["resid_post.2"]), run.logits
+    )
+
+
+def test_streams_that_attend_to_each_other_have_no_own_stack() -> None:
+    module = tiny_model("bridgetower", "BridgeTowerModel", partial(runs, strict=True))
+    with pytest.raises(Refused, match="3 stacks of attention blocks"):
+        Model(module)

@@ -1,0 +1,167 @@
+"""What a forward needs besides its main input: tokens, an image, sound, boxes or masks, by the names of its parameters.
+
+Parameters that its signature requires are given; of those that it leaves open as few as make it work,
+found by trying. Text alone is tried first, where the forward takes text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.calls import FAILURES, call_model, output_tensor, text_config
+from interp.models.images import random_images
+from interp.models.spec import module_device
+from interp.run.batch import Batch
+
+PROBE_ROWS, PROBE_LENGTH = 2, 7
+OPTIONAL = (
+    "input_ids",
+    "bbox",
+    "pixel_values",
+    "input_features",
+    "image_attention_mask",
+    "image_embeds_position_mask",
+)
+"""Parameters that a signature may leave open although the forward needs them, the likeliest first."""
+MOST = 2
+"""How many of them are tried together."""
+TOKENS_AN_IMAGE = ("latent_query_num", "num_query_tokens", "image_seq_length")
+FRAMES_A_TOKEN = (1, 2, 4, 8, 16)
+needed: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+"""Of models that were not content with their main input: what their forward works with."""
+
+
+def with_companions(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with the inputs that the model's forward needs besides; as it is where none are found to help."""
+    if module in needed:
+        return Batch.of_inputs({name: x.clone() for name, x in needed[module].items()})
+    read = inspect.signature(type(module).forward).parameters
+    required = [
+        name
+        for name, parameter in read.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in ("self", *batch.inputs)
+    ]
+    optional = [
+        name for name in OPTIONAL if name in read and name not in (*batch.inputs, *required)
+    ]
+    if not required and (not optional or _works(module, batch)):
+        return batch
+    for inputs in _trials(module, batch, required, optional):
+        tried = Batch.of_inputs(inputs)
+        if _works(module, tried):
+            needed[module] = inputs
+            return with_companions(module, tried)
+    return batch
+
+
+def _trials(
+    module: nn.Module, batch: Batch, required: list[str], optional: list[str]
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs to try: text alone, then the main input with the required ones and as few others as may be."""
+    main = getattr(module, "main_input_name", "input_ids")
+    parameter = inspect.signature(type(module).forward).parameters.get(main)
+    if "input_ids" in optional and parameter is not None and parameter.default is None:
+        yield {"input_ids": random_ids(module, PROBE_LENGTH)}
+    given = [batch.inputs]
+    if main == "pixel_values":
+        given += [{**batch.inputs, main: x} for x in _made(module, main, batch.inputs)][1:]
+    for inputs in given:
+        for count in range(MOST + 1):
+            for some in combinations(optional, count):
+                yield from _filled(module, [*required, *some], inputs)
+
+
+def _filled(
+    module: nn.Module, names: list[str], inputs: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """The inputs with every choice of tensors for these names, each made to fit those before it."""
+    if not names:
+        yield inputs
+        return
+    for x in _made(module, names[0], inputs):
+        yield from _filled(module, names[1:], {**inputs, names[0]: x})
+
+
+def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Tensors that a parameter of this name may take, beside these inputs."""
+    config: Any = getattr(module, "config", None)
+    ids = inputs.get("input_ids")
+    length = PROBE_LENGTH if ids is None else ids.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    dtype = next(module.parameters()).dtype
+    counts = [n for key in TOKENS_AN_IMAGE for n in _values(config, key)]
+    if name.endswith("input_ids"):
+        for longer in (0, *(counts if name == "input_ids" else ())):
+            yield random_ids(module, PROBE_LENGTH + longer, name.removesuffix("input_ids"))
+    elif name == "pixel_values":
+        pixels = random_images(module)["pixel_values"]
+        yield pixels
+        yield pixels[:, None]  # of several images a row
+    elif name == "bbox":  # left, top, right, bottom: parts of a page
+        corners = torch.rand(PROBE_ROWS, length, 2, 2, generator=generator)
+        yield corners.sort(dim=2).values.flatten(2).to(dtype)
+    elif name == "input_features":
+        bins = next(_values(config, "num_mel_bins"), 0)
+        for frames in FRAMES_A_TOKEN if bins else ():
+            x = torch.randn(PROBE_ROWS, length * frames, bins, generator=generator).to(dtype)
+            yield from (x, x.mT.contiguous())
+    elif name.endswith("position_mask"):  # 1 where an image's vectors stand in place of tokens
+        for n in counts:
+            mask = torch.zeros(PROBE_ROWS, length, dtype=torch.long)
+            mask[:, 1 : 1 + n] = 1
+            yield mask
+    elif name == "image_attention_mask":
+        yield torch.ones(PROBE_ROWS, length, 1, dtype=torch.long)
+    elif name.endswith("mask"):
+        yield torch.ones(PROBE_ROWS, length, dtype=torch.long)
+
+
+def random_ids(
+    module: nn.Module, length: int, part: str = "", seed: int = 0
+) -> Int[Tensor, "row pos"]:
+    """Token ids that are no special token's, of the text or of the part of the config called `part`."""
+    config: Any = getattr(getattr(module, "config", None), f"{part}config", None)
+    config = text_config(module) if config is None else config
+    d_vocab = getattr(config, "vocab_size", None)
+    if d_vocab is None:
+        raise Refused(
+            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "
+            "token and image models can be probed"
+        )
+    special = {
+        value
+        for of in (config, text_config(module), getattr(module, "config", config))
+        for key, value in of.to_dict().items()
+        if key.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    usable = torch.tensor([i for i in range(d_vocab) if i not in special] or [0])
+    generator = torch.Generator().manual_seed(seed)
+    return usable[torch.randint(len(usable), (PROBE_ROWS, length), generator=generator)]
+
+
+def _works(module: nn.Module, batch: Batch) -> bool:
+    try:
+        with torch.no_grad():
+            return output_tensor(call_model(module, batch.to(module_device(module)))).ndim > 1
+    except FAILURES:
+        return False
+
+
+def _values(config: Any, name: str) -> Iterator[int]:
+    """What a config and its parts call by this name."""
+    if isinstance(value := getattr(config, name, None), int):
+        yield value
+    for part in vars(config).values() if config is not None else ():
+        if type(part).__name__.endswith("Config"):
+            yield from _values(part, name)
