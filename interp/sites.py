@@ -206,7 +206,8 @@ def _from_transformer_lens(text: str) -> Site:
         reason = _NO_COUNTERPART[hook].format(place=place, last=last)
         raise BadInput(f"'{text}' {reason}")
     if inner := [name for name in TRANSFORMER_LENS if name.endswith(f".{hook}")]:
-        raise BadInput(f"no site '{text}'; write '{place or 'blocks.0.'}{inner[0]}'")
+        every = "" if place else f", or '{TRANSFORMER_LENS[inner[0]]}' for all layers"
+        raise BadInput(f"no site '{text}'; write '{place or 'blocks.0.'}{inner[0]}'{every}")
     raise unknown("TransformerLens site", hook, TRANSFORMER_LENS)
 
 

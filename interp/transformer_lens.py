@@ -22,12 +22,15 @@ from interp.models.model import Model
 from interp.run.cache import Cache
 from interp.run.edits import Edit, Seen
 from interp.sites import AXES, Site, by_query, to_transformer_lens
+from interp.transformer_lens_elsewhere import missing_attribute, refuse_options
 from interp.transformer_lens_weights import Weights
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
 Names = str | Iterable[str] | Callable[[str], bool] | None
+Returned = Tensor | tuple[Tensor, Tensor] | None
+"""Logits, the loss, both, or nothing, as `return_type` says."""
 
 
 def view(model: Model) -> View:
@@ -113,6 +116,11 @@ class View(Weights):
         super().__init__(model)
         self.tokenizer = model.tokenizer
 
+    if not TYPE_CHECKING:  # checkers shall go on finding misspelled names
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute(self, name, View)
+
     # --- tokens ------------------------------------------------------------------------------------
 
     def to_tokens(
@@ -141,6 +149,31 @@ class View(Weights):
         """The id of a text that is one token; BadInput, with its parts, where it is not."""
         return self.model.token_id(text)
 
+    def to_single_str_token(self, token: int) -> str:
+        """The text of one token id."""
+        return self.model.tokens([int(token)])[0]
+
+    def get_token_position(
+        self,
+        token: str | int,
+        input: str | Tensor,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token stands in a text or in ids [pos], BOS counted: its "first" place, or its "last"."""
+        if mode not in ("first", "last"):
+            raise BadInput(f"mode {mode!r} is neither 'first' nor 'last'")
+        wanted = self.to_single_token(token) if isinstance(token, str) else int(token)
+        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        places = (ids.reshape(-1) == wanted).nonzero()[:, 0].tolist()
+        if not places:
+            raise BadInput(f"token {token!r} is not in the input: {self.to_str_tokens(ids)}")
+        return places[0 if mode == "first" else -1]
+
+    def all_head_labels(self) -> list[str]:
+        """ "L0H0", "L0H1" … in the order of the flattened axes [n_layers n_heads]."""
+        return [f"L{layer}H{head}" for layer, head in self.model.spec.heads]
+
     # --- runs --------------------------------------------------------------------------------------
 
     def hook_names(self) -> list[str]:
@@ -162,12 +195,15 @@ class View(Weights):
         *,
         prepend_bos: bool | None = None,
         return_type: str | None = "logits",
+        loss_per_token: bool = False,
         remove_batch_dim: bool = False,
-    ) -> tuple[Tensor | None, ActivationCache]:
+        **theirs: Any,
+    ) -> tuple[Returned, ActivationCache]:
         """(logits, cache): every site of the model, or those whose names pass `names_filter`.
 
         Caching everything takes memory: name what is needed.
         """
+        refuse_options("run_with_cache", theirs, "names_filter, return_type, remove_batch_dim …")
         names = self._chosen(names_filter)
         run = self.model.run(
             self._ids(input, prepend_bos), capture=names, logits=return_type is not None
@@ -175,7 +211,8 @@ class View(Weights):
         cache = activation_cache(run.cache, self)
         if remove_batch_dim:
             cache.remove_batch_dim()
-        return self._returned(run.logits, run.batch.inputs.get("input_ids"), return_type), cache
+        ids = run.batch.inputs.get("input_ids")
+        return self._returned(run.logits, ids, return_type, loss_per_token), cache
 
     @torch.no_grad()
     def run_with_hooks(
@@ -185,18 +222,23 @@ class View(Weights):
         *,
         prepend_bos: bool | None = None,
         return_type: str | None = "logits",
-    ) -> Tensor | None:
-        """Logits (or "loss") with `hook_fn(activation, hook=…)` applied at each named place.
+        loss_per_token: bool = False,
+        **theirs: Any,
+    ) -> Returned:
+        """Logits (or "loss", or "both") with `hook_fn(activation, hook=…)` applied at each named place.
 
         A hook that returns None leaves the activation as it is. `hook.name` and `hook.layer()` are set.
         """
+        refuse_options("run_with_hooks", theirs, "fwd_hooks, return_type, prepend_bos …")
         edits = [
             self._as_edit(name, function)
             for names, function in fwd_hooks
             for name in self._chosen(names)
         ]
         ids = self._ids(input, prepend_bos)
-        return self._returned(self.model.run(ids, edits=edits).logits, ids, return_type)
+        return self._returned(
+            self.model.run(ids, edits=edits).logits, ids, return_type, loss_per_token
+        )
 
     def __call__(
         self,
@@ -204,9 +246,17 @@ class View(Weights):
         return_type: str | None = "logits",
         *,
         prepend_bos: bool | None = None,
-    ) -> Tensor | None:
-        """Logits [batch pos d_vocab], or with "loss" the mean next-token loss in nats."""
-        return self.run_with_hooks(input, prepend_bos=prepend_bos, return_type=return_type)
+        loss_per_token: bool = False,
+        **theirs: Any,
+    ) -> Returned:
+        """Logits [batch pos d_vocab], with "loss" the mean next-token loss in nats, or "both"."""
+        return self.run_with_hooks(
+            input,
+            prepend_bos=prepend_bos,
+            return_type=return_type,
+            loss_per_token=loss_per_token,
+            **theirs,
+        )
 
     def _ids(self, input: Any, prepend_bos: bool | None) -> Tensor:
         if isinstance(input, Tensor):
@@ -243,10 +293,14 @@ class View(Weights):
         return Edit.apply(site, change)
 
     @staticmethod
-    def _returned(logits: Tensor | None, ids: Tensor | None, kind: str | None) -> Tensor | None:
-        if kind not in ("logits", "loss", None):
-            raise BadInput(f"return_type {kind!r} is none of 'logits', 'loss', None")
-        if kind != "loss" or logits is None or ids is None:
+    def _returned(
+        logits: Tensor | None, ids: Tensor | None, kind: str | None, per_token: bool
+    ) -> Returned:
+        if kind not in ("logits", "loss", "both", None):
+            raise BadInput(f"return_type {kind!r} is none of 'logits', 'loss', 'both', None")
+        if kind not in ("loss", "both") or logits is None or ids is None:
             return logits if kind else None
         log_probs = logits[:, :-1].float().log_softmax(-1)
-        return -log_probs.gather(-1, ids[:, 1:, None]).mean()
+        loss = -log_probs.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]  # [batch pos-1]
+        loss = loss if per_token else loss.mean()
+        return loss if kind == "loss" else (logits, loss)

@@ -10,6 +10,7 @@ weights, 1e-4 for the three blocks of a tiny model; weights are equal bit for bi
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from interp.errors import BadInput, Refused
 from interp.lens import logit_lens
 from interp.models.model import Model
 from interp.run.edits import Edit
+from interp.transformer_lens_elsewhere import ATTRIBUTES, OPTIONS
 from interp.unembedding import Unembedding
 from tests.families import FAMILIES
 from tests.ground_truth.induction_model import character_tokenizer
@@ -268,6 +270,37 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
     ),
     "one edit": (lambda model, ids: model.run(ids, edits=Edit.zero("z.0")), "edits=[edit]"),
     "one head": (lambda model, ids: Edit.zero("z", heads=(0, 1)), "heads=[(5, 1)]"),
+    "pair from the end": (
+        lambda model, ids: model.run(ids, capture=["z"]).cache["z", -1],
+        "write 'z.1', or index",
+    ),
+    "every layer": (lambda model, ids: model.run(ids, capture=["hook_z"]), "'z' for all layers"),
+    "layer twice": (
+        lambda model, ids: Edit.zero("blocks.1.attn.hook_z", heads=[(1, 2)]),
+        "write 'z' with heads=, or one head as 'z.1.2'",
+    ),
+    "cache": (
+        lambda model, ids: model.run(ids, capture=["z"]).cache.stack_activation("z"),
+        "cache.to_transformer_lens(model).stack_activation",
+    ),
+    "generate": (lambda model, ids: model.generate("a"), "interp.generate.generate"),
+    "module": (lambda model, ids: model.eval(), "model.module.eval"),
+    "standing hook": (
+        lambda model, ids: ours_as_theirs.view(model).add_hook("blocks.0.attn.hook_z", print),
+        "edits=[interp.Edit.apply(name, change)]",
+    ),
+    "stop": (
+        lambda model, ids: ours_as_theirs.view(model).run_with_cache(ids, stop_at_layer=1),
+        "names_filter=[…], return_type=None",
+    ),
+    "backward": (
+        lambda model, ids: ours_as_theirs.view(model).run_with_hooks(ids, bwd_hooks=[]),
+        "run.gradients(metric, site)",
+    ),
+    "misspelt": (
+        lambda model, ids: ours_as_theirs.view(model)(ids, return_tpye="loss"),
+        "it takes fwd_hooks, return_type",
+    ),
     "rows": (lambda model, ids: model.tokens(ids), "tokenize(text).ids[0]"),
 }
 """What a user of TransformerLens writes, and what the answer must hold."""
@@ -280,6 +313,53 @@ def test_a_habit_is_told_where_to_go(tiny: Model, habit: str) -> None:
         write(tiny, torch.tensor([[5, 6, 7]]))
     assert wanted in str(raised.value)
     assert not hasattr(tiny, "z") and "view" not in str(no_attribute(tiny, "zz"))
+
+
+UNANSWERED = {
+    "block_hooks",
+    "block_submodules",
+    "blocks_with",
+    "boot_native",
+    "boot_tl_legacy",
+    "check_hooks_to_add",
+    "items",
+    "keys",
+    "values",
+    "check_model_support",
+    "clear_hook_registry",
+    "close",
+    "composition_layer_indices",
+    "diffusion_generate",
+    "mps",
+    "hook_aliases",
+    "init_weights",
+    "list_supported_models",
+    "mod_dict",
+    "predict_next_sentence",
+    "get",
+    "logit_lens",
+    "prepare_multimodal_inputs",
+    "stack_params_for",
+    "to_sentence_pair_tokens",
+    "compute_ssm_effective_attention",
+    "compute_ssm_state",
+    "ssm_layers",
+}
+"""Theirs, with nothing to say: how a bridge is built, or kinds of model it serves."""
+
+
+def test_every_name_of_theirs_is_there_or_answered(tiny: Model) -> None:
+    """Whatever a bridge has for its users, a view has too, or says what to write instead."""
+    lens = ours_as_theirs.view(tiny)
+    there = {name for name in dir(TransformerBridge) if name[:1] != "_"} - {*dir(nn.Module)}
+    bare = {n for n in there if not hasattr(lens, n) and "here:" not in str(no_attribute(lens, n))}
+    assert bare <= UNANSWERED
+    caches = {name for name in dir(ActivationCache) if name[:1] != "_"} - {*dir(dict)}
+    told = " ".join([*ATTRIBUTES.values(), *OPTIONS.values()])
+    for name in re.findall(r"\b(?:interp|circuits)\.[\w.]*\w", told):
+        assert pkgutil.resolve_name(name), name
+    seen = tiny.run(torch.tensor([[5, 6]]), capture=["z"]).cache
+    assert {n for n in caches if "to_trans" not in str(no_attribute(seen, n))} <= UNANSWERED
 
 
 def no_attribute(value: Any, name: str) -> AttributeError:
@@ -430,3 +510,21 @@ def test_logit_lens_agrees(smollm: Model, bridge: Any) -> None:
         torch.tensor(table["top_probability"].to_numpy()), probability, rtol=1e-2, atol=1e-4
     )
     assert table["top_token"].tolist() == smollm.tokens(theirs[1:].argmax(-1).tolist())
+
+
+def test_losses_and_token_places_are_theirs(pair: tuple[Model, TransformerBridge]) -> None:
+    model, bridge = pair
+    lens = ours_as_theirs.view(model)
+    each = lens(IDS, return_type="loss", loss_per_token=True)
+    assert off(each, bridge(IDS, return_type="loss", loss_per_token=True)) < TINY  # type: ignore[arg-type]
+    logits, loss = lens(IDS, return_type="both")  # type: ignore[misc]
+    assert torch.equal(loss, each.mean()) and torch.equal(logits, lens(IDS))  # type: ignore[union-attr]
+    assert lens.all_head_labels()[:2] == ["L0H0", "L0H1"]
+    assert len(lens.all_head_labels()) == model.n_layers * model.spec.n_heads
+    text = "abcab"
+    for mode in ("first", "last"):
+        theirs = bridge.get_token_position("b", text, mode=mode, prepend_bos=False)
+        assert lens.get_token_position("b", text, mode, prepend_bos=False) == theirs
+    assert lens.to_single_str_token(lens.to_single_token("b")) == "b"
+    with pytest.raises(BadInput, match="not in the input"):
+        lens.get_token_position("d", text)

@@ -97,11 +97,9 @@ class Model:
     if not TYPE_CHECKING:  # checkers shall go on finding misspelled names
 
         def __getattr__(self, name: str) -> Any:
-            from interp.transformer_lens import View
+            from interp.transformer_lens import View, missing_attribute
 
-            theirs = name == "cfg" or (name[:1] != "_" and hasattr(View, name))
-            view = f"; as in TransformerLens: interp.transformer_lens.view(model).{name}"
-            raise AttributeError(f"Model has no '{name}'{view * theirs}", name=name, obj=self)
+            raise missing_attribute(self, name, View)
 
     # --- facts ---------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Cache(Mapping[str, Tensor]):
             text, tuple
         ):  # theirs and ours differ: their "q" is the one before rotary positions
             raise BadInput(
-                f"{text} is TransformerLens' form: write '{'.'.join(map(str, text))}', or index "
+                f"{text} is TransformerLens' form: write '{self._as_ours(text)}', or index "
                 "cache.to_transformer_lens()"
             )
         site = Site.parse(text)
@@ -92,6 +92,23 @@ class Cache(Mapping[str, Tensor]):
                 f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'"
             )
         return torch.stack(values, dim=_layer_axis(site))
+
+    def _as_ours(self, key: tuple[Any, ...]) -> str:
+        """TransformerLens' ("z", 5) as a site of ours; a layer counted from the end gets its number."""
+        name, layer = (*key, None)[:2]
+        layers = self.layers(name)
+        if isinstance(layer, int) and layer < 0 and -layer <= len(layers):
+            layer = layers[layer]
+        return ".".join(map(str, (name, layer, *key[2:])))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from interp.transformer_lens_elsewhere import CACHE
+
+            theirs = name in CACHE
+            hint = f"; as in TransformerLens: cache.to_transformer_lens(model).{name}" * theirs
+            raise AttributeError(f"Cache has no '{name}'{hint}", name=name, obj=self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({name for name, _ in self._stored}))

@@ -78,7 +78,10 @@ class Edit:
             if not has_heads(site.name):
                 raise BadInput(f"site '{site}' has no heads; leave out heads={list(heads)}")
             if site.layer is not None:
-                raise BadInput(f"name heads in the site ('{site}') or in heads=, not in both")
+                raise BadInput(
+                    f"'{site}' names a layer, and heads={list(heads)} do too: write '{site.name}' with "
+                    f"heads=, or one head as '{site.name}.{site.layer}.{heads[0][1] if heads else 0}'"
+                )
         elif site.head is not None and site.layer is not None:
             heads, site = ((site.layer, site.head),), Site(site.name)
         return Edit(site, change, heads, positions)
