@@ -143,12 +143,19 @@ def check_options(*, neurons: int = 20, **_: object) -> None:
         raise BadInput(f"neurons={neurons}: wanted 0 (none shown) or more")
 
 
+def strongest(report: Report) -> pd.DataFrame:
+    """The fifteen largest contributions, of either sign."""
+    order = np.argsort(-report.table["contribution"].abs().to_numpy(), kind="stable")
+    return report.table.iloc[order[:15]]
+
+
 @analysis(
     name="attribute",
     source="Elhage et al. 2021, §path expansion; nostalgebraist 2020 for reading the residual stream",
     example='interp attribute smollm2-135m "The capital of France is" --answer " Paris"',
     figure="contributions",
     validate=check_options,
+    summary=strongest,
 )
 @torch.no_grad()
 def direct_attribution(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.attribution import direct_attribution, direct_contributions, rows_at
+from circuits.attribution import direct_attribution, direct_contributions, rows_at, strongest
 from interp.direction import places_of
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
@@ -211,6 +211,12 @@ def test_the_default_model_says_mary(smollm):
     of_best = sources[(sources["layer"] == best["layer"]) & (sources["head"] == best["head"])]
     source = int(of_best.loc[of_best["contribution"].idxmax(), "source"])
     assert "Mary" in report.meta["tokens"][0][source] or "John" in report.meta["tokens"][0][source]
+
+
+def test_the_summary_has_the_largest_contributions_first(tiny):
+    report = direct_attribution(tiny, IDS[:1])
+    shown, sizes = strongest(report), report.table["contribution"].abs()
+    assert shown["contribution"].abs().tolist() == sizes.nlargest(15).tolist()
 
 
 def test_a_model_of_attention_alone_is_taken_apart():

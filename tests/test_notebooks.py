@@ -97,6 +97,7 @@ def test_it_runs_from_a_fresh_kernel(name, tmp_path):
     data = [output.get("data", {}) for output in shown]
     drawn = [one for one in data if PLOTLY in one]
     assert drawn and all(HTML in one for one in drawn)  # also where nothing knows plotly's own type
+    assert all(one[PLOTLY]["layout"].get("title", {}).get("text") for one in drawn)
     assert any("plotly.js v" in one.get(HTML, "") for one in data)
     assert any("<iframe" in one.get(HTML, "") for one in data) == (name not in WITHOUT_PAGE)
     assert not any("UserWarning" in str(output.get("text", "")) for output in shown)

@@ -414,6 +414,8 @@ def test_the_map_marks_what_is_not_exact(tiny, monkeypatch):
     assert drawn.zmax == -drawn.zmin == pytest.approx(table["effect"].abs().max())
     each = patch(tiny, pairs, site="resid_pre", progress=False).figure()
     assert len(each.layout.xaxis.ticktext) == 7 and each.layout.xaxis.ticktext[2] == "2 it"
+    assert "each position alone" in each.layout.title.text
+    assert "all positions" in heat.figure().layout.title.text
     two = patch(tiny, pairs, positions=["it", "end"], progress=False)
     assert two.figure(position="it").data[0].z[0][0] == pytest.approx(two.table["effect"].iloc[0])
     with pytest.raises(BadInput, match="did you mean 'end'"):

@@ -26,7 +26,8 @@ def patching_map(report: Report, position: str | None = None) -> go.Figure:
         position: of a sweep over heads or neurons at several positions, the one to draw; by default the
             one with the largest effect.
     """
-    table, what = report.table, "all positions"
+    table = report.table
+    what = "all positions" if set(table["position"]) == {"all"} else "each position alone"
     if "head" in table or "neuron" in table:
         names = list(dict.fromkeys(table["position"]))
         if position is None:
@@ -34,7 +35,7 @@ def patching_map(report: Report, position: str | None = None) -> go.Figure:
         if position not in names:
             raise unknown("position of this report", position, names)
         table = table.loc[table["position"] == position]
-        what = what if position == "all" else _names(report, [position])[0]
+        what = "all positions" if position == "all" else _names(report, [position])[0]
     options, unit = report.meta["options"], report.meta["unit"]
     verb = "restored in the corrupted run" if options["direction"] == "denoise" else "corrupted"
     if options["kind"] != "patch":
