@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("interp.errors", "interp.devices"),
-    ("interp.sites",),
+    ("interp.sites", "interp.transformer_lens_elsewhere"),
     ("interp.run",),
     ("interp.models",),
     ("interp.projections", "interp.skeleton"),
