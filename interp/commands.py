@@ -158,7 +158,7 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
     first = analysis.reads
     parameters = [_parameter(first, FIRST[first])]
     loads = LOADING if first == "model" else {}
-    lists: dict[str, type] = {}
+    lists: dict[str, tuple[type, Any]] = {}
     arguments = []
     known = list(inspect.signature(function).parameters.values())[1:]
     for parameter in known:
@@ -169,11 +169,13 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
         if kind is None:
             continue
         if many:
-            lists[parameter.name] = kind
+            lists[parameter.name] = kind, parameter.default
         wanted = str if many else kind
         default = parameter.default
         if isinstance(default, (tuple, list)):
-            default = ",".join(map(str, default))
+            default = (
+                ",".join(map(str, default)) or None
+            )  # nothing: not an option that names nothing
         if positional:
             arguments.append(parameter.name)
         elif default is None:
@@ -194,9 +196,9 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
         out, given = values.pop("out"), values.pop(first)
         sources = (given,) if isinstance(given, str) else tuple(given)
         resume = values.pop("resume") if resumable else False
-        for name, kind in lists.items():
-            if values[name] is not None:
-                values[name] = _split(name, values[name], kind)
+        for name, (kind, default) in lists.items():
+            text = values[name]
+            values[name] = default if text is None else _split(name, text, kind)
         data = {name: values.pop(name) for name in arguments}
         perform(Job(analysis, sources, data, values, out, resume, loading))
 

@@ -1,7 +1,9 @@
 """The command line as a user meets it: one-line errors, exit codes, interruption and resuming."""
 
+import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import typer
 
 import interp
 from interp.commands import Deferred, Job, command_of
-from interp.registry import ANALYSES, Analysis
+from interp.registry import ANALYSES, Analysis, analysis_called
 from interp.run.resume import Checkpoint
 from tests.ground_truth.induction_model import induction_model
 
@@ -329,6 +331,25 @@ def test_arguments_and_options_come_from_the_signature(monkeypatch):
     assert job.sources == ("m",) and job.arguments == {"prompt": "some text"}
     assert job.options == {"sites": ["z", "resid_post"], "layers": [3, 4], "exact": True}
     assert job.loading["device"] == "cpu" and job.out is None and not job.resume
+
+
+@pytest.mark.parametrize("entry", entry_points(group="interp.analyses"), ids=lambda e: e.name)
+def test_the_example_is_a_call_and_leaves_the_rest_at_its_defaults(entry):
+    """What `--help` shows can be typed; an option that is not given is the function's own default."""
+    typed = shlex.split(analysis_called(entry.name).example)[1:]
+    name = " ".join(filter(None, command_of(entry.name)))
+    assert " ".join(typed).startswith(name)
+    rest = typed[len(name.split()) :]
+    jobs: list[Job] = []
+    context = Deferred(name, entry, jobs.append).make_context(name, [*rest])
+    context.command.invoke(context)
+    known = inspect.signature(jobs[0].analysis.function).parameters
+    given = {word.removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
+    for option, value in jobs[0].options.items():
+        if not {option, f"no_{option}"} & given:
+            default = known[option].default
+            several = default.split(",") if isinstance(default, str) else default
+            assert value == (list(several) if isinstance(value, list) else default), option
 
 
 @pytest.mark.parametrize("given", [",", "three"])

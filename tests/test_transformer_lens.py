@@ -277,7 +277,7 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
     "every layer": (lambda model, ids: model.run(ids, capture=["hook_z"]), "'z' for all layers"),
     "layer twice": (
         lambda model, ids: Edit.zero("blocks.1.attn.hook_z", heads=[(1, 2)]),
-        "write 'z' with heads=, or one head as 'z.1.2'",
+        "'z' with heads=, or one head as 'z.1.2'",
     ),
     "cache": (
         lambda model, ids: model.run(ids, capture=["z"]).cache.stack_activation("z"),

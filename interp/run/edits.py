@@ -79,8 +79,9 @@ class Edit:
                 raise BadInput(f"site '{site}' has no heads; leave out heads={list(heads)}")
             if site.layer is not None:
                 raise BadInput(
-                    f"'{site}' names a layer, and heads={list(heads)} do too: write '{site.name}' with "
-                    f"heads=, or one head as '{site.name}.{site.layer}.{heads[0][1] if heads else 0}'"
+                    f"'{site}' names a layer and heads={list(heads)} do too; name them in the site or in "
+                    f"heads=, not in both: '{site.name}' with heads=, or one head as "
+                    f"'{site.name}.{site.layer}.{heads[0][1] if heads else 0}'"
                 )
         elif site.head is not None and site.layer is not None:
             heads, site = ((site.layer, site.head),), Site(site.name)
