@@ -10,11 +10,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import circuits
+from circuits.heads.evidence import Evidence, evidence_patterns
 from interp.errors import Refused
 from interp.models.model import Model
 from interp.models.pieces import pieces
 from interp.run.batch import Batch
 from interp.run.edits import Edit
+from interp.run.statistics import Entropy, Mass
 
 ROUNDING = 1e-5
 """A few float32 roundings, three blocks deep."""
@@ -357,6 +360,56 @@ def test_what_a_model_pads_itself_stands_behind_the_positions() -> None:
     cache = model.run(Batch.of_ids(ids()), capture=["pattern", "resid_post"]).cache
     assert cache["resid_post.1"].shape[1] == 16
     assert (cache["pattern"][..., LENGTH:] == 0).all()
+
+
+@cache
+def language_model() -> Model:
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=160,
+        **BAND,
+    )
+    return Model(randomised(transformers.LongformerForMaskedLM(config)), id="language model")
+
+
+def test_logits_are_those_of_the_tokens_and_not_of_what_a_model_pads() -> None:
+    model = language_model()
+    run = model.run(ids(), capture=["resid_post"])
+    assert run.logits is not None and run.logits.shape[1] == LENGTH
+    made = model.unembed(run.cache["resid_post.1"])
+    assert off(made[:, :LENGTH], run.logits) < ROUNDING
+
+
+@pytest.mark.parametrize("model", [language_model, with_globals])
+def test_statistics_are_of_tokens_alone(model: Any) -> None:
+    model, n = model(), LENGTH
+    keys, rows = torch.randint(n, (2, n, 3)), torch.rand(2, n) < 0.5
+    visible = torch.full((2, n), n)
+    statistics = {"mass": Mass(keys, rows), "entropy": Entropy(rows, visible)}
+    run = model.run(ids(), capture=["pattern"], statistics=statistics, logits=False)
+    for layer in range(2):
+        pattern = run.cache[f"pattern.{layer}"][:, :, :n, :n]
+        picked = pattern.gather(-1, keys[:, None].expand(-1, 4, -1, -1)).sum(-1)
+        entropy = torch.special.entr(pattern).sum(-1) / torch.tensor(float(n)).log()
+        for name, wanted in (("mass", picked), ("entropy", entropy)):
+            mean = (wanted * rows[:, None]).sum(-1) / rows.sum(-1, keepdim=True)
+            assert off(run.statistics[name][:, layer], mean) < ROUNDING
+
+
+@pytest.mark.parametrize("model", [language_model, with_globals])
+def test_heads_are_classified_by_their_patterns_over_tokens(model: Any) -> None:
+    model = model()
+    assert len(circuits.classify_heads(model, prompts=4, progress=False).table) == 8
+    prompt = Evidence("a prompt", Batch.of_ids(ids()[:1]), model.tokens(ids()[0].tolist()))
+    shown = evidence_patterns(model, [prompt])
+    pattern = model.run(prompt.batch, capture=["pattern.1"]).cache["pattern.1"]
+    wanted = (255 * pattern[0, :, :LENGTH, :LENGTH].sqrt()).round()
+    assert shown.shape == (1, 2, 4, LENGTH, LENGTH)
+    assert torch.equal(torch.from_numpy(shown[0, 1]).float(), wanted)
 
 
 def test_global_tokens_are_refused_by_name() -> None:

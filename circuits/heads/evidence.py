@@ -69,7 +69,8 @@ def evidence_patterns(model: Model, prompts: list[Evidence]) -> np.ndarray:
     for place, prompt in enumerate(prompts):
         run = model.run(prompt.batch, capture=["pattern"], logits=False)
         for layer, pattern in run.cache.by_layer("pattern").items():
-            pattern = pattern[0, ..., : pattern.shape[2]]  # keys that are no position's come behind
+            n = min(pattern.shape[2], len(prompt.tokens))
+            pattern = pattern[0, :, :n, :n]  # what is no token's comes behind: padding, global keys
             root = (255 * pattern.float().clamp(0, 1).sqrt()).round().to(torch.uint8)
             patterns[place, layer, : root.shape[0], : root.shape[1], : root.shape[2]] = (
                 root.cpu().numpy()

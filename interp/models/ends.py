@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from interp.models.calls import is_encoder_decoder, text_config
 from interp.models.layout import ROWS_ELSEWHERE
 from interp.models.projections import same
-from interp.models.readout import WHOLE, rest_of_model
+from interp.models.readout import WHOLE, of_tokens, rest_of_model
 from interp.models.recording import ModuleCall, Recording, record
 from interp.models.spec import Spec
 from interp.models.stack import Layer
@@ -29,6 +29,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     last = layers[-1].call
     assert last.output is not None
     residual = layers[-1].output if layers[-1].axes in ROWS_ELSEWHERE else last.output
+    if set(batch.inputs) == {"input_ids"}:
+        residual = of_tokens(residual, seen.output)
     module: Any = seen.module
     of = module.get_decoder() if batch.has_source else module
     of_ids = batch.has_source or "input_ids" in batch.inputs

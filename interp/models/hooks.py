@@ -90,8 +90,9 @@ class RunWatch(Watch):
     def pattern(self, pattern, start):
         pattern = self._chunk(self.prefix + "pattern", pattern, start, fill=0.0)
         if self.statistics is not None:
-            mask = self.run.batch.mask  # keys that are no position's come behind these
-            of_positions = pattern if mask is None else pattern[..., : mask.shape[1]]
+            mask = self.run.batch.mask  # what is no position's comes behind these
+            n = None if mask is None else mask.shape[1]
+            of_positions = pattern if n is None else pattern[:, :, : n - start, :n]
             if self.part is None:
                 self.statistics.update(self.layer, of_positions, start)
             elif self.part.along == HEADS or self.part.index == 0:

@@ -51,6 +51,12 @@ def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
     return logits
 
 
+def of_tokens(residual: Tensor, logits: Tensor) -> Tensor:
+    """A final residual at the positions that have logits: what a model pads itself stands behind its tokens."""
+    longer = residual.ndim == logits.ndim == 3 and residual.shape[1] > logits.shape[1]
+    return residual[:, : logits.shape[1]] if longer else residual
+
+
 def rest_of_model(
     spec: Spec, module: nn.Module, residual: Float[Tensor, "*lead d_model"]
 ) -> Float[Tensor, "*lead d_vocab"]:

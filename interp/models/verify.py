@@ -13,7 +13,7 @@ from torch import Tensor
 from interp.errors import BadInput
 from interp.models.axes import with_axes
 from interp.models.calls import at_home
-from interp.models.readout import unembed
+from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
 from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
@@ -129,6 +129,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
         )
     if spec.readout or (spec.unembedding is not None and "unembedding" not in refused):
         final = layers[-1].output
+        final = final if spec.d_vocab is None else of_tokens(final, seen.output)
         passed = check(
             "unembedding",
             [unembed(spec, seen.module, final)],
