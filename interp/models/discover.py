@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from interp.models.axes import find_axes, with_axes
+from interp.models.bypass import read_besides
 from interp.models.calls import text_config
 from interp.models.ends import with_ends
 from interp.models.layout import ACROSS, PARTS
@@ -60,6 +61,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     of_ids = batch.has_source or "input_ids" in batch.inputs
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
+    n_ctx = getattr(text, "max_position_embeddings", None)
     spec = Spec(
         family=getattr(config, "model_type", type(seen.module).__name__),
         stack=stack,
@@ -67,7 +69,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         d_model=shapes[-1][-1],
         causal=causal,
         d_vocab=getattr(text, "vocab_size", None) if of_ids else None,
-        n_ctx=getattr(text, "max_position_embeddings", None),
+        n_ctx=n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else None,
         hidden=key,
         n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
@@ -78,6 +80,9 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         refused=refused,
         absent=frozenset(absent),
     )
+    if len(spec.stages) > 1 and not spec.bypassed and read_besides(seen, layers, key, batch):
+        why = "what blocks of a stage return is read by more than the block after them"
+        spec = replace(spec, bypassed=why)
     return with_ends(spec, seen, layers, batch)
 
 
@@ -133,14 +138,21 @@ def _with_windows(
     for i, layer in enumerate(layers):
         rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
-        if q is not None and (q.shape[0] != rows or _padded(layer, key)):
+        if q is None or i in windows:
+            continue
+        n_pos, whole = layer.hidden(key).shape[1], layer.output.shape[1]
+        if q.shape[0] != rows or _padded(layer, key):
             why = (
                 f"'{layer.name}' attends in windows ({q.shape[0]} of {q.shape[2]} positions, for {rows} "
                 "rows of the batch), and which positions of the residual stream they hold was not found"
             )
-            for site in (*SELF_SITES, "attn_out"):
-                refused.setdefault(site, why)
-            layers[i] = replace(layer, attention=None)
+        elif q.shape[2] not in (n_pos, whole):
+            why = f"'{layer.name}' has queries of {q.shape[2]} of its {n_pos} positions where its attention is seen"
+        else:
+            continue
+        for site in (*SELF_SITES, "attn_out"):
+            refused.setdefault(site, why)
+        layers[i] = replace(layer, attention=None)
     return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
 
 

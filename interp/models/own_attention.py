@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,18 +21,14 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import other_forwards
+from interp.models.factors import Found, factor_of
 from interp.models.pieces import pieces, watched
 from interp.models.tape import (
     PRODUCTS,
-    Step,
     Tape,
-    earlier,
     is_product,
     key_of,
-    only_through,
     softmax_of_rows,
-    swapped,
-    tensors,
     two_factors,
 )
 
@@ -40,47 +36,8 @@ if TYPE_CHECKING:
     from interp.models.attention import Watch
 
 KERNEL = "scaled_dot_product_attention"
-PRIME = 65521
-"""Entries are told apart by their number modulo this: exact in float32, and no axis is as long."""
 own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Modules that compute attention themselves, and how many heads: some fold them into the batch."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Queries or keys, [.. pos d_head] or, as the product has keys, [.. d_head pos]; and the step that made them."""
-
-    x: Tensor
-    maker: Step | None
-    turned: bool
-
-
-@dataclass(frozen=True)
-class Found:
-    """The product of a pattern with values that is about to be formed, and how its pattern was made.
-
-    `after` are the steps from the softmax to the pattern. q and k are None where the scores depend on what
-    they are made of in another way besides.
-    """
-
-    tape: Tape
-    weights: Tensor
-    values: Tensor
-    after: list[Step]
-    n_rows: int
-    n_heads: int
-    q: Factor | None = None
-    k: Factor | None = None
-
-    @property
-    def scores(self) -> Tensor:
-        """What the softmax was given."""
-        softmax = self.after[0]
-        return softmax.args[0] if softmax.args else softmax.kwargs["input"]
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """[batch heads rows columns] of a tensor that may have its heads folded into the batch."""
-        return x if x.ndim == 4 else x.unflatten(0, (self.n_rows, -1))
 
 
 @contextmanager
@@ -176,46 +133,9 @@ def found_at(
     if not steps or steps[0].outputs[0].shape[-2:] != weights.shape[-2:]:
         return found
     left, right = steps[0].factors() or (weights, values)
-    q = _factor(found, left, steps[0], turned=False)
-    k = _factor(found, right, steps[0], turned=True)
+    q = factor_of(found, left, steps[0], turned=False)
+    k = factor_of(found, right, steps[0], turned=True)
     return found if q is None or k is None else replace(found, q=q, k=k)
-
-
-def _factor(found: Found, x: Tensor, product: Step, turned: bool) -> Factor | None:
-    """Where the scores depend on queries or keys through one tensor alone: at the product, or a few steps before it.
-
-    (In DeBERTa keys enter the product, and products with positions besides.)
-    """
-    between: list[Step] = []
-    for given, maker in earlier(x, product.made_by.get(id(x))):
-        as_read = _in_same_order(given, x, between)
-        as_shown = turned and not as_read and _in_same_order(given, x.mT, between, turned=True)
-        if given.ndim not in (3, 4) or given.shape[0] % found.n_rows:
-            return None
-        if (as_read or as_shown) and only_through(found.tape, given, maker, found.after[0]):
-            return Factor(given, maker, turned and as_read)
-        if maker is not None:
-            between.append(maker)
-    return None
-
-
-def _in_same_order(given: Tensor, x: Tensor, between: list[Step], turned: bool = False) -> bool:
-    """Whether steps that made x of `given` (the last one first) left its entries where they are."""
-    if given.shape != x.shape or (turned and not between):
-        return False
-    if not between:
-        return True
-    numbers = torch.arange(given.numel(), device=given.device) % PRIME
-    made = numbers = numbers.float().reshape(given.shape)
-    for step in reversed(between):
-        old = next(x for x in tensors(step.args, step.kwargs) if x.numel() > 1)
-        made = step.function(
-            *swapped(step.args, {id(old): made}), **swapped(step.kwargs, {id(old): made})
-        )
-    made = made.mT if turned else made
-    last = min(given.numel(), PRIME) - 1
-    scale = made.flatten()[last] / max(last, 1)
-    return bool(((made - scale * numbers).abs() <= 0.1 * scale.abs()).all())
 
 
 def first_step(found: Found) -> int:
@@ -234,12 +154,11 @@ def _attend(watch: Watch, found: Found, product: Callable[[Tensor, Tensor], Tens
         q, k, new_v = watch.inputs(q, v.new_empty(*v.shape[:3], 0), v)
     else:
         factors = (found.q, found.k)
-        q, k = (found.by_head(f.x.mT if f.turned else f.x) for f in factors)
+        q, k = (factor.shown(found) for factor in factors)
         new_q, new_k, new_v = watch.inputs(q, k, v)
         for factor, shown, new in zip(factors, (q, k), (new_q, new_k), strict=True):
             if not _same(new, shown, factor.x):
-                new = new.mT if factor.turned else new
-                values[key_of(factor.x, factor.maker)] = new.reshape(factor.x.shape)
+                values[key_of(factor.x, factor.maker)] = factor.held(new)
         if values:
             tape.again(min(index for index, _ in values), values)
     made_by = softmax.made_by.get(id(found.scores))

@@ -99,6 +99,8 @@ def with_output(layer: Layer, block: BlockMap, key: int | str) -> BlockMap:
             or call.output.shape[-1] != layer.hidden(key).shape[-1] // layer.n_streams
         ):
             continue
+        if name != block.W_O and _ends_in_a_norm_of_a_sum(layer.inside, name, call):
+            continue  # the stream, with attention's output in it
         first = call.output.shape[0]
         if first == rows or (call.output.ndim == 2 and not _positions_first(layer, call)):
             return replace(block, attn_out=name)
@@ -110,6 +112,26 @@ def _positions_first(layer: Layer, call: ModuleCall) -> bool:
     assert layer.attention is not None
     x, z = call.inputs[0].reshape(-1), layer.attention.tensors["z"]
     return not torch.equal(x, z.reshape(-1)) and torch.equal(x, z.transpose(0, 1).reshape(-1))
+
+
+def _ends_in_a_norm_of_a_sum(seen: Recording, name: str, call: ModuleCall) -> bool:
+    """Whether a module returns what a norm inside it makes of a tensor that no module returned."""
+    assert call.output is not None
+    inside = {
+        path: calls[0]
+        for path, calls in seen.calls.items()
+        if path.startswith(name + ".") and len(calls) == 1 and calls[0].inputs
+    }
+    norms = [
+        each
+        for path, each in inside.items()
+        if each.output is not None
+        and same(each.output, call.output)
+        and elementwise(seen, path, each)
+        and not same(each.inputs[0], each.output)
+    ]
+    outputs = [x.output for calls in seen.calls.values() for x in calls if x.output is not None]
+    return any(not any(same(norm.inputs[0], out) for out in outputs) for norm in norms)
 
 
 def _projections(seen: Recording, z: Tensor) -> list[str]:

@@ -1,7 +1,8 @@
 """What a module computes, call by call: every torch function, what it was given and what it returned.
 
 A tape can say where a tensor came from, and compute again what depends on one that is changed. PyTorch's
-`multi_head_attention_forward` is one torch function made of many: of it the many are on the tape.
+`multi_head_attention_forward` is one torch function made of many: of it the many are on the tape. So are the
+steps of an einsum that is a product of matrices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from interp.errors import Refused
+from interp.models.einsums import batched_product, is_batched_product
 
 PRODUCTS = {  # names of the two factors, and where they stand
     "matmul": (("input", 0), ("other", 1)),
@@ -22,6 +24,7 @@ PRODUCTS = {  # names of the two factors, and where they stand
     "bmm": (("input", 0), ("mat2", 1)),
     "baddbmm": (("batch1", 1), ("batch2", 2)),
 }
+ADDITIONS = ("add", "__add__", "__radd__")
 COMPOSED = "multi_head_attention_forward"
 
 
@@ -80,6 +83,9 @@ class Tape(TorchFunctionMode):
                     return _in_parts(func)(*args, **kwargs)
             finally:
                 self.in_parts = False
+        if name == "einsum" and not kwargs and is_batched_product(args):
+            with self:
+                return batched_product(args)
         out = self.attended(self, name, func, args, kwargs)
         changed = name == "__setitem__"
         outputs = (args[0],) if changed else tuple(_flat((out,)))
@@ -200,12 +206,17 @@ def is_product(step: Step) -> bool:
 
 
 def earlier(x: Tensor, maker: Step | None) -> Iterator[tuple[Tensor, Step | None]]:
-    """x, and what it was made of by steps that only reorder or scale it; each with the step that made it."""
+    """x, and what it was made of by steps that only reorder or scale it, or add a smaller tensor to it.
+
+    Each with the step that made it.
+    """
     while True:
         yield x, maker
         if maker is None or maker.name in PRODUCTS or maker.in_place or len(maker.outputs) != 1:
             return
         given = [g for g in tensors(maker.args, maker.kwargs) if g.numel() > 1]
+        if maker.name in ADDITIONS:
+            given = [g for g in given if g.numel() == x.numel()]
         if len(given) != 1 or given[0].numel() != x.numel():
             return
         x = given[0]
@@ -221,7 +232,7 @@ def only_through(tape: Tape, x: Tensor, maker: Step | None, end: Step) -> bool:
     open_ = [] if maker is None else [maker]
     while open_:
         step = open_.pop()
-        if step.name in PRODUCTS or step.name == "linear":
+        if step.name in PRODUCTS or step.name in ("linear", "einsum"):
             continue
         for given in tensors(step.args, step.kwargs):
             before = step.made_by.get(id(given))

@@ -1,0 +1,48 @@
+"""Whether anything but the next block reads what a block returned: the end of another stage, say."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from interp.models.calls import call_model, output_tensor
+from interp.models.recording import Recording
+from interp.models.spec import first_tensor, with_first
+from interp.models.stack import Layer
+from interp.models.verify import relative_error, relative_tolerance
+from interp.run.batch import Batch
+
+
+def read_besides(seen: Recording, layers: list[Layer], key: int | str, batch: Batch) -> bool:
+    """Whether the model returns something else when every block but the last returns another stream.
+
+    Each block reads what it read before, so that only what goes other ways can tell.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        given = layer.call.inputs[layer.call.keys.index(key)]
+        inputs.setdefault(layer.name, []).append(given)
+    left = len(layers)
+
+    with ExitStack() as stack:
+        for name, values in inputs.items():
+            turns = iter(values)
+
+            def put(module: nn.Module, args: tuple, kwargs: dict, turns: Any = turns) -> Any:
+                if isinstance(key, str):
+                    return args, {**kwargs, key: next(turns).to(kwargs[key])}
+                return (*args[:key], next(turns).to(args[key]), *args[key + 1 :]), kwargs
+
+            def other(module: nn.Module, args: tuple, output: Any) -> Any:
+                nonlocal left
+                left -= 1
+                made = first_tensor(output)
+                return with_first(output, made.flip(-1)) if left and made is not None else None
+
+            block = seen.module.get_submodule(name)
+            stack.callback(block.register_forward_pre_hook(put, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(other).remove)
+        made = output_tensor(call_model(seen.module, batch))
+    return relative_error(made, seen.output)[0] > relative_tolerance(seen.output.dtype)
