@@ -40,12 +40,10 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     ):
         embedding = None  # of several codebooks, one each
     unembedding = _name_of(seen, module, "get_output_embeddings")
-    if unembedding is None and not of_ids:
-        unembedding = _head_of_letters(seen, last, residual)
     final = seen.once(unembedding)
     if final is not None and not final.inputs:  # an embedding, multiplied with outside any module
         final = None
-    if batch.has_source and final is None and (head := _head_of_letters(seen, last, residual)):
+    if final is None and (head := _head_of_letters(seen, last, residual)):
         unembedding, final = head, seen.once(head)
     after = {
         name: late[0]
@@ -56,29 +54,12 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     if norm is not None and (dtype := after[norm].inputs[0].dtype) != last.output.dtype:
         spec = replace(spec, final_dtype=dtype)
     if final is None or final.output is None or final.output.shape != seen.output.shape:
-        return replace(spec, embedding=embedding, final_norm=norm)
+        spec = replace(spec, embedding=embedding, final_norm=norm)
+        of_words = seen.output.shape[-1] == _d_vocab(module)
+        return _by_other_ways(spec, seen, layers, residual, after, batch) if of_words else spec
     if before is None:
         spec = replace(spec, embedding=embedding, unembedding=unembedding)
-        if path := _path(seen, after, residual):
-            why = (
-                f"'{path[0]}' transforms the final residual before W_U is reached, so logits are not "
-                "linear in it; model.unembed gives them all the same"
-            )
-            refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
-            return replace(spec, readout=path, refused=refused, absent=absent)
-        why = "no chain of modules leads from the final residual to the logits"
-        if _whole(spec, seen, layers[-1].output):
-            why += (
-                "; model.unembed gives them all the same, by the model's own code behind its blocks"
-            )
-            refused, absent = {**spec.refused, "unembedding": why}, spec.absent | {"unembedding"}
-            return replace(spec, readout=WHOLE, refused=refused, absent=absent)
-        if _reads_earlier(seen, layers, batch):
-            why = "logits are made of the final residual and of what earlier blocks read or returned besides"
-            spec = replace(
-                spec, absent=spec.absent | {"unembedding"}, bypassed=spec.bypassed or why
-            )
-        return replace(spec, refused={**spec.refused, "unembedding": why})
+        return _by_other_ways(spec, seen, layers, residual, after, batch)
     if _biased(final.output, seen.output):
         why = "a bias that is no module's is added to what W_U returns"
         if _whole(spec, seen, layers[-1].output):
@@ -103,10 +84,49 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     )
 
 
+def _by_other_ways(
+    spec: Spec,
+    seen: Recording,
+    layers: list[Layer],
+    residual: Tensor,
+    after: dict[str, ModuleCall],
+    batch: Batch,
+) -> Spec:
+    """The map with a readout where no one linear layer makes the logits of the final residual, or why none."""
+    no_one = spec.absent | {"unembedding"}
+    if layers[-1].output.shape[:-1] != seen.output.shape[:-1]:
+        why = (
+            "logits are of other rows or positions than the final residual (several heads, or what changes "
+            "its length): no one W_U makes them of it"
+        )
+        return replace(spec, refused={**spec.refused, "unembedding": why}, absent=no_one)
+    if path := _path(seen, after, residual):
+        why = (
+            f"'{path[-1]}' makes the logits, and is no linear layer that reads the final residual or its norm"
+            if spec.unembedding is None
+            else f"'{path[0]}' transforms the final residual before W_U is reached, so logits are not linear in it"
+        )
+        why += "; model.unembed gives them all the same"
+        refused = {**spec.refused, "unembedding": why}
+        return replace(spec, readout=path, refused=refused, absent=no_one)
+    why = "no chain of modules leads from the final residual to the logits"
+    if _whole(spec, seen, layers[-1].output):
+        why += "; model.unembed gives them all the same, by the model's own code behind its blocks"
+        refused = {**spec.refused, "unembedding": why}
+        return replace(spec, readout=WHOLE, refused=refused, absent=no_one)
+    if _reads_earlier(seen, layers, batch):
+        why = "logits are made of the final residual and of what earlier blocks read or returned besides"
+        spec = replace(spec, absent=no_one, bypassed=spec.bypassed or why)
+    return replace(spec, refused={**spec.refused, "unembedding": why})
+
+
+def _d_vocab(module: nn.Module) -> int | None:
+    return getattr(text_config(module), "vocab_size", None) if hasattr(module, "config") else None
+
+
 def _head_of_letters(seen: Recording, last: ModuleCall, residual: Tensor) -> str | None:
-    """The linear layer behind the blocks that gives each position logits of the vocabulary (CTC)."""
-    d_vocab = getattr(text_config(seen.module), "vocab_size", None)
-    if seen.output.shape != (*residual.shape[:-1], d_vocab):
+    """The linear layer behind the blocks that gives each position logits of the vocabulary, by no name (CTC)."""
+    if seen.output.shape != (*residual.shape[:-1], _d_vocab(seen.module)):
         return None
     for name, calls in seen.calls.items():
         (call, *more), weight = calls, getattr(seen.module.get_submodule(name), "weight", None)

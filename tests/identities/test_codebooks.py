@@ -60,7 +60,8 @@ def close(got: Tensor, wanted: Tensor) -> bool:
 @every
 def test_sites_have_the_rows_of_the_batch(name: str) -> None:
     model, given = model_of(name), inputs(name)
-    assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+    assert set(model.spec.refused) == model.spec.absent == {"unembedding"}
+    assert all(check.passed for check in model.spec.checks)
     sites = [site for site in AXES if model.layers_with(site)]
     run = model.run(given, capture=sites)
     with torch.no_grad():
@@ -72,6 +73,8 @@ def test_sites_have_the_rows_of_the_batch(name: str) -> None:
     assert run.cache["resid_post.1"].shape[:2] == (2, 6)
     same = [Edit.apply(site, lambda x, seen: x) for site in sites]
     assert close(model.run(given, edits=same).logits, run.logits)
+    with pytest.raises(Refused, match="several heads"):
+        model.unembed(run.cache["resid_post.2"])
 
 
 @every
