@@ -17,6 +17,8 @@ from interp.run.batch import Batch
 
 drawing: WeakSet[nn.Module] = WeakSet()
 """Models that draw random numbers in every forward, as the probe finds: torch's generator is put back before each."""
+beside_tokens: WeakSet[nn.Module] = WeakSet()
+"""Models that read tokens besides, and whose blocks have other positions (a policy that reads a robot's state)."""
 FAILURES = (
     RuntimeError,
     ValueError,
@@ -70,6 +72,11 @@ def is_encoder_decoder(module: nn.Module) -> bool:
         getattr(config, "is_encoder_decoder", False)
         and "decoder_input_ids" in inspect.signature(type(module).forward).parameters
     )
+
+
+def has_tokens(module: nn.Module, batch: Batch) -> bool:
+    """Whether the positions of a model's blocks are tokens of the batch."""
+    return batch.has_source or ("input_ids" in batch.inputs and module not in beside_tokens)
 
 
 def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:

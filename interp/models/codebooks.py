@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from interp.errors import BadInput
-from interp.models.calls import FAILURES, call_model, output_tensor, with_decoder_start
+from interp.models.calls import (
+    FAILURES,
+    call_model,
+    has_tokens,
+    output_tensor,
+    with_decoder_start,
+)
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -54,12 +60,15 @@ def begun(module: nn.Module, batch: Batch) -> Batch:
 def in_codebooks(module: nn.Module, batch: Batch) -> Batch:
     """The batch as one of several codebooks where the model reads such ids.
 
+    A mask of tokens that are none of the blocks' positions is left out.
+
     Raises:
         BadInput: its ids have another shape than the forward takes.
     """
     taken = _known.get(module)
     if taken is None:
-        return batch
+        beside = "input_ids" in batch.inputs and not has_tokens(module, batch)
+        return Batch(batch.inputs) if beside else batch
     ids, source = batch.ids, [x for name, x in batch.inputs.items() if name != batch.name_of_ids]
     for shape, n in taken.items():
         rows = len(source[0]) if batch.has_source else len(ids) // n

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,10 +30,11 @@ OPTIONAL = (
     "input_features",
     "image_attention_mask",
     "image_embeds_position_mask",
+    "pixel_attention_mask",
 )
 """Parameters that a signature may leave open although the forward needs them, the likeliest first."""
-MOST = 2
-"""How many of them are tried together."""
+MOST, TRIALS = 3, 80
+"""How many of them are tried together, and how often in all."""
 TOKENS_AN_IMAGE = ("latent_query_num", "num_query_tokens", "image_seq_length")
 FRAMES_A_TOKEN = (1, 2, 4, 8, 16)
 needed: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -57,7 +58,7 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     ]
     if not required and (not optional or _works(module, batch)):
         return batch
-    for inputs in _trials(module, batch, required, optional):
+    for inputs in islice(_trials(module, batch, required, optional), TRIALS):
         tried = Batch.of_inputs(inputs)
         if _works(module, tried):
             needed[module] = inputs
@@ -103,11 +104,16 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
     counts = [n for key in TOKENS_AN_IMAGE for n in _values(config, key)]
     if name.endswith("input_ids"):
         for longer in (0, *(counts if name == "input_ids" else ())):
-            yield random_ids(module, PROBE_LENGTH + longer, name.removesuffix("input_ids"))
+            part = name.removesuffix("input_ids")
+            yield random_ids(module, PROBE_LENGTH + longer, part, of_parts=True)
     elif name == "pixel_values":
-        pixels = random_images(module)["pixel_values"]
-        yield pixels
-        yield pixels[:, None]  # of several images a row
+        images = [random_images(module)["pixel_values"]]
+        for side in dict.fromkeys(_values(config, "image_size")):  # of a part of a part
+            if side != images[0].shape[-1]:
+                shape = (*images[0].shape[:-2], side, side)
+                images.append(torch.randn(shape, generator=generator).to(dtype))
+        for pixels in images:
+            yield from (pixels, pixels[:, None])  # one image, or several a row
     elif name == "bbox":  # left, top, right, bottom: parts of a page
         corners = torch.rand(PROBE_ROWS, length, 2, 2, generator=generator)
         yield corners.sort(dim=2).values.flatten(2).to(dtype)
@@ -123,17 +129,24 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
             yield mask
     elif name == "image_attention_mask":
         yield torch.ones(PROBE_ROWS, length, 1, dtype=torch.long)
+    elif name == "pixel_attention_mask":  # of images
+        yield torch.ones(PROBE_ROWS, 1, dtype=torch.bool)
     elif name.endswith("mask"):
         yield torch.ones(PROBE_ROWS, length, dtype=torch.long)
 
 
 def random_ids(
-    module: nn.Module, length: int, part: str = "", seed: int = 0
+    module: nn.Module, length: int, part: str = "", seed: int = 0, of_parts: bool = False
 ) -> Int[Tensor, "row pos"]:
-    """Token ids that are no special token's, of the text or of the part of the config called `part`."""
+    """Token ids that are no special token's, of the text or of the part of the config called `part`.
+
+    `of_parts`: the smallest vocabulary that a part of the config names will do.
+    """
     config: Any = getattr(getattr(module, "config", None), f"{part}config", None)
     config = text_config(module) if config is None else config
     d_vocab = getattr(config, "vocab_size", None)
+    if d_vocab is None and of_parts:
+        d_vocab = min(_values(config, "vocab_size"), default=None)
     if d_vocab is None:
         raise Refused(
             f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "

@@ -14,7 +14,7 @@ import torch
 
 from interp.models.axes import find_axes, with_axes
 from interp.models.bypass import read_besides
-from interp.models.calls import text_config
+from interp.models.calls import beside_tokens, has_tokens, text_config
 from interp.models.ends import with_ends
 from interp.models.layout import ACROSS, PARTS
 from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
@@ -58,7 +58,11 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         )
     else:
         causal = sees_no_later(seen, layers, batch)
-    of_ids = batch.has_source or "input_ids" in batch.inputs
+    main = getattr(seen.module, "main_input_name", "input_ids")
+    if "input_ids" in batch.inputs and main not in ("input_ids", "pixel_values"):
+        if not batch.has_source and shapes[0][1] != batch.ids.shape[1]:
+            beside_tokens.add(seen.module)
+    of_ids = has_tokens(seen.module, batch)
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
     n_ctx = getattr(text, "max_position_embeddings", None)

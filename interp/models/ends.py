@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import is_encoder_decoder, text_config
+from interp.models.calls import has_tokens, is_encoder_decoder, text_config
 from interp.models.layout import ROWS_ELSEWHERE
 from interp.models.projections import same
 from interp.models.readout import WHOLE, of_tokens, rest_of_model
@@ -33,7 +33,7 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         residual = of_tokens(residual, seen.output)
     module: Any = seen.module
     of = module.get_decoder() if batch.has_source else module
-    of_ids = batch.has_source or "input_ids" in batch.inputs
+    of_ids = has_tokens(module, batch)
     embedding = _name_of(seen, of, "get_input_embeddings") if of_ids else None
     if embedding and not isinstance(
         getattr(module.get_submodule(embedding), "weight", None), Tensor

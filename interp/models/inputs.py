@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, call_model, is_encoder_decoder, output_tensor
-from interp.models.companions import needed
+from interp.models.companions import needed, with_companions
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -37,8 +37,9 @@ BINS = (
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
 VIDEO_FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
+WAVES = (ROWS, SAMPLES)
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
-"""Of it the first layer says how many bins it wants; two axes that can be told apart."""
+"""Of these the first layer says how many bins it wants; in the second two axes that can be told apart."""
 
 _known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -52,7 +53,7 @@ def numbers_taken(
         others: the other inputs that the forward gets, such as an encoder-decoder's target.
 
     Returns:
-        the numbers by `name`, and masks of ones that its forward requires.
+        the numbers by `name`, masks of ones that its forward requires, and what else it needs.
 
     Raises:
         Refused: it works with none; with why the likeliest shape failed.
@@ -61,6 +62,7 @@ def numbers_taken(
         return {given: x.clone() for given, x in _known[module].items()}
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
     tried: dict[tuple[int, ...], str] = {}
+    shaped: list[dict[str, Tensor]] = []
     while waiting:
         shape = waiting.pop(0)
         for masks in _masks(module, shape):
@@ -71,8 +73,15 @@ def numbers_taken(
                 _known[module] = made
                 return numbers_taken(module, name, others)
             tried.setdefault(shape, why)
-            if shape == UNKNOWN:
+            if shape in (WAVES, UNKNOWN):
                 waiting += _moved(shape, *channels)
+            if channels == (0, 0):  # no layer wanted more of them: another input may be missing
+                shaped.append(made)
+    for made in shaped:
+        batch = with_companions(module, Batch.of_inputs({**made, **others}))
+        if module in needed:
+            _known[module] = {given: x for given, x in batch.inputs.items() if given not in others}
+            return numbers_taken(module, name, others)
     shape, why = next(iter(tried.items()))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
@@ -151,7 +160,7 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
         for frames in (FRAMES, *lengths, SECONDS):
             yield ROWS, frames, bins
             yield ROWS, bins, frames
-    yield ROWS, SAMPLES
+    yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN
 

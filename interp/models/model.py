@@ -20,6 +20,7 @@ from interp.models.calls import (
     check_source,
     check_tokens,
     drawing,
+    has_tokens,
     is_encoder_decoder,
     output_tensor,
 )
@@ -375,8 +376,8 @@ class Model:
                     "one stack"
                 )
             batch = begun(self.module, batch)
-        if batch.has_source or "input_ids" in batch.inputs:
-            batch = in_codebooks(self.module, batch)
+        batch = in_codebooks(self.module, batch)
+        if has_tokens(self.module, batch):
             self._check_ids(batch.ids)
         if batch.has_source:
             check_source(self.module, batch)

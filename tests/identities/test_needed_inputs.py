@@ -272,3 +272,47 @@ def test_streams_that_attend_to_each_other_have_no_own_stack() -> None:
     module = tiny_model("bridgetower", "BridgeTowerModel", partial(runs, strict=True))
     with pytest.raises(Refused, match="3 stacks of attention blocks"):
         Model(module)
+
+
+# --- a robot's policy -----------------------------------------------------------------------------
+
+
+def policy_inputs() -> dict[str, Tensor]:
+    """Nine tokens, as many as there are positions of state and actions; two images a row, one of them padding."""
+    seen = torch.tensor([[True, True], [True, False]])
+    return {
+        "state": torch.randn(2, 32, generator=torch.Generator().manual_seed(8)),
+        "input_ids": words(2, 9),
+        "attention_mask": MASK,
+        "pixel_values": torch.stack([IMAGES, IMAGES.flip(0)], 1),
+        "pixel_attention_mask": seen,
+    }
+
+
+def test_a_policy_s_blocks_read_state_and_actions_and_attend_to_the_prompt() -> None:
+    model, given = model_of("pi0", "PI0ForConditionalGeneration"), policy_inputs()
+    assert not model.spec.refused and "draws random numbers" in model.notes[0]
+    sites = [s for s in AXES if model.layers_with(s)]
+    run = model.run(given, capture=sites)
+    assert run.cache["pattern.1"].shape == (2, 4, 9, 18)  # the prompt's keys before its own
+    assert not run.cache["pattern.1"][1, ..., 6:9].any()
+    assert run.cache["pattern.1"][0, :, 1:].all()  # the state sees no action
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert close(run.logits, model.module(**given).logits)
+    told = {"noise": torch.randn(2, 8, 32), "timestep": torch.tensor([0.2, 0.7])}
+    with torch.no_grad():
+        plain = model.module(**given, **told).logits
+    assert close(model.run({**given, **told}, capture=sites).logits, plain)
+
+
+def test_a_mask_of_the_prompt_is_no_mask_of_actions() -> None:
+    model, given = model_of("pi0", "PI0ForConditionalGeneration"), policy_inputs()
+    z = model.run(given, capture=["z.1"]).cache["z.1"]
+    mean = Edit.apply("z.1", lambda x, seen: z.mean((0, 1)).expand_as(x))
+    with_mean = model.run(given, edits=[Edit.mean("z.1")]).logits
+    assert close(with_mean, model.run(given, edits=[mean]).logits)
+    with pytest.raises(Refused, match="no token embedding"):
+        _ = model.W_E
+    with pytest.raises(BadInput, match=r"fails on 'state'.*'pixel_attention_mask' \(2, 1\)"):
+        model.run({"state": given["state"]})
