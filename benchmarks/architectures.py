@@ -101,6 +101,7 @@ def model_types() -> list[tuple[str, str, list[str]]]:
         (SENSED, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
         (SENSED, auto.MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES),
         ("vision", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_TEXT_RECOGNITION_MAPPING_NAMES),
         ("vision", auto.MODEL_FOR_IMAGE_MAPPING_NAMES),
         ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
         ("multimodal", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
