@@ -16,6 +16,7 @@ import interp
 from circuits.heads.patch_distance import PATCH_DISTANCE
 from circuits.heads.patch_offset import PATCH_OFFSET
 from circuits.heads.patch_sink import PATCH_SINK
+from circuits.heads.patch_window import PATCH_WINDOW
 from circuits.heads.patches import distances, neighbours, shuffled
 from circuits.heads.scan import one_pass
 from interp.data.drawn_images import drawn_images
@@ -173,10 +174,10 @@ def test_scores_are_those_of_the_whole_pattern(name, monkeypatch):
 # --- the grid -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in VISION if name != PADDED])
+@pytest.mark.parametrize("name", VISION)
 def test_the_grid_is_found_whatever_stands_before_it(name):
     grid = patch_grid(Model(FAMILIES[name]()))
-    others = {"deit": 2, "siglip_vision": 0}.get(name, 1)
+    others = {"deit": 2, "siglip_vision": 0, PADDED: 0}.get(name, 1)
     assert grid.places.flatten().tolist() == list(range(others, others + 16))
     assert grid.others == list(range(others))
     assert grid.labels[others:][:5] == ["0,0", "0,1", "0,2", "0,3", "1,0"]
@@ -200,6 +201,23 @@ def test_registers_of_dinov2_are_found():
     assert "register" in circuits.classify_heads(model, prompts=4, progress=False).table
 
 
+def test_keys_that_fill_up_a_window_are_no_patches():
+    """Distances, masses and their baselines are of the 16 patches, not of the 20 keys behind them."""
+    model = Model(FAMILIES[PADDED]())
+    images = image_prompts(model, 3)
+    found = one_pass(model, [PATCH_DISTANCE, PATCH_WINDOW], images)
+    pattern = model.run(images.batch, capture=["pattern"]).cache["pattern.0"]
+    assert pattern.shape[2:] == (16, 36) and pattern[..., 16:].sum() > 1
+    places = images.grid.rows_and_columns
+    far, seen = torch.cdist(places, places), pattern[..., :16]
+    got = found["patch_distance.far"][:, 0] / found["patch_distance.mass"][:, 0]
+    wanted = (seen * far).sum((-1, -2)) / seen.sum((-1, -2))
+    assert np.allclose(got, wanted, atol=1e-5)  # float32 sums of 256 weights
+    near = ((places[:, None] - places[None]).abs().amax(-1) <= 1).float()
+    mean = (seen * near).sum((-1, -2)) / 16
+    assert np.allclose(found["patch_window.score"][:, 0], mean, atol=1e-5)
+
+
 def test_models_without_a_grid_are_refused_with_the_reason(tiny):
     windows = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1]}
     windows |= {"num_heads": [2, 2], "window_size": 4}
@@ -208,8 +226,6 @@ def test_models_without_a_grid_are_refused_with_the_reason(tiny):
         interp.InterpError, match="no one grid of patches: layer 1 attends over 1 × 16 positions"
     ):
         patch_grid(swin)
-    with pytest.raises(interp.InterpError, match="no one grid of patches"):
-        patch_grid(Model(FAMILIES[PADDED]()))
     unsaid = Model(FAMILIES["vit"]())
     unsaid.module.config = SimpleNamespace(image_size=32)
     with pytest.raises(interp.InterpError, match="no patch_size"):

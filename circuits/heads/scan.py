@@ -158,7 +158,7 @@ def one_pass(
             into: dict[str, Any] = streamed if isinstance(statistic, Streamed) else wanted
             into[f"{d.name}.{key}"] = statistic
     captures = sorted({site for d in detectors for site in d.captures(model)})
-    run, stream = Run(prompts.batch), Stream(streamed)
+    run, stream = Run(prompts.batch), Stream(streamed, prompts.length)
     if wanted or captures or streamed:
         run = model.run(
             prompts.batch,

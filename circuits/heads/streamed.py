@@ -25,16 +25,20 @@ class Streamed:
 
 
 class Stream:
-    """Feeds every `Streamed` from one forward: `edit` reads patterns and changes nothing."""
+    """Feeds every `Streamed` from one forward: `edit` reads patterns and changes nothing.
 
-    def __init__(self, wanted: Mapping[str, Streamed]):
-        self.wanted = wanted
+    Of a pattern it reads the keys at `length` positions; behind them come keys that are no position's.
+    """
+
+    def __init__(self, wanted: Mapping[str, Streamed], length: int):
+        self.wanted, self.length = wanted, length
         self._sums: dict[tuple[str, int], Tensor] = {}
         self.edit = Edit.apply("pattern", self._read)
 
     def _read(self, pattern: Tensor, seen: Seen) -> Tensor:
+        read = pattern.detach()[..., : self.length].float()
         for name, streamed in self.wanted.items():
-            found = streamed.weigh(pattern.detach().float(), seen.start)
+            found = streamed.weigh(read, seen.start)
             key = name, seen.layer
             self._sums[key] = found if key not in self._sums else self._sums[key] + found
         return pattern

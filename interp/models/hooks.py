@@ -67,7 +67,7 @@ class RunWatch(Watch):
         self.statistics = plan.statistics if prefix == "" else None
         self.needs_rows = self.wants("scores") or self.wants("pattern")
         self._whole: dict[str, list[Tensor]] = {}
-        self._n_keys = 0
+        self._n_queries = self._n_keys = 0
 
     def wants(self, which: str) -> bool:
         """Whether something is read or changed of "scores" or of "pattern"."""
@@ -75,7 +75,7 @@ class RunWatch(Watch):
         return of_rows or self.plan.wants(self.prefix + which, self.layer)
 
     def inputs(self, q, k, v):
-        self._n_keys = k.shape[2]
+        self._n_queries, self._n_keys = q.shape[2], k.shape[2]
         seen = []
         for which, x in (("q", q), ("k", k), ("v", v)):
             name = self.prefix + which
@@ -90,9 +90,9 @@ class RunWatch(Watch):
     def pattern(self, pattern, start):
         pattern = self._chunk(self.prefix + "pattern", pattern, start, fill=0.0)
         if self.statistics is not None:
-            mask = self.run.batch.mask  # what is no position's comes behind these
-            n = None if mask is None else mask.shape[1]
-            of_positions = pattern if n is None else pattern[:, :, : n - start, :n]
+            mask = self.run.batch.mask
+            n = self._n_queries if mask is None else mask.shape[1]
+            of_positions = pattern[:, :, : n - start, :n]  # what is no position's comes behind these
             if self.part is None:
                 self.statistics.update(self.layer, of_positions, start)
             elif self.part.along == HEADS or self.part.index == 0:
