@@ -92,7 +92,9 @@ class RunWatch(Watch):
         if self.statistics is not None:
             mask = self.run.batch.mask
             n = self._n_queries if mask is None else mask.shape[1]
-            of_positions = pattern[:, :, : n - start, :n]  # what is no position's comes behind these
+            of_positions = pattern[
+                :, :, : n - start, :n
+            ]  # what is no position's comes behind these
             if self.part is None:
                 self.statistics.update(self.layer, of_positions, start)
             elif self.part.along == HEADS or self.part.index == 0:
