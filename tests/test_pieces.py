@@ -412,6 +412,93 @@ def test_heads_are_classified_by_their_patterns_over_tokens(model: Any) -> None:
     assert torch.equal(torch.from_numpy(shown[0, 1]).float(), wanted)
 
 
+# --- blocks that are staggered, with global tokens that have a stream of their own --------------------
+
+GLOBAL, TOKENS = 3, 10
+
+
+@cache
+def staggered() -> Model:
+    """Pegasus-X: blocks of 4, those of every second layer begin two positions earlier; 10 tokens are padded to 12."""
+    torch.manual_seed(0)
+    config = transformers.PegasusXConfig(
+        d_model=32,
+        encoder_layers=3,
+        decoder_layers=1,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        vocab_size=97,
+        block_size=BLOCK,
+        num_global_tokens=GLOBAL,
+        max_position_embeddings=64,
+    )
+    return Model(randomised(transformers.PegasusXModel(config)).get_encoder(), id="staggered")
+
+
+def in_blocks(layer: int) -> Tensor:
+    """Which of 12 positions (two are padding) share a block."""
+    block = (torch.arange(12) + 2 * (layer % 2)) // BLOCK
+    return (block[:, None] == block[None]) & (torch.arange(12) < TOKENS)
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_staggered_blocks_are_attention_of_positions(layer: int) -> None:
+    """Padding stands behind the positions, and the global tokens' keys behind that."""
+    model, batch = staggered(), Batch.of_ids(ids(TOKENS))
+    assert not {*SITES, "attn_out"} & set(model.spec.refused)
+    cache = model.run(batch, capture=[*SITES, "attn_out"]).cache
+    attention: Any = model.blocks[layer].self_attn
+    x = normed(model, layer, batch, "self_attn_layer_norm")
+    of_all = normed(model, layer, batch, "global_self_attn_layer_norm")
+    with torch.no_grad():
+        q = heads(attention.q_proj(x)) / 8**0.5
+        k, v = (
+            torch.cat([heads(f(x)), heads(f(of_all))], 2)
+            for f in (attention.k_proj, attention.v_proj)
+        )
+        sees = torch.cat([in_blocks(layer), torch.ones(12, GLOBAL).bool()], 1)
+        pattern = (q @ k.mT).masked_fill(~sees, -torch.inf).softmax(-1)
+        out = attention.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+    n_padding = 4 * (layer % 2)
+    shown = [*range(12), *range(12 + n_padding, 12 + n_padding + GLOBAL)]
+    found = cache[f"pattern.{layer}"]
+    assert found.shape == (2, 4, 12, 12 + n_padding + GLOBAL)
+    assert off(found[..., shown], pattern) < ROUNDING
+    assert (found[..., 12 : 12 + n_padding] == 0).all()
+    assert off(cache[f"v.{layer}"][:, shown], v.transpose(1, 2)) < ROUNDING
+    assert off(cache[f"k.{layer}"][:, shown], k.transpose(1, 2)) < ROUNDING
+    assert off(cache[f"z.{layer}"], (pattern @ v).transpose(1, 2)) < ROUNDING
+    assert off(cache[f"attn_out.{layer}"], out) < ROUNDING
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_edits_of_staggered_blocks_reach_the_positions_they_name(layer: int) -> None:
+    model, batch = staggered(), Batch.of_ids(ids(TOKENS))
+    clean = model.run(batch, capture=[*SITES, "attn_out"]).cache
+    pattern, v = clean[f"pattern.{layer}"], clean[f"v.{layer}"]
+
+    def seen(edit: Edit, site: str) -> Tensor:
+        return model.run(batch, capture=[site], edits=[edit]).cache[site]
+
+    out = seen(Edit.zero(f"z.{layer}", positions=[5]), f"attn_out.{layer}")
+    rest = [p for p in range(12) if p != 5]
+    assert (out[:, 5] == 0).all() and torch.equal(out[:, rest], clean[f"attn_out.{layer}"][:, rest])
+    for key in (5, pattern.shape[-1] - 1):
+        moved = seen(Edit.zero(f"k.{layer}", positions=[key]), f"pattern.{layer}") != pattern
+        assert torch.equal(moved.any(-1).any(1)[0], pattern[0, 0, :, key] > 0)
+        less = torch.einsum("bhq,bhd->bqhd", pattern[..., key], v[:, key])
+        z = seen(Edit.zero(f"v.{layer}", positions=[key]), f"z.{layer}")
+        assert off(z, clean[f"z.{layer}"] - less) < ROUNDING
+    eye = torch.eye(*pattern.shape[2:])
+    to_itself = Edit.apply(f"pattern.{layer}", lambda x, seen: eye.expand_as(x).clone())
+    assert off(seen(to_itself, f"z.{layer}"), v[:, :12]) < ROUNDING
+    same = [Edit.apply(site, lambda x, seen: x.clone()) for site in (*SITES, "attn_out")]
+    plain, edited = model.run(batch).logits, model.run(batch, edits=same).logits
+    assert plain is not None and edited is not None and torch.equal(plain, edited)
+
+
 def test_global_tokens_are_refused_by_name() -> None:
     model = banded()
     mask = torch.zeros(2, 16, dtype=torch.long)

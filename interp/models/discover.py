@@ -19,7 +19,12 @@ from interp.models.ends import with_ends
 from interp.models.layout import ACROSS, PARTS
 from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
 from interp.models.pieces import pieces
-from interp.models.projections import attention_map, cross_attention, gated_attention_map
+from interp.models.projections import (
+    attention_map,
+    cross_attention,
+    gated_attention_map,
+    with_output,
+)
 from interp.models.recording import AttentionCall, Recording
 from interp.models.rescaled import rescaled
 from interp.models.restarted import follow_no_input, restarted, restarts
@@ -199,6 +204,12 @@ def _with_attention(
             else block
             for layer, again, block in zip(layers, changed, blocks, strict=True)
         ]
+    blocks = [
+        with_output(layer, block, key)
+        if block.windows and block.attention and block.W_O is None and not block.along
+        else block
+        for layer, block in zip(layers, blocks, strict=True)
+    ]
     blocks = [
         replace(block, cross=cross_attention(layer, key, batch)) if layer.cross else block
         for layer, block in zip(layers, blocks, strict=True)

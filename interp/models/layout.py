@@ -99,7 +99,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
 class Layout:
     """Which position every row of every window holds; numbers from `n_pos` on are padding, each its own.
 
-    `of` is the attention module, whose parts return windows.
+    `of` is the attention module, whose parts return windows. Keys of a single window that are none of its rows'
+    (global ones) stand behind all rows.
 
     >>> layout = Layout(torch.tensor([[1, 2], [0, 3]]), 3)
     >>> windows = torch.tensor([[10, 20], [0, -1]])  # one image
@@ -124,35 +125,43 @@ class Layout:
 
     def positions(self, x: Tensor, padding: bool = False) -> Tensor:
         """[batch·windows rows …] as [batch pos …], or with what is padding behind the positions."""
-        order = self.at.flatten().argsort()
+        at = self._with_others(x.shape[1])
+        order = at.flatten().argsort()
         order = (order if padding else order[: self.n_pos]).to(x.device)
-        return x.reshape(-1, self.at.numel(), *x.shape[2:])[:, order]
+        return x.reshape(-1, at.numel(), *x.shape[2:])[:, order]
 
     def windows(self, x: Tensor, before: Tensor) -> Tensor:
         """The inverse: [batch pos …] as [batch·windows rows …], with the padding of `before` if x has none."""
-        if x.shape[1] == self.n_pos < self.at.numel():
+        at = self._with_others(before.shape[1])
+        if x.shape[1] == self.n_pos < at.numel():
             x = torch.cat([x, self.positions(before, padding=True)[:, self.n_pos :]], 1)
-        return x[:, self.at.flatten().to(x.device)].reshape(before.shape)
+        return x[:, at.flatten().to(x.device)].reshape(before.shape)
 
     def rows(self, x: Float[Tensor, "windows heads q k"], fill: float) -> Tensor:
         """Scores or patterns as [batch heads query_pos key_pos], `fill` between windows; keys with padding."""
-        queries, keys = self._pairs(x.device)
-        size = self.at.numel()
+        queries, keys = self._pairs(x)
+        sizes = (self.at.numel(), keys.numel())
         x = x.unflatten(0, (-1, len(self.at))).transpose(1, 2)
-        whole = x.new_full((*x.shape[:2], size, size), fill)
+        whole = x.new_full((*x.shape[:2], *sizes), fill)
         whole[:, :, queries, keys] = x
         return whole[:, :, : self.n_pos]
 
     def rows_of_windows(self, x: Tensor, before: Tensor) -> Float[Tensor, "windows heads q k"]:
         """The inverse; queries that are padding keep their rows of `before`."""
-        queries, keys = self._pairs(x.device)
+        queries, keys = self._pairs(before)
         x = x[:, :, queries.clamp_max(self.n_pos - 1), keys].transpose(1, 2).flatten(0, 1)
         padding = (queries >= self.n_pos).repeat(len(before) // len(self.at), 1, 1)
         return torch.where(padding[:, None], before, x)
 
-    def _pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        at = self.at.to(device)
-        return at[:, :, None], at[:, None, :]
+    def _pairs(self, x: Float[Tensor, "windows heads q k"]) -> tuple[Tensor, Tensor]:
+        at, keys = self.at.to(x.device), self._with_others(x.shape[3]).to(x.device)
+        return at[:, :, None], keys[:, None, :]
+
+    def _with_others(self, n: int) -> Int[Tensor, "windows keys"]:
+        """`at`, and what of n keys is none of the rows'."""
+        if len(self.at) > 1 or n <= self.at.shape[1]:
+            return self.at
+        return torch.cat([self.at, torch.arange(self.at.shape[1], n)[None]], 1)
 
 
 def layout_of(x: Tensor, axes: tuple[str, ...], size: int) -> Layout:

@@ -172,7 +172,7 @@ def _moved(before: AttentionCall, after: AttentionCall, wanted: Tensor) -> bool:
     for name in ("q", "k", "v"):
         x, y = before.tensors[name].float(), after.tensors[name].float()
         moved = (y - x).abs().amax((1, 3)) > MOVED * x.abs().max()
-        if not torch.equal(moved, wanted):
+        if not torch.equal(moved[:, : wanted.shape[1]], wanted):  # other keys come behind
             return False
     return True
 
@@ -227,7 +227,7 @@ def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str,
         (call.start, name)
         for name, call in once
         if (name == of or name.startswith(of + "."))
-        and call.keys[:1] == (0,)
+        and call.inputs
         and call.start <= attention.order
         and call.inputs[0].shape[0] == n_windows
         and call.inputs[0].shape[1:-1].numel() == n_rows
@@ -301,8 +301,10 @@ def read_layouts(
         codes[..., 2] = 1 + torch.arange(batch.size, device=out.device)[:, None].to(out)
         return with_first(output, codes.reshape(out.shape))
 
-    def keep(layer: int, args: tuple) -> None:
-        seen[layer] = args[0].flatten(1, -2)[..., :3].cpu().double()
+    def keep(layer: int, args: tuple, kwargs: dict) -> None:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        read = next(x for x in given if x.is_floating_point())
+        seen[layer] = read.flatten(1, -2)[..., :3].cpu().double()
 
     chunked = {module.get_submodule(of): i for i, (_, read, of) in addresses.items() if not read}
     shapes: dict[int, tuple[int, int]] = {}
@@ -321,7 +323,8 @@ def read_layouts(
             if not read:
                 continue
             hook = module.get_submodule(read).register_forward_pre_hook(
-                lambda module, args, layer=layer: keep(layer, args)  # type: ignore[arg-type]
+                lambda module, args, kwargs, layer=layer: keep(layer, args, kwargs),
+                with_kwargs=True,
             )
             stack.callback(hook.remove)
         call_model(module, batch)
