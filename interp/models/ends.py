@@ -94,7 +94,10 @@ def _by_other_ways(
 ) -> Spec:
     """The map with a readout where no one linear layer makes the logits of the final residual, or why none."""
     no_one = spec.absent | {"unembedding"}
-    if layers[-1].output.shape[:-1] != seen.output.shape[:-1]:
+    final = layers[-1].output
+    if set(batch.inputs) == {"input_ids"}:
+        final = of_tokens(final, seen.output)
+    if final.shape[:-1] != seen.output.shape[:-1]:
         why = (
             "logits are of other rows or positions than the final residual (several heads, or what changes "
             "its length): no one W_U makes them of it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,13 +27,14 @@ def find_own(module: nn.Module, batch: Batch) -> str:
     running: list[tuple[nn.Module, int]] = []
     noted: set[nn.Module] = set()
     folded: dict[nn.Module, torch.Size] = {}
-    others: list[nn.Module] = []
+    softmaxes: Counter[nn.Module] = Counter()
+    seen: Counter[nn.Module] = Counter()
 
     def attended(tape: Tape, name: str, function: Any, args: tuple, kwargs: dict) -> Any:
         found = None if name == KERNEL else found_at(tape, name, args, kwargs, batch.size)
         first = None
         if name == "softmax":
-            others.extend(_with_layers(tape, running))
+            softmaxes.update(_with_layers(tape, running))
         if name == KERNEL:
             first, n_heads = len(tape.steps), 0
         elif found is not None:
@@ -41,6 +43,7 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             inside = [part for part, start in running if start <= first]
             own[inside[-1]] = n_heads
             noted.add(inside[-1])
+            seen[inside[-1]] += 1
             if found is not None and found.weights.ndim == 3:
                 folded[inside[-1]] = found.weights.shape
         return function(*args, **kwargs)
@@ -62,10 +65,12 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             stack.callback(leave.remove)
         stack.enter_context(tape)
         call_model(module, batch)
-    if not noted:
-        own.update((part, pieces[part].n_heads) for part in find_pieces(module, batch, others))
-        noted.update(part for part in others if part in own)
-    if noted:
+    # Of some modules this shows one attention (of global tokens, say) and not another.
+    others = [part for part in softmaxes if softmaxes[part] > seen[part]]
+    others = [part for part in others if part in noted] if noted else others
+    in_pieces = find_pieces(module, batch, others) if others else []
+    own.update((part, pieces[part].n_heads) for part in in_pieces)
+    if noted or in_pieces:
         return ""
     if any(softmax_of_rows(step) for step in tape.steps):
         return (
