@@ -76,7 +76,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"rotary_dim", 8),
     (r"rank$", 16),
     (r"latent_query_num", lambda v: min(v, 8)),
-    (r"window_infer", lambda v: min(v, 16)),
+    (r"^n_window", lambda v: v),
     (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
     (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
     (r"^num_groups$", lambda v: min(v, 8)),

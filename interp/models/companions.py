@@ -44,7 +44,7 @@ needed: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 def with_companions(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the inputs that the model's forward needs besides; as it is where none are found to help."""
     if module in needed:
-        return Batch.of_inputs({name: x.clone() for name, x in needed[module].items()})
+        return Batch.of_inputs(as_weights(module, needed[module]))
     read = inspect.signature(type(module).forward).parameters
     required = [
         name
@@ -64,6 +64,15 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
             needed[module] = inputs
             return with_companions(module, tried)
     return batch
+
+
+def as_weights(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of these inputs, numbers in the type that the model's weights have now."""
+    dtype = next(module.parameters()).dtype
+    return {
+        name: x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
+        for name, x in inputs.items()
+    }
 
 
 def _trials(

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, call_model, is_encoder_decoder, output_tensor
-from interp.models.companions import needed, with_companions
+from interp.models.companions import as_weights, needed, with_companions
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -40,6 +40,7 @@ SIDES = ("image_size", "crop_size")
 WAVES = (ROWS, SAMPLES)
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
 """Of these the first layer says how many bins it wants; in the second two axes that can be told apart."""
+RETURNS = "returns"
 
 _known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -59,7 +60,7 @@ def numbers_taken(
         Refused: it works with none; with why the likeliest shape failed.
     """
     if module in _known:
-        return {given: x.clone() for given, x in _known[module].items()}
+        return as_weights(module, _known[module])
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
     tried: dict[tuple[int, ...], str] = {}
     shaped: list[dict[str, Tensor]] = []
@@ -72,7 +73,8 @@ def numbers_taken(
             if not why:
                 _known[module] = made
                 return numbers_taken(module, name, others)
-            tried.setdefault(shape, why)
+            if shape not in tried or why.startswith(RETURNS):
+                tried[shape] = why
             if shape in (WAVES, UNKNOWN):
                 waiting += _moved(shape, *channels)
             if channels == (0, 0):  # no layer wanted more of them: another input may be missing
@@ -82,7 +84,7 @@ def numbers_taken(
         if module in needed:
             _known[module] = {given: x for given, x in batch.inputs.items() if given not in others}
             return numbers_taken(module, name, others)
-    shape, why = next(iter(tried.items()))
+    shape, why = max(tried.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
         f"shapes of random input that were tried (of {shape}: {why}); pass its text or vision part"
@@ -209,7 +211,7 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
         for hook in hooks:
             hook.remove()
     if made.ndim < 2 or made.shape[0] != batch.size:
-        return (0, 0), f"returns {tuple(made.shape)} for {batch.size} rows"
+        return (0, 0), f"{RETURNS} {tuple(made.shape)} for {batch.size} rows"
     return (0, 0), ""
 
 

@@ -141,5 +141,7 @@ class Batch:
 
 def _own_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """The mask [batch frames] that stands beside an input under its own name, such as input_features_mask."""
-    found = (inputs.get(f"{name}_mask") for name in inputs if name != "input_ids")
+    if "input_ids" in inputs:  # then positions are tokens
+        return None
+    found = (inputs.get(f"{name}_mask") for name in inputs)
     return next((mask for mask in found if mask is not None and mask.ndim == 2), None)

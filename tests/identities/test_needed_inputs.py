@@ -85,6 +85,28 @@ def test_a_mask_that_is_missing_is_asked_for() -> None:
         model.run({"input_features": given["input_features"]})
 
 
+def test_a_mask_of_sound_beside_tokens_is_no_mask_of_tokens() -> None:
+    sound = spectrogram()
+    batch = Batch.of_inputs({"input_ids": words(2, 7), **sound})
+    assert batch.mask is not None and batch.mask.shape == (2, 7) and batch.mask.all()
+    alone = Batch.of_inputs(sound).mask
+    assert alone is not None and alone.sum(1).tolist() == [30, 20]
+
+
+def test_what_is_known_follows_the_type_of_the_weights() -> None:
+    module = tiny_model("fun_asr_nano_encoder", "FunAsrNanoEncoder", runs)
+    given = [numbers_taken(module, "input_features", {})]
+    given += [numbers_taken(module.bfloat16(), "input_features", {})]
+    assert [x["input_features"].dtype for x in given] == [torch.float32, torch.bfloat16]
+    assert given[0]["input_features_mask"].dtype == torch.long
+
+
+def test_rows_that_are_packed_into_one_are_refused_with_what_is_returned() -> None:
+    module = tiny_model("qwen3_asr_encoder", "Qwen3ASREncoder", runs)
+    with pytest.raises(Refused, match=r"\(2, 128, 200\): returns \(52, 64\) for 2 rows"):
+        Model(module)
+
+
 class Folded(nn.Module):
     """Reads spectrograms [batch frames 48]: a convolution halves the bins, and its channels become one axis."""
 
