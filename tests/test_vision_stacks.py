@@ -265,3 +265,36 @@ def test_a_norm_before_what_else_a_block_reads_of_an_image() -> None:
         assert off(mid, block.encoder_attn_layer_norm(first + returned[0])) < ROUNDING
         assert off(post, block.final_layer_norm(mid + mlp)) < ROUNDING
     assert model.spec.blocks[1].cross is None
+
+
+def test_stages_whose_blocks_are_of_two_classes_are_one_model() -> None:
+    """The last block of a stage but one attends with every second row and column; an activation stands before W_O."""
+    torch.manual_seed(0)
+    config = transformers.LevitConfig(
+        image_size=64,
+        hidden_sizes=[16, 24, 32],
+        num_attention_heads=[2, 3, 4],
+        key_dim=[8, 8, 8],
+        depths=[1, 1, 1],
+    )
+    module = transformers.LevitModel(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # patterns and activations far from trivial
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = Model(module, id="stages")
+    stack = ", ".join(f"encoder.stages.{i}.layers" for i in range(3))
+    assert model.spec.stack == stack
+    attends = model.spec.attention_layers
+    assert [model.spec.blocks[i].n_heads for i in attends] == [2, 2, 3, 3, 4]
+    assert {model.spec.blocks[i].between for i in attends} <= {"function", ""}
+    cache = model.run(images(64), capture=["pattern", "v", "z", "resid_pre"]).cache
+    for i, n_queries, n_keys in zip(attends, (16, 4, 4, 1, 1), (16, 16, 4, 4, 1), strict=True):
+        pattern = cache[f"pattern.{i}"]
+        assert pattern.shape[2:] == (n_queries, n_keys)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, cache[f"v.{i}"])
+        assert off(cache[f"z.{i}"], z) < ROUNDING
+    with torch.no_grad():
+        block: Any = model.blocks[attends[0]].module
+        attend = block.activation(cache[f"z.{attends[0]}"].flatten(2))
+        post = cache[f"resid_pre.{attends[0]}"] + block.projection(attend)
+    assert off(cache[f"resid_pre.{attends[0] + 1}"], post) < ROUNDING

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def find_stack(
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         stack = _largest_chain(seen)
     elif len(placed) > 1 and (why := _not_one_stream(seen, placed, batch)):
-        fed = fed_stack(seen, placed, batch)
+        fed = [] if _alike(seen.module, placed) else fed_stack(seen, placed, batch)
         if not fed or (len(fed) > 1 and _not_one_stream(seen, fed, batch)):
             raise Refused(
                 f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
@@ -246,10 +247,9 @@ def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
     apart = f"; pass one part of the model{_parts(seen.module, stacks)}"
     if key is None:
         return apart
-    classes = {type(seen.module.get_submodule(layer.name)) for layer in layers}
-    if len({layer.hidden(key).shape for layer in layers}) > 1 and len(classes) > 1:
-        return apart
     lists = [layer.name.rpartition(".")[0] for layer in layers]
+    if len({layer.hidden(key).shape for layer in layers}) > 1 and not _alike(seen.module, lists):
+        return apart
     ends = [i for i in range(len(layers) - 1) if lists[i] != lists[i + 1]]
     returned: dict[str, list[Tensor]] = {}
     for i, layer in enumerate(layers):
@@ -258,6 +258,13 @@ def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
     again = layers_of(record(seen.module, batch, restored=returned), ", ".join(stacks))
     unmoved = (torch.equal(again[i + 1].hidden(key), layers[i + 1].hidden(key)) for i in ends)
     return apart if any(unmoved) else ""
+
+
+def _alike(module: nn.Module, lists: Iterable[str]) -> bool:
+    """Whether a class of blocks is in all of these lists, as in the stages of one model."""
+    members: list[Any] = [module.get_submodule(name) for name in dict.fromkeys(lists)]
+    classes = [{type(block) for block in blocks} for blocks in members]
+    return bool(set.intersection(*classes))
 
 
 def _stages(seen: Recording, lists: list[str]) -> bool:

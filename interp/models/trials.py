@@ -27,7 +27,7 @@ def scaled_z(
     """The layers once more, every entry of every z multiplied by a number of its own; and these numbers."""
     generator = torch.Generator().manual_seed(0)
     factors = [
-        (0.5 + torch.rand(call.tensors["z"].shape, generator=generator)).to(call.tensors["z"])
+        _either_sign(call.tensors["z"].shape, generator).to(call.tensors["z"])
         for call in seen.attention
     ]
     returned: dict[str, list[Tensor]] = {}
@@ -43,6 +43,12 @@ def scaled_z(
         attention = next(iter(inside.attention), None)
         changed.append(Layer(layer.name, call, inside, attention))
     return with_axes(changed, [layer.axes for layer in layers]), factors
+
+
+def _either_sign(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Numbers of size 0.5 to 1.5: an activation that lets large numbers through is no gate to negative ones."""
+    numbers = 2 * torch.rand(shape, generator=generator) - 1
+    return numbers + 0.5 * numbers.sign()
 
 
 def works_by_position(

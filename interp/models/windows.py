@@ -366,7 +366,10 @@ def _told(codes: Float[Tensor, "windows rows 3"], n_pos: int, size: int) -> Tens
         return None
     at, is_padding = at[0].long(), is_padding[0]
     at[is_padding] = n_pos + torch.arange(int(is_padding.sum()))
-    if not torch.equal(at.sort().values, torch.arange(shape[0] * shape[1])):
+    numbers = torch.arange(
+        max(n_pos, shape[0] * shape[1])
+    )  # queries of every other position are no windows
+    if not torch.equal(at.sort().values, numbers):
         return None
     return at.reshape(shape)
 
