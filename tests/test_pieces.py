@@ -499,6 +499,45 @@ def test_edits_of_staggered_blocks_reach_the_positions_they_name(layer: int) -> 
     assert plain is not None and edited is not None and torch.equal(plain, edited)
 
 
+def test_what_is_given_of_staggered_blocks_is_of_positions_and_not_of_global_tokens() -> None:
+    """Its MLP and its output projection are called for the global tokens besides."""
+    model, batch = staggered(), Batch.of_ids(ids(TOKENS))
+    sites = [
+        "attn_out",
+        "attn_write",
+        "mlp_out",
+        "mlp_write",
+        "resid_mid",
+        "resid_pre",
+        "resid_post",
+    ]
+    given = [site for site in sites if site not in model.spec.refused]
+    assert "attn_out" in given
+    cache = model.run(batch, capture=given).cache
+    for layer in range(3):
+        assert all(cache[f"{site}.{layer}"].shape == (2, 12, 32) for site in given)
+        if {"attn_write", "mlp_write"} <= set(given):
+            made = sum(
+                cache[f"{site}.{layer}"] for site in ("resid_pre", "attn_write", "mlp_write")
+            )
+            assert isinstance(made, Tensor) and off(made, cache[f"resid_post.{layer}"]) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("model", [*MODELS, staggered])
+def test_every_dtype_is_understood(model: Any, dtype: torch.dtype) -> None:
+    module = model().module
+    try:
+        other = Model(module.to(dtype), id="other")
+        assert not {*SITES, "attn_out"} & set(other.spec.refused)
+        cache = other.run(Batch.of_ids(ids(16)), capture=["pattern", "z"]).cache
+    finally:
+        module.float()
+    wanted = model().run(Batch.of_ids(ids(16)), capture=["pattern.0"]).cache["pattern.0"]
+    assert cache["z.0"].dtype == dtype
+    assert torch.equal(cache["pattern.0"] > 0, wanted > 0)
+
+
 def test_global_tokens_are_refused_by_name() -> None:
     model = banded()
     mask = torch.zeros(2, 16, dtype=torch.long)
