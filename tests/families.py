@@ -658,14 +658,12 @@ FAMILIES: dict[str, Family] = {
             "num_labels": 2,
         },
         ("encoder", "norm after adding", "no SDPA", "pooled queries"),
-        frozenset(),
     ),
     "xlnet": Family(
         "XLNetLMHeadModel",
         "XLNetConfig",
         {"vocab_size": 97, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48},
-        ("encoder", "positions first", "no SDPA", "positions are not told"),
-        frozenset({"attn_out", "attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"}),
+        ("encoder", "positions first", "norm after adding", "no SDPA", "positions are not told"),
     ),
     # --- vision --------------------------------------------------------------------------------
     "beit": Family("BeitModel", "BeitConfig", IMAGE, ("vision", "layer scale as a parameter")),

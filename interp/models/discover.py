@@ -26,6 +26,7 @@ from interp.models.projections import (
     with_output,
 )
 from interp.models.recording import AttentionCall, Recording
+from interp.models.repeated import on_the_stream
 from interp.models.rescaled import rescaled
 from interp.models.restarted import follow_no_input, restarted, restarts
 from interp.models.several import HEADS
@@ -242,6 +243,7 @@ def _with_writes(
     """Writes of every block; in stacks of several kinds of layer a trial tells MLPs from mixers."""
     if layers[0].n_streams > 1:
         return mixed_blocks(seen, layers, blocks, key, batch, refused)
+    layers, blocks = list(layers), list(blocks)
     found: list[tuple[Sums | None, list[Candidate]]] = []
     for i, layer in enumerate(layers):
         if layer.output.shape != layer.hidden(key).shape:
@@ -258,6 +260,12 @@ def _with_writes(
         sums, candidates = taken_apart(layer, key)
         if sums is None:
             sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates)
+        if sums is None and (names := on_the_stream(layer)[1]):
+            again = on_the_stream(layer)[0]
+            sums, others = taken_apart(again, key)
+            if sums is not None:
+                layer, candidates = again, others
+                layers[i], blocks[i] = again, replace(blocks[i], repeated=names)
         found.append((sums, candidates))
     found = _with_restarts(seen, layers, found, batch, key)
     for layer, (sums, _) in zip(layers, found, strict=True):
@@ -282,7 +290,7 @@ def _with_writes(
             for candidate, _ in sums.writes
         }
         by_position = works_by_position(seen, layers, sorted(branches), batch, key)
-    return [
+    made = [
         block
         if sums is None
         else with_middle(
@@ -292,6 +300,10 @@ def _with_writes(
         )
         for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
     ]
+    attending = [block for block in made if block.attention and block.along != HEADS]
+    if any(block.repeated for block in made) and all(block.attn_out for block in attending):
+        refused.pop("attn_out", None)
+    return made
 
 
 def _with_restarts(

@@ -650,7 +650,7 @@ class Model:
                 stack.callback(block.register_forward_pre_hook(on(pre), with_kwargs=True).remove)
             if where.W_out and plan.wants("mlp_post", layer):
                 self._on_input(stack, where, partial(touch, "mlp_post", layer), run, on)
-            on_output = partial(self._on_output, stack, run, on, layouts.get(layer), where.axes)
+            on_output = partial(self._on_output, stack, run, on, layouts.get(layer), where)
             for name, module, factor in self._outputs(where):
                 if plan.wants(name, layer):
                     on_output(module, write_change(name, layer, factor, touch))
@@ -709,7 +709,7 @@ class Model:
         run: Run,
         on,
         layout: Layout | None,
-        axes: tuple[str, ...],
+        block: BlockMap,
         name: str,
         change: Callable[[Tensor], Tensor],
     ) -> None:
@@ -718,11 +718,13 @@ class Model:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             x = first_tensor(output)
             assert x is not None
+            if name in block.repeated and (x.ndim, x.shape[-1]) != (3, block.d_model):
+                return None
             cut = layout is not None and layout.holds(name, x, run.batch.size)
             if layout is not None and cut:
                 seen = layout.positions(x.flatten(1, -2))
             else:
-                seen = shown_inside(x, axes, run.batch.size)
+                seen = shown_inside(x, block.axes, run.batch.size)
             if name in self.spec.copies:  # the block changes this tensor in place later on
                 seen = seen.clone()
             new = change(seen)
@@ -734,7 +736,7 @@ class Model:
             if layout is not None and cut:
                 new = layout.windows(new, x.flatten(1, -2))
                 return with_first(output, new.reshape(x.shape))
-            return with_first(output, held_inside(new, axes, x.shape))
+            return with_first(output, held_inside(new, block.axes, x.shape))
 
         stack.callback(self.module.get_submodule(name).register_forward_hook(on(hook)).remove)
 

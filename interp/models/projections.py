@@ -69,7 +69,11 @@ def gated_attention_map(
     attention, seen = layer.attention, layer.inside
     assert attention is not None
     after: list[tuple[int, str, Tensor, Tensor]] = []
+    own = seen.once(block.attention)
+    within = own is not None and _ends_in_a_norm_of_a_sum(seen, block.attention or "", own)
     for name in _projections(seen, attention.tensors["z"]):
+        if within and not name.startswith(f"{block.attention}."):
+            continue  # it reads the stream, with attention's output in it
         call, other = seen.call(name), changed.inside.once(name)
         matrix = getattr(seen.module.get_submodule(name), "weight", None)
         linear = isinstance(matrix, Tensor) and matrix.ndim == 2

@@ -108,6 +108,7 @@ class BlockMap:
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read.
+    `repeated`: modules called several times, of which the call on the stream is meant.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
     """
 
@@ -144,6 +145,7 @@ class BlockMap:
     carry_mid: Carry | None = None
     carry_post: Carry | None = None
     convolved: str | None = None
+    repeated: frozenset[str] = frozenset()
     mixed: tuple[str, ...] = ()
     parallel: bool = False
     direct: bool = False
@@ -287,6 +289,8 @@ class Spec:
                 return f"'{block.convolved}' mixes positions in what '{block.name}' writes"
             if gain := next((write.gain for write in block.writes if write.gain), None):
                 return f"'{block.name}' scales each channel of what it writes ('{gain}')"
+            if block.repeated:
+                return f"'{block.name}' calls '{min(block.repeated)}' several times"
             if any(write.channels is not None for write in block.writes):
                 return f"'{block.name}' scales each channel of what it writes"
         return ""

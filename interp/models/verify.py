@@ -15,6 +15,7 @@ from interp.models.axes import with_axes
 from interp.models.calls import at_home
 from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
+from interp.models.repeated import on_the_stream
 from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
 from interp.models.stack import Layer, layers_of, with_cross
@@ -53,6 +54,10 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
             spec.blocks,
             strict=True,
         )
+    ]
+    layers = [
+        on_the_stream(layer)[0] if block.repeated else layer
+        for layer, block in zip(layers, spec.blocks, strict=True)
     ]
     # Some models return logits in float32 whatever the stream is in.
     dtypes = (seen.output.dtype, layers[-1].output.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
+from interp.models.repeated import after_attention
 from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
 from interp.models.spec import BlockMap, Carry, Write
@@ -274,6 +275,10 @@ def write_map(
         if cross
         else []
     )
+    if block.W_O is None and block.attn_out is None and layer.attention is not None:
+        order = layer.attention.order
+        own = after_attention(layer.inside, block.attention or "", order, block.repeated)
+        from_attention += [c for c in candidates if own & set(c.modules)]
     others: list[Write] = []
     writes: list[Write] = []
     for candidate, scale in sums.writes:
@@ -288,6 +293,8 @@ def write_map(
             block = replace(
                 block, attn_write=write, direct=plain and block.W_O in candidate.modules
             )
+            if block.attn_out is None and write.module in block.repeated:
+                block = replace(block, attn_out=write.module)
         elif cross and cross.write is None and any(c is candidate for c in from_source):
             cross = replace(cross, write=write)
         elif block.mlp_write is None and (
@@ -318,6 +325,7 @@ def write_map(
         carry_mid=sums.carry_mid,
         carry_post=sums.carry_post,
         convolved=convolved[0] if convolved else None,
+        repeated=block.repeated & {write.module for write in writes},
     )
     if cross and cross.write is None:
         why = (

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models.model import Model
 from interp.models.tape import Tape
 from interp.run.batch import Batch
@@ -121,21 +122,39 @@ def test_an_edit_is_the_model_s_own_code_changed(
     assert torch.equal(got[0], clean.logits[0])
 
 
-def test_the_heads_that_xlnet_adds_up_are_z() -> None:
-    """Its projection is a parameter, so there is no attn_out: but z times it, plus the stream, is what it norms."""
-    model, batch = model_of("xlnet"), ids()
-    assert "attn_out" in model.spec.refused and "rel_attn" in model.spec.refused["attn_out"]
-    cache = model.run(batch, capture=["z", "resid_pre"]).cache
+@pytest.mark.parametrize("length", [8, 32])  # as many keys as the stream is wide, too
+def test_the_heads_that_xlnet_adds_up_are_its_attention_output(length: int) -> None:
+    """Its projection is a parameter: what returns attn_out is a dropout, called on the pattern before."""
+    model, batch = model_of("xlnet"), ids(length=length)
+    assert {min(block.repeated) for block in model.spec.blocks} == {
+        f"transformer.layer.{layer}.rel_attn.dropout" for layer in range(3)
+    }
+    sites = ["z", "attn_out", "attn_write", "resid_pre", "resid_mid", "mlp_write", "resid_post"]
+    cache = model.run(batch, capture=sites).cache
     for layer, block in enumerate(model.blocks):
-        kept: list[Tensor] = []
         attention: Any = block.rel_attn
-        hook = attention.layer_norm.register_forward_hook(
-            lambda module, args, out, kept=kept: kept.append(args[0].transpose(0, 1))
-        )
-        model.run(batch)
-        hook.remove()
         heads = torch.einsum("bpnd,hnd->bph", cache[f"z.{layer}"], attention.o)
-        assert off(heads + cache[f"resid_pre.{layer}"], kept[0]) < ROUNDING
+        assert off(heads, cache[f"attn_out.{layer}"]) < ROUNDING
+        assert torch.equal(cache[f"attn_out.{layer}"], cache[f"attn_write.{layer}"])
+        mid = attention.layer_norm(cache[f"resid_pre.{layer}"] + heads)
+        assert off(mid, cache[f"resid_mid.{layer}"]) < ROUNDING
+        post = block.ff.layer_norm(mid + cache[f"mlp_write.{layer}"])
+        assert off(post, cache[f"resid_post.{layer}"]) < ROUNDING
+    with pytest.raises(Refused, match="no attention output projection"):
+        model.W_O(0)
+
+
+def test_an_edit_of_what_xlnet_s_attention_writes_is_its_own_code_changed() -> None:
+    model, batch = model_of("xlnet"), ids(4, 6)
+    attention: Any = model.module.transformer.layer[1].rel_attn
+    projection = attention.o.detach().clone()
+    with torch.no_grad():
+        attention.o.mul_(0.3)
+        wanted = model.module(batch).logits
+        attention.o.copy_(projection)
+    for site in ("attn_out.1", "attn_write.1", "z.1"):
+        got = model.run(batch, edits=[Edit.scale(site, 0.3)]).logits
+        assert off(got, wanted) < ROUNDING < off(got, model.run(batch).logits)
 
 
 def test_a_stream_read_again_behind_its_stage_is_told() -> None:

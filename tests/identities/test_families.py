@@ -221,10 +221,6 @@ def test_neurons_and_bias_sum_to_the_mlp_output(name: str) -> None:
 @every_window
 def test_embedding_and_writes_sum_to_the_final_residual(name: str) -> None:
     model = model_of(name)
-    if "attn_write" in FAMILIES[name].refused and not model.spec.not_a_sum:
-        with pytest.raises(Refused, match="attn_write"):
-            model.run(inputs_of(name), capture=["attn_write"])
-        return
     if model.spec.not_a_sum:
         with pytest.raises(Refused, match="sum of attn_write and mlp_write"):
             model.require_sum("this test")
@@ -329,8 +325,6 @@ def test_patching_all_writes_reproduces_the_source_run(name: str) -> None:
         pytest.skip("some writes are neither attention's nor the MLP's: they have no site")
     if not model.spec.chained:
         pytest.skip("the embedding enters the stream again between blocks, where there is no site")
-    if "attn_write" in FAMILIES[name].refused and model.spec.n_streams == 1:
-        pytest.skip("what this family writes is refused")
     kind = "out" if model.spec.n_streams > 1 else "write"
     sites = ["embed", f"attn_{kind}", f"mlp_{kind}"]
     source = model.run(inputs_of(name, seed=3), capture=sites)

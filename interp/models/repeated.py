@@ -1,0 +1,36 @@
+"""Modules that a block calls several times, one of these calls on the stream: a dropout of patterns and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from interp.models.recording import Recording
+from interp.models.stack import Layer
+
+
+def on_the_stream(layer: Layer) -> tuple[Layer, frozenset[str]]:
+    """The layer with that one call alone of such modules, and their names."""
+    once = [calls[0].output for calls in layer.inside.calls.values() if len(calls) == 1]
+    kept = {}
+    for name, calls in layer.inside.calls.items():
+        mine = [call for call in calls if call.output is not None and is_stream(layer, call.output)]
+        if len(calls) > 1 and len(mine) == 1:
+            value = mine[0].output
+            if not any(x is not None and torch.equal(x, value) for x in once):  # type: ignore[arg-type]
+                kept[name] = mine
+    inside = replace(layer.inside, calls={**layer.inside.calls, **kept})
+    return replace(layer, inside=inside), frozenset(kept)
+
+
+def is_stream(layer: Layer, x: Tensor) -> bool:
+    """Whether a tensor has the axes [batch pos d_model]."""
+    return x.shape == layer.output.shape and x.ndim == 3
+
+
+def after_attention(seen: Recording, attention: str, order: int, names: frozenset[str]) -> set[str]:
+    """Those of these modules that stand in an attention module and were called once it had attended."""
+    inside = {name for name in names if name.startswith(f"{attention}.")}
+    return {name for name in inside if seen.call(name).order > order}
