@@ -77,3 +77,12 @@ def test_logits_of_other_rows_have_no_one_unembedding() -> None:
     assert set(model.spec.refused) == model.spec.absent == {"unembedding"}
     with pytest.raises(Refused, match="other rows or positions"):
         model.unembed(torch.zeros(2, model.spec.d_model))
+
+
+def test_a_soft_cap_that_the_config_class_fixes_is_found() -> None:
+    """Diffusion Gemma's config has it for all of its models alike: it stands in no config file."""
+    model = model_of("diffusion_gemma", "DiffusionGemmaForBlockDiffusion")
+    text = model.module.config.get_text_config()  # type: ignore[operator, union-attr]
+    assert "final_logit_softcapping" not in text.to_dict()
+    assert model.spec.logit_softcap == text.final_logit_softcapping == 30.0
+    assert "unembedding" not in model.spec.refused

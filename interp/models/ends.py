@@ -234,11 +234,9 @@ def _scale_and_cap(seen: Recording, raw: Tensor, out: Tensor) -> tuple[float, fl
     """
     x, y = raw.double(), out.double()
     config: Any = text_config(seen.module)
-    caps = {
-        name: float(value)
-        for name, value in config.to_dict().items()
-        if "softcap" in name.replace("_", "") and isinstance(value, (int, float)) and value > 0
-    }
+    names = (*config.to_dict(), *dir(type(config)))  # of classes that fix it, too
+    values = {name: getattr(config, name) for name in names if "softcap" in name.replace("_", "")}
+    caps = {n: float(v) for n, v in values.items() if isinstance(v, (int, float)) and v > 0}
     final = {name: cap for name, cap in caps.items() if name.startswith("final")}
     fits: list[tuple[float, float, float | None]] = []
     for cap in (final or caps).values():

@@ -107,7 +107,7 @@ def check_kind(module: nn.Module, data: Any) -> None:
             f'model.run({{"{main}": …{after}}}); what takes prompts of text cannot be done here'
         )
     known, x = _known.get(module), named.get(main)
-    if known is None or x is None:
+    if known is None or x is None or main not in known:  # a model may take tokens by two names
         return
     shape = tuple(known[main].shape)
     if x.ndim != len(shape) or not x.is_floating_point():

@@ -338,3 +338,21 @@ def test_a_mask_of_the_prompt_is_no_mask_of_actions() -> None:
         _ = model.W_E
     with pytest.raises(BadInput, match=r"fails on 'state'.*'pixel_attention_mask' \(2, 1\)"):
         model.run({"state": given["state"]})
+
+
+# --- tokens by two names --------------------------------------------------------------------------
+
+
+def test_tokens_may_be_given_by_the_name_for_inputs_of_any_kind() -> None:
+    """Perceiver's blocks hold latents, not tokens; its logits are those of the longest input's positions."""
+    model = model_of("perceiver", "PerceiverForMaskedLM")
+    ids = torch.randint(6, 97, (3, 9), generator=torch.Generator().manual_seed(2))
+    assert set(model.spec.refused) == model.spec.absent == {"unembedding"}
+    check_all_sites(model, {"input_ids": ids})
+    check_all_sites(model, {"inputs": ids})
+    first, same, other = (
+        model.run(x, capture=["resid_post.0"])
+        for x in ({"inputs": ids}, {"input_ids": ids}, {"inputs": ids.flip(1)})
+    )
+    assert torch.equal(first.cache["resid_post.0"], same.cache["resid_post.0"])
+    assert not torch.equal(first.cache["resid_post.0"], other.cache["resid_post.0"])
