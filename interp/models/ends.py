@@ -95,7 +95,7 @@ def _by_other_ways(
     """The map with a readout where no one linear layer makes the logits of the final residual, or why none."""
     no_one = spec.absent | {"unembedding"}
     final = layers[-1].output
-    if set(batch.inputs) == {"input_ids"}:
+    if set(batch.inputs) == {"input_ids"} and seen.output.shape[:-1] == batch.ids.shape:
         final = of_tokens(final, seen.output)
     if final.shape[:-1] != seen.output.shape[:-1]:
         why = (
