@@ -136,3 +136,31 @@ def test_gated_positions_and_padded_samples() -> None:
     torch.testing.assert_close(
         model.run(given, edits=same).logits, theirs.logits, atol=1e-5, rtol=1e-5
     )
+
+
+class Torch(Encoder):
+    """PyTorch's own encoder layers, which take a fused path of their own where no one looks."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__(False)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=norm_first)
+        encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.layers = encoder.layers
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_pytorchs_own_encoder_is_seen(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    module = Torch(norm_first).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        plain = module(IDS).last_hidden_state
+    model = Model(module, id="torch")
+    assert not model.spec.refused
+    sites = [site for site in AXES if model.layers_with(site)]
+    run = model.run(IDS, capture=sites)
+    torch.testing.assert_close(run.logits, plain, atol=1e-5, rtol=1e-5)
+    head = run.cache["z.1"][:, :, 2] @ model.W_O(1)[2]
+    without = model.run(IDS, capture=["attn_out.1"], edits=[Edit.zero("z.1.2")]).cache["attn_out.1"]
+    torch.testing.assert_close(run.cache["attn_out.1"] - without, head, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from benchmarks.architectures import runs
+from benchmarks.architectures import examine, runs
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput, Refused
 from interp.models.calls import call_model, output_tensor
@@ -356,3 +356,11 @@ def test_tokens_may_be_given_by_the_name_for_inputs_of_any_kind() -> None:
     )
     assert torch.equal(first.cache["resid_post.0"], same.cache["resid_post.0"])
     assert not torch.equal(first.cache["resid_post.0"], other.cache["resid_post.0"])
+
+
+def test_the_sweep_tries_towers_side_by_side_each_as_a_model_of_its_own() -> None:
+    row = examine("altclip", "", ["AltCLIPModel"])
+    assert row is not None and (row.kind, row.outcome) == ("multimodal", "in full")
+    assert row.reason.endswith("vision_model, text_model.roberta")
+    two_streams = examine("bridgetower", "", ["BridgeTowerModel"])
+    assert two_streams is not None and two_streams.outcome == "refused"
