@@ -298,3 +298,43 @@ def test_stages_whose_blocks_are_of_two_classes_are_one_model() -> None:
         attend = block.activation(cache[f"z.{attends[0]}"].flatten(2))
         post = cache[f"resid_pre.{attends[0]}"] + block.projection(attend)
     assert off(cache[f"resid_pre.{attends[0] + 1}"], post) < ROUNDING
+
+
+def test_stages_that_keep_their_blocks_in_a_sequential() -> None:
+    """Two stages of an image; keys and values of every second row and column, products written as einsum."""
+    torch.manual_seed(0)
+    config = transformers.CvtConfig(
+        patch_sizes=[7, 3],
+        patch_stride=[4, 2],
+        patch_padding=[2, 1],
+        embed_dim=[16, 24],
+        num_heads=[2, 3],
+        depth=[1, 2],
+        mlp_ratio=[2.0, 2.0],
+        attention_drop_rate=[0.0, 0.0],
+        drop_rate=[0.0, 0.0],
+        drop_path_rate=[0.0, 0.1],
+        qkv_bias=[True, True],
+        cls_token=[False, True],
+        qkv_projection_method=["dw_bn", "dw_bn"],
+        kernel_qkv=[3, 3],
+        padding_kv=[1, 1],
+        stride_kv=[2, 2],
+        padding_q=[1, 1],
+        stride_q=[1, 1],
+    )
+    model = Model(randomised(transformers.CvtModel(config)), id="sequential stages")
+    assert model.spec.stack == "encoder.stages.0.layers, encoder.stages.1.layers"
+    assert [block.n_heads for block in model.spec.blocks] == [2, 3, 3]
+    assert not set(model.spec.refused) - model.spec.absent
+    cache = model.run(images(32), capture=["q", "k", "v", "pattern", "z", "resid_post"]).cache
+    for layer, (n, n_keys, width) in enumerate([(64, 16, 16), (17, 5, 24), (17, 5, 24)]):
+        q, k = (cache[f"{name}.{layer}"] for name in ("q", "k"))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * width**-0.5  # the model's scale
+        assert cache[f"pattern.{layer}"].shape[2:] == (n, n_keys)
+        assert off(cache[f"pattern.{layer}"], scores.softmax(-1)) < ROUNDING
+        z = torch.einsum("bhqk,bkhd->bqhd", cache[f"pattern.{layer}"], cache[f"v.{layer}"])
+        assert off(cache[f"z.{layer}"], z) < ROUNDING
+    with torch.no_grad():
+        last = model.module(**images(32).inputs).last_hidden_state
+    assert off(cache["resid_post.2"][:, 1:], last.flatten(2).mT) < ROUNDING

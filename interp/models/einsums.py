@@ -11,7 +11,10 @@ def is_batched_product(args: tuple) -> bool:
     >>> p, v = torch.zeros(2, 4, 5, 6), torch.zeros(6, 2, 4, 3)
     >>> is_batched_product(("bnij,jbnd->ibnd", p, v)), is_batched_product(("bnij->ijbn", p))
     (True, False)
+    >>> is_batched_product(("bhqk,bhkd->bhqd", [p, p.mT]))
+    True
     """
+    args = _operands(args)
     if len(args) != 3 or not isinstance(args[0], str) or args[0].count("->") != 1:
         return False
     if not all(isinstance(x, Tensor) and x.ndim == 4 for x in args[1:]):
@@ -33,6 +36,7 @@ def batched_product(args: tuple) -> Tensor:
     >>> torch.allclose(batched_product(("bnij,jbnd->ibnd", p, v)), torch.einsum("bnij,jbnd->ibnd", p, v))
     True
     """
+    args = _operands(args)
     left, right, out = _axes(args[0])
     both = [axis for axis in left if axis in right and axis in out]
     (summed,) = set(left) & set(right) - set(out)
@@ -41,6 +45,12 @@ def batched_product(args: tuple) -> Tensor:
         args[2], right, [*both, summed, column]
     )
     return _reordered(product, [*both, row, column], list(out))
+
+
+def _operands(args: tuple) -> tuple:
+    """The equation and its operands, which may be given as a list."""
+    listed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    return (args[0], *args[1]) if listed else args
 
 
 def _axes(equation: str) -> tuple[str, str, str]:

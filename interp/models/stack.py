@@ -222,18 +222,26 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
             return levels[0], outside
     # Two stacks of blocks that are lists: the fewest lists that hold every call.
     whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
-    return (single or sorted(whole, key=len) or levels or [[]])[0], outside
+    lists = (single or sorted(whole, key=len) or levels or [[]])[0]
+    if len(lists) == 1 and _reshapes(seen, lists[0]):  # stages, whose blocks may be in a Sequential
+        inner = [
+            _around(seen.module, seen.names[call.module], nn.Sequential) for call in seen.attention
+        ]
+        if all(inner):
+            lists = list(dict.fromkeys(places[0] for places in inner))
+    return lists, outside
 
 
 def _lists_around(module: nn.Module, name: str) -> list[str]:
     """Every ModuleList that holds the module called `name`, nearest first; where none does, every Sequential."""
+    return _around(module, name, nn.ModuleList) or _around(module, name, nn.Sequential)
+
+
+def _around(module: nn.Module, name: str, kind: type) -> list[str]:
     parts = name.split(".")
     ends = [end for end in range(len(parts) - 1, 0, -1) if parts[end].isdigit()]
     around = [".".join(parts[:end]) for end in ends]
-    lists = [each for each in around if isinstance(module.get_submodule(each), nn.ModuleList)]
-    return lists or [
-        each for each in around if isinstance(module.get_submodule(each), nn.Sequential)
-    ]
+    return [each for each in around if isinstance(module.get_submodule(each), kind)]
 
 
 def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
