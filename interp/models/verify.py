@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
-from interp.models.axes import with_axes
 from interp.models.calls import at_home
+from interp.models.mapped import as_mapped
 from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
-from interp.models.repeated import on_the_stream
 from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
-from interp.models.stack import Layer, layers_of, with_cross
+from interp.models.stack import Layer
 from interp.models.weights import linear_map
-from interp.models.windows import in_order
 from interp.sites import ATTENTION_SITES, SELF_SITES
 
 Check_ = Callable[..., bool]
@@ -41,24 +39,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
     may be twice as far from them.
     """
     checks, refused = [], dict(spec.refused)
-    layers = layers_of(seen, spec.stack)
-    if "n_streams" not in spec.hidden_axes:
-        layers = [replace(layer, in_a_row=spec.n_streams) for layer in layers]
-    layers = [
-        layer if block.windows is None else in_order(layer, block.windows.layout)
-        for layer, block in zip(
-            with_axes(
-                [with_cross(layer, spec.hidden) for layer in layers],
-                [block.axes for block in spec.blocks],
-            ),
-            spec.blocks,
-            strict=True,
-        )
-    ]
-    layers = [
-        on_the_stream(layer)[0] if block.repeated else layer
-        for layer, block in zip(layers, spec.blocks, strict=True)
-    ]
+    layers = as_mapped(spec, seen)
     # Some models return logits in float32 whatever the stream is in.
     dtypes = (seen.output.dtype, layers[-1].output.dtype)
     dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -116,6 +97,13 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
             [read for _, read in links],
             f"each block {where}reads what the one before it returned",
         )
+    if not linked and (alone := [b.name for b in spec.blocks if b.name == b.attention]):
+        why = (
+            f"'{alone[0]}' is an attention in a list of its own, no block: what it returns is not the residual "
+            "stream, to which code outside adds it (resid_pre is what it reads)"
+        )
+        refused |= dict.fromkeys(("resid_post", "unembedding"), why)
+        spec = replace(spec, absent=spec.absent - {"unembedding"})
     proven = _check_writes(spec, layers, linked, check, judge)
     if "attn_write" in spec.absent and not proven and spec.n_streams == 1:
         spec = replace(spec, absent=spec.absent - {"attn_write"})

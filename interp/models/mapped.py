@@ -1,0 +1,26 @@
+"""The layers of a recording as a map describes them: in the axes and the order in which sites are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from interp.models.axes import with_axes
+from interp.models.recording import Recording
+from interp.models.repeated import on_the_stream
+from interp.models.spec import Spec
+from interp.models.stack import Layer, layers_of, with_cross
+from interp.models.windows import in_order
+
+
+def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
+    """Every layer, what is inside it brought to [batch pos width]."""
+    layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
+    layers = with_axes(layers, [block.axes for block in spec.blocks])
+    made = []
+    for layer, block in zip(layers, spec.blocks, strict=True):
+        if "n_streams" not in spec.hidden_axes:
+            layer = replace(layer, in_a_row=spec.n_streams)
+        if block.windows is not None:
+            layer = in_order(layer, block.windows.layout)
+        made.append(on_the_stream(layer)[0] if block.repeated else layer)
+    return made
