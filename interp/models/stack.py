@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
-from interp.models.feeding import fed_stack
+from interp.models.feeding import between_blocks, fed_stack
 from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
@@ -78,6 +78,9 @@ def find_stack(
                 f"({', '.join(placed)}){why}"
             )
         stack = ", ".join(fed)
+        if aside := between_blocks(seen, placed, fed):
+            why = f"the attention of '{aside[0]}' stands between blocks, in a list of its own"
+            refused |= dict.fromkeys(CROSS_SITES, why)
     else:
         stack = ", ".join(placed)
     layers = layers_of(seen, stack)
