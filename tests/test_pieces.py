@@ -571,6 +571,26 @@ def test_values_in_another_order_are_still_told_apart() -> None:
     assert {"q", "k"} <= set(model.spec.refused) and "pattern" not in model.spec.refused
 
 
+def test_a_model_that_replaces_its_own_modules_says_so() -> None:
+    """BigBird attends to everything from its first short input on, and is seen doing so."""
+    config = transformers.BigBirdConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        block_size=4,
+        num_random_blocks=1,
+        vocab_size=97,
+    )
+    model = Model(randomised(transformers.BigBirdModel(config)), id="big bird")
+    (note,) = model.notes
+    assert "put BigBirdSelfAttention in place of BigBirdBlockSparseAttention in 2 of" in note
+    cache = model.run(Batch.of_ids(ids(40)), capture=["pattern"]).cache
+    assert (cache["pattern.0"] > 0).all()
+    assert not local().notes
+
+
 def test_only_modules_that_need_it_are_looked_at_this_way() -> None:
     plain = transformers.T5EncoderModel(
         transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=97)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
+from interp.models import replaced
 from interp.models.attention import Watch, window
 from interp.models.calls import (
     DRAWS,
@@ -81,7 +82,9 @@ class Model:
         self.tokenizer = tokenizer
         self.id = id
         self.notes = tuple(notes)
+        before = replaced.kinds(self.module)
         self.spec = probe(self.module)
+        self.notes += replaced.note(before, replaced.kinds(self.module))
         if self.module in drawing:
             self.notes += (DRAWS,)
         self._windows = Layouts(self.module, self.spec)
