@@ -33,6 +33,8 @@ T5: dict[str, Any] = {
     "local_radius": BLOCK - 1,
     "global_block_size": 4,
 }
+WRITES = ["resid_pre", "attn_out", "attn_write", "resid_mid"]
+WRITES += ["mlp_post", "mlp_out", "mlp_write", "resid_post"]
 BAND: dict[str, Any] = {"attention_window": 2 * BLOCK, "vocab_size": 97}
 
 
@@ -418,7 +420,7 @@ GLOBAL, TOKENS = 3, 10
 
 
 @cache
-def staggered() -> Model:
+def staggered(n_global: int = GLOBAL) -> Model:
     """Pegasus-X: blocks of 4, those of every second layer begin two positions earlier; 10 tokens are padded to 12."""
     torch.manual_seed(0)
     config = transformers.PegasusXConfig(
@@ -431,7 +433,7 @@ def staggered() -> Model:
         decoder_attention_heads=4,
         vocab_size=97,
         block_size=BLOCK,
-        num_global_tokens=GLOBAL,
+        num_global_tokens=n_global,
         max_position_embeddings=64,
     )
     return Model(randomised(transformers.PegasusXModel(config)).get_encoder(), id="staggered")
@@ -502,25 +504,32 @@ def test_edits_of_staggered_blocks_reach_the_positions_they_name(layer: int) -> 
 def test_what_is_given_of_staggered_blocks_is_of_positions_and_not_of_global_tokens() -> None:
     """Its MLP and its output projection are called for the global tokens besides."""
     model, batch = staggered(), Batch.of_ids(ids(TOKENS))
-    sites = [
-        "attn_out",
-        "attn_write",
-        "mlp_out",
-        "mlp_write",
-        "resid_mid",
-        "resid_pre",
-        "resid_post",
-    ]
-    given = [site for site in sites if site not in model.spec.refused]
-    assert "attn_out" in given
-    cache = model.run(batch, capture=given).cache
+    assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+    cache = model.run(batch, capture=WRITES).cache
     for layer in range(3):
-        assert all(cache[f"{site}.{layer}"].shape == (2, 12, 32) for site in given)
-        if {"attn_write", "mlp_write"} <= set(given):
-            made = sum(
-                cache[f"{site}.{layer}"] for site in ("resid_pre", "attn_write", "mlp_write")
-            )
-            assert isinstance(made, Tensor) and off(made, cache[f"resid_post.{layer}"]) < ROUNDING
+        mid = cache[f"resid_pre.{layer}"] + cache[f"attn_write.{layer}"]
+        assert off(cache[f"resid_mid.{layer}"], mid) < ROUNDING
+        post = mid + cache[f"mlp_write.{layer}"]
+        assert off(cache[f"resid_post.{layer}"], post) < ROUNDING
+        neurons = cache[f"mlp_post.{layer}"] @ model.W_out(layer) + model.b_out(layer)
+        assert off(neurons, cache[f"mlp_out.{layer}"]) < ROUNDING
+        edit = Edit.zero(f"mlp_post.{layer}", positions=[5])
+        rest = [p for p in range(12) if p != 5]
+        site = f"mlp_out.{layer}"
+        out = model.run(batch, capture=[site], edits=[edit]).cache[site]
+        assert off(out[:, 5], model.b_out(layer).expand(2, -1)) < ROUNDING
+        assert torch.equal(out[:, rest], cache[site][:, rest])
+    same = [Edit.apply(site, lambda x, seen: x.clone()) for site in WRITES]
+    plain, edited = model.run(batch).logits, model.run(batch, edits=same).logits
+    assert plain is not None and edited is not None and off(edited, plain) < ROUNDING
+
+
+def test_as_many_global_tokens_as_positions_are_refused() -> None:
+    """An MLP that is called for both could be taken for either."""
+    model = staggered(4)
+    assert model.run(Batch.of_ids(ids(4)), capture=["z", "resid_post"]).logits is not None
+    with pytest.raises(Refused, match="is called several times on tensors of the residual stream"):
+        model.run(Batch.of_ids(ids(4)), capture=["mlp_write"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -40,6 +40,7 @@ from interp.models.inputs import check_kind, faults_of_input
 from interp.models.layout import Layout, held_inside, shown_inside
 from interp.models.probe import probe
 from interp.models.readout import unembed
+from interp.models.repeated import CallsOnStream
 from interp.models.several import Part, attention_calls
 from interp.models.skipping import skipping
 from interp.models.spec import BlockMap, first_tensor, module_device, with_first
@@ -651,9 +652,13 @@ class Model:
             )
             if pre.needed:
                 stack.callback(block.register_forward_pre_hook(on(pre), with_kwargs=True).remove)
+            calls = CallsOnStream(where, self.spec.hidden)
+            if where.repeated:
+                begin = block.register_forward_pre_hook(on(calls.begin), with_kwargs=True)
+                stack.callback(begin.remove)
             if where.W_out and plan.wants("mlp_post", layer):
-                self._on_input(stack, where, partial(touch, "mlp_post", layer), run, on)
-            on_output = partial(self._on_output, stack, run, on, layouts.get(layer), where)
+                self._on_input(stack, where, calls, partial(touch, "mlp_post", layer), run, on)
+            on_output = partial(self._on_output, stack, run, on, layouts.get(layer), where, calls)
             for name, module, factor in self._outputs(where):
                 if plan.wants(name, layer):
                     on_output(module, write_change(name, layer, factor, touch))
@@ -694,12 +699,20 @@ class Model:
         on_output(where.before_mid[-1].module, middle.change)
 
     def _on_input(
-        self, stack: ExitStack, block: BlockMap, change: Callable[[Tensor], Tensor], run: Run, on
+        self,
+        stack: ExitStack,
+        block: BlockMap,
+        calls: CallsOnStream,
+        change: Callable[[Tensor], Tensor],
+        run: Run,
+        on,
     ) -> None:
         """Hook the input of W_out, seen as [batch pos width] even where the block flattened it."""
 
         def hook(module: nn.Module, args: tuple) -> Any:
             x = args[0]
+            if not calls.has(block.W_out or "", x, change):
+                return None
             new = change(shown_inside(x, block.axes, run.batch.size))
             return None if new is x else (held_inside(new, block.axes, x.shape), *args[1:])
 
@@ -713,6 +726,7 @@ class Model:
         on,
         layout: Layout | None,
         block: BlockMap,
+        calls: CallsOnStream,
         name: str,
         change: Callable[[Tensor], Tensor],
     ) -> None:
@@ -721,7 +735,7 @@ class Model:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             x = first_tensor(output)
             assert x is not None
-            if name in block.repeated and (x.ndim, x.shape[-1]) != (3, block.d_model):
+            if not calls.has(name, x, change):
                 return None
             cut = layout is not None and layout.holds(name, x, run.batch.size)
             if layout is not None and cut:

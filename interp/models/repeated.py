@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from interp.errors import Refused
+from interp.models.hooks import argument
 from interp.models.recording import Recording
+from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 
 
@@ -28,6 +31,37 @@ def on_the_stream(layer: Layer) -> tuple[Layer, frozenset[str]]:
 def is_stream(layer: Layer, x: Tensor) -> bool:
     """Whether a tensor has the axes [batch pos d_model]."""
     return x.shape == layer.output.shape and x.ndim == 3
+
+
+class CallsOnStream:
+    """Which calls of such modules are on the stream, in a run: those of tensors of the shape the block was given."""
+
+    def __init__(self, block: BlockMap, key: int | str):
+        self.block, self.key = block, key
+        self._shape: torch.Size | None = None
+        self._met: set[tuple[str, int]] = set()
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the block is called."""
+        self._shape, self._met = argument(args, kwargs, self.key).shape[:-1], set()
+
+    def has(self, name: str, x: Tensor, asking: object) -> bool:
+        """Whether this call of a module, with or for x, is the one on the stream.
+
+        Raises:
+            Refused: one who is asking was told so of another call before.
+        """
+        if name not in self.block.repeated:
+            return True
+        if x.shape[:-1] != self._shape:
+            return False
+        if (name, id(asking)) in self._met:
+            raise Refused(
+                f"'{name}' is called several times on tensors of the residual stream's shape in inputs of this "
+                "length, and which call is the stream's cannot be told; give inputs of another length"
+            )
+        self._met.add((name, id(asking)))
+        return True
 
 
 def after_attention(seen: Recording, attention: str, order: int, names: frozenset[str]) -> set[str]:

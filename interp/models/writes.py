@@ -325,7 +325,8 @@ def write_map(
         carry_mid=sums.carry_mid,
         carry_post=sums.carry_post,
         convolved=convolved[0] if convolved else None,
-        repeated=block.repeated & {write.module for write in writes},
+        repeated=block.repeated
+        & {*(write.module for write in writes), block.W_out, block.mlp_out, sums.norm_mid},
     )
     if cross and cross.write is None:
         why = (
