@@ -66,7 +66,7 @@ def numbers_taken(
     shaped: list[dict[str, Tensor]] = []
     while waiting:
         shape = waiting.pop(0)
-        for masks in _masks(module, shape):
+        for masks in _masks(module, name, shape):
             made = {name: _numbers(module, shape), **masks}
             batch = Batch.of_inputs({**made, **others}).to(module_device(module))
             channels, why = _wanted(module, batch)
@@ -76,7 +76,8 @@ def numbers_taken(
             if shape not in tried or why.startswith(RETURNS):
                 tried[shape] = why
             if shape in (WAVES, UNKNOWN):
-                waiting += _moved(shape, *channels)
+                moved = _moved(shape, *channels)
+                waiting += [other for other in moved if other not in (*tried, *waiting)]
             if channels == (0, 0):  # no layer wanted more of them: another input may be missing
                 shaped.append(made)
     for made in shaped:
@@ -142,12 +143,18 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _masks(module: nn.Module, shape: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
-    """The masks that the forward requires, all ones: of the frames on the second axis, or on the last."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    names = [p.name for p in parameters if p.default is p.empty and p.name.endswith("mask")]
-    for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
-        yield {name: torch.ones(shape[0], frames, dtype=torch.long) for name in names}
+def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
+    """The masks that the forward requires, all ones: of the frames on the second axis, or on the last.
+
+    Then the input's own mask besides, which a signature may leave open although the forward needs it.
+    """
+    parameters = inspect.signature(type(module).forward).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty and n.endswith("mask")]
+    own = f"{name}_mask"
+    open_ = own in parameters and own not in required
+    for names in (required, [*required, own]) if open_ else (required,):
+        for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
+            yield {n: torch.ones(shape[0], frames, dtype=torch.long) for n in names}
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:

@@ -18,6 +18,7 @@ from interp.errors import BadInput, Refused
 from interp.models.calls import call_model, output_tensor
 from interp.models.inputs import numbers_taken
 from interp.models.model import Model
+from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.sites import AXES
@@ -75,6 +76,19 @@ def test_a_mask_that_the_forward_requires_is_the_batch_s_own() -> None:
     assert close(
         model.run(given, edits=[Edit.mean("z.1")]).logits, model.run(given, edits=[means]).logits
     )
+
+
+def test_a_mask_that_the_signature_leaves_open_and_the_forward_needs() -> None:
+    model = model_of("audioflamingo3_encoder", "AudioFlamingo3Encoder")
+    assert not model.spec.refused
+    known = probe_batch(model.module).inputs
+    assert set(known) == {"input_features", "input_features_mask"}
+    mask = known["input_features_mask"].clone()
+    mask[1, mask.shape[1] // 2 :] = 0
+    given = {"input_features": known["input_features"].flip(0), "input_features_mask": mask}
+    check_all_sites(model, given)
+    pattern = model.run(given, capture=["pattern.1"]).cache["pattern.1"]
+    assert not pattern[1, ..., -1].any() and pattern[0].all()
 
 
 def test_a_mask_that_is_missing_is_asked_for() -> None:
