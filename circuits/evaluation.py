@@ -312,10 +312,13 @@ def circuit_evaluate(
         "minimality": minimal,
     }
     meta["notes"] = [meta["protocol"], _told(tables["areas"]), *meta["notes"]]
-    for row in [row for row in curves.to_dict("records") if row["edges"] == 0]:
+    empty = curves.loc[curves["edges"] == 0]
+    if len(empty):
+        sizes_of = empty.groupby("ranking", sort=False)["size"].agg(list)
+        named = [f"{name} at {', '.join(f'{x:g}' for x in at)} %" for name, at in sizes_of.items()]
         meta["notes"].append(
-            f"{row['ranking']} at {row['size']:g} %: none of the {row['nominal']} edges lie on a path from "
-            "embedding to logits; the circuit is empty and its faithfulness 0 by definition"
+            "none of these circuits' edges lie on a path from embedding to logits, so they are empty and "
+            f"their faithfulness is 0 by definition: {'; '.join(named)}"
         )
     meta["wall_time_s"] = round(time.perf_counter() - started, 2)
     return Report("circuit_evaluate", tables, {}, meta)

@@ -52,6 +52,12 @@ def check_options(*, top_k: int = 5, neurons: int = 20, **_: object) -> None:
         raise BadInput(f"neurons={neurons}: wanted 0 (none shown) or more")
 
 
+def loudest(report: Report) -> pd.DataFrame:
+    """The fifteen heads that write most, with what they write."""
+    shown = ["prompt", "layer", "head", "norm", "source_token", "weight", "output"]
+    return report.tables["heads"].filter(shown).head(15)
+
+
 @analysis(
     name="words",
     source="Katz & Belinkov 2023, VISIT: Visualizing and Interpreting the Semantic Information Flow of "
@@ -59,6 +65,7 @@ def check_options(*, top_k: int = 5, neurons: int = 20, **_: object) -> None:
     example='interp words smollm2-135m "When Mary and John went to the store, John gave a drink to"',
     figure="heads",
     validate=check_options,
+    summary=loudest,
 )
 def words(
     model: Model,

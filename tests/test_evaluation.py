@@ -108,7 +108,13 @@ def test_intervals_hold_the_value_and_the_protocol_is_told(judged):
 def test_small_circuits_that_lead_nowhere_are_said_to_be_empty(judged):
     empty = judged.table[judged.table["edges"] == 0]
     assert len(empty) and (empty["faithfulness"] == 0).all()
-    assert sum("circuit is empty" in note for note in judged.meta["notes"]) == len(empty)
+    (note,) = (note for note in judged.meta["notes"] if "0 by definition" in note)
+    told = {
+        (part.rsplit(" at ", 1)[0], size)
+        for part in note.split(": ", 1)[1].split("; ")
+        for size in part.rsplit(" at ", 1)[1].removesuffix(" %").split(", ")
+    }
+    assert told == {(row.ranking, f"{row.size:g}") for row in empty.itertuples(index=False)}
 
 
 def test_the_known_circuit_is_complete_and_its_heads_are_needed(judged):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from circuits.words import _line, word_vectors, words
+from circuits.words import _line, loudest, word_vectors, words
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
@@ -256,3 +256,10 @@ def test_bad_input(tiny: Model) -> None:
         words(model_of("bert"), IDS)
     with pytest.raises(Refused, match="no softmax attention"):
         words(model_of("mamba"), IDS)
+
+
+def test_the_summary_has_the_heads_that_write_most(tiny: Model) -> None:
+    report = words(tiny, torch.tensor([[5, 6, 7]]), top_k=2)
+    shown = loudest(report)
+    assert shown["norm"].tolist() == report.tables["heads"]["norm"].nlargest(15).tolist()
+    assert {"layer", "head", "source_token", "output"} <= {*shown}
