@@ -89,7 +89,9 @@ def _of_class(config: PreTrainedConfig, wanted: type | None) -> PreTrainedConfig
 
 
 def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
-    """A random model: matrices with a standard deviation of 0.2, vectors moved off their trivial values."""
+    """A random model: matrices with a standard deviation of 0.2, kernels of convolutions as wide as keeps the size
+    of what they read, vectors moved off their trivial values.
+    """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > MOST_PARAMETERS:
@@ -97,11 +99,16 @@ def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         module = model_class(config).float().eval()
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d) and part.affine:
+                part.weight.fill_(1.0)  # some begin near 0, and let nothing through
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 noise = torch.randn_like(parameter)
                 if parameter.ndim < 2:
                     parameter.add_(0.1 * noise)
+                elif parameter.ndim > 3:  # deep stacks of convolutions neither fade nor overflow
+                    parameter.copy_(2 * noise / parameter[0].numel() ** 0.5)
                 else:
                     parameter.copy_(0.2 * noise)
     return module
