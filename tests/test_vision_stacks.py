@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.tiny_configs import tiny_model
 from interp.errors import Refused
 from interp.models.images import random_images
 from interp.models.model import Model
@@ -338,3 +339,10 @@ def test_stages_that_keep_their_blocks_in_a_sequential() -> None:
     with torch.no_grad():
         last = model.module(**images(32).inputs).last_hidden_state
     assert off(cache["resid_post.2"][:, 1:], last.flatten(2).mT) < ROUNDING
+
+
+def test_parts_that_are_named_read_what_a_model_reads() -> None:
+    """Their encoders are models too, of hidden states: no one could run them on an image."""
+    wanted = r"such as `model.encoder.patch_encoder.model` or `model.encoder.image_encoder.model`$"
+    with pytest.raises(Refused, match=wanted):
+        Model(tiny_model("depth_pro", "DepthProModel", random_images), id="parts")

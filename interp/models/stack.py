@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -308,7 +309,8 @@ def _reshapes(seen: Recording, stack: str) -> bool:
 
 
 def _parts(module: nn.Module, stacks: list[str]) -> str:
-    """ ", such as `model.text_model` or …": the smallest models inside `module` that hold one stack."""
+    """ ", such as `model.text_model` or …": the smallest models inside `module`, with inputs of their own, that
+    hold one stack."""
     found = []
     for stack in stacks:
         parts = stack.split(".")
@@ -316,7 +318,8 @@ def _parts(module: nn.Module, stacks: list[str]) -> str:
         mine = [
             name
             for name in around
-            if isinstance(module.get_submodule(name), PreTrainedModel)
+            if isinstance(part := module.get_submodule(name), PreTrainedModel)
+            and part.main_input_name in inspect.signature(type(part).forward).parameters
             and not any(other.startswith(name + ".") for other in stacks if other != stack)
         ]
         found += mine[:1]
