@@ -69,8 +69,12 @@ def _possible(shape: torch.Size, batch: Batch) -> list[tuple[str, ...]]:
         return []
     if shape[0] == batch.size:
         return [PLAIN]
-    kinds = [POSITIONS_FIRST] if shape[1] == batch.size else []
-    return kinds + ([PARTS] if shape[0] % batch.size == 0 else [])
+    kinds: list[tuple[str, ...]] = []
+    if shape[1] == batch.size:
+        kinds.append(POSITIONS_FIRST)
+    if shape[0] % batch.size == 0:
+        kinds.append(PARTS)
+    return kinds
 
 
 def _copied(before: Tensor, after: Tensor, axes: tuple[str, ...], size: int) -> bool:

@@ -97,11 +97,9 @@ def with_output(layer: Layer, block: BlockMap, key: int | str) -> BlockMap:
     rows = layer.hidden(key).shape[0]
     for name in (block.W_O, block.attention):
         call = layer.inside.once(name)
-        if (
-            call is None
-            or call.output is None
-            or call.output.shape[-1] != layer.hidden(key).shape[-1] // layer.n_streams
-        ):
+        if name is None or call is None or call.output is None:
+            continue
+        if call.output.shape[-1] != layer.hidden(key).shape[-1] // layer.n_streams:
             continue
         if name != block.W_O and _ends_in_a_norm_of_a_sum(layer.inside, name, call):
             continue  # the stream, with attention's output in it

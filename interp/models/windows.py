@@ -43,8 +43,8 @@ class InWindows(Watch):
         self._layout = layout
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fixed = isinstance(self._layout, Layout)
-        self.layout = self._layout if fixed else self._layout(q.transpose(1, 2))
+        layout = self._layout
+        self.layout = layout if isinstance(layout, Layout) else layout(q.transpose(1, 2))
         given = (q, k, v)
         shown = [_of_heads(self.layout, x, padding=x is not q) for x in given]
         new = self.inner.inputs(*shown)

@@ -95,11 +95,12 @@ class Cache(Mapping[str, Tensor]):
 
     def _as_ours(self, key: tuple[Any, ...]) -> str:
         """TransformerLens' ("z", 5) as a site of ours; a layer counted from the end gets its number."""
-        name, layer = (*key, None)[:2]
-        layers = self.layers(name)
-        if isinstance(layer, int) and layer < 0 and -layer <= len(layers):
-            layer = layers[layer]
-        return ".".join(map(str, (name, layer, *key[2:])))
+        parts = list(map(str, key))
+        layer = key[1] if len(key) > 1 else 0
+        layers = self.layers(parts[0]) if parts else []
+        if isinstance(layer, int) and -len(layers) <= layer < 0:
+            parts[1] = str(layers[layer])
+        return ".".join(parts)
 
     if not TYPE_CHECKING:
 
