@@ -309,8 +309,11 @@ def sweep(only: list[str], jobs: int) -> Iterator[Row]:
 def counts(rows: list[Row]) -> str:
     """How many model types came out how, by kind, and the total of those asked for."""
     count = Counter((row.kind, row.outcome) for row in rows)
-    lines = [f"{'':16}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
-    lines += [f"{k:16}" + "".join(f"{count[k, each]:>22}" for each in OUTCOMES) for k in KINDS]
+    width = {each: len(each) + 2 for each in OUTCOMES}
+    lines = [f"{'':16}" + "".join(f"{each:>{width[each]}}" for each in OUTCOMES)]
+    for kind in KINDS:
+        cells = (f"{count[kind, each]:>{width[each]}}" for each in OUTCOMES)
+        lines.append(f"{kind:16}" + "".join(cells))
     asked: dict[str, list[str]] = {}
     for row in rows:
         if row.kind != "multimodal":
@@ -319,8 +322,8 @@ def counts(rows: list[Row]) -> str:
     built = sum(set(outcomes) != {"not built"} for outcomes in asked.values())
     more = count["multimodal", "in full"]
     lines.append(
-        f"{full} model types verified in full (all kinds but the last; of encoder-decoders every "
-        f"row), of {built} built and {len(asked)} known; {more} multimodal ones besides, by their text"
+        f"{full} model types verified in full, of {built} built and {len(asked)} known (all kinds but\n"
+        f"the last; of encoder-decoders every row); {more} multimodal ones besides, by their text"
     )
     return "\n".join(lines)
 

@@ -107,11 +107,11 @@ def sums(
         return [Sum(layer, "post", "pre", post, others, **attention)]
     mlp = at("mlp_write")
     if block.parallel:
-        return [Sum(layer, "post", "pre", post, others | {"ffn": mlp}, **attention)]
+        return [Sum(layer, "post", "pre", post, others | {"mlp": mlp}, **attention)]
     mid = pre + written
     return [
         Sum(layer, "mid", "pre", mid, others, **attention),
-        Sum(layer, "post", "mid", post, {"residual-ffn": mid, "ffn": mlp}),
+        Sum(layer, "post", "mid", post, {"residual-mlp": mid, "mlp": mlp}),
     ]
 
 

@@ -58,7 +58,7 @@ def route_neurons(
 
     Source: Tufanov et al. 2024 (LM Transparency Tool).
     """
-    into = edges.loc[(edges["kind"] == "ffn") & edges["layer"].isin(neuron_layers(model))]
+    into = edges.loc[(edges["kind"] == "mlp") & edges["layer"].isin(neuron_layers(model))]
     into = into.sort_values(by="through", ascending=False, kind="stable").iloc[:places]
     found = Columns(NEURON_COLUMNS)
     for layer, group in into.groupby("layer"):

@@ -210,10 +210,10 @@ def test_contributions_sum_to_one_at_every_place(name: str) -> None:
 
 def test_biases_are_a_part_and_parallel_blocks_are_one_sum() -> None:
     gpt2 = flow_graph(model_of("gpt2"), IDS, mass=1.0).edges
-    assert {"attention", "residual", "bias", "ffn", "residual-ffn"} == set(gpt2["kind"])
+    assert {"attention", "residual", "bias", "mlp", "residual-mlp"} == set(gpt2["kind"])
     neox = flow_graph(model_of("gpt_neox"), IDS, mass=1.0).edges
     assert set(neox["stage"]) == {"post"} and set(neox["source_stage"]) == {"pre"}
-    assert {"attention", "residual", "ffn"} <= set(neox["kind"])
+    assert {"attention", "residual", "mlp"} <= set(neox["kind"])
 
 
 def test_every_edge_leads_to_the_chosen_token(tiny: Model) -> None:
@@ -248,7 +248,7 @@ def test_neurons_are_those_of_the_definition(name: str) -> None:
     run = model.run(torch.tensor([IDS]), capture=[*SITES, "mlp_post", "mlp_out"], logits=False)
     edges = flow_graph(model, run, mass=0.95 if name != "granite" else 0.9999).edges
     found = route_neurons(model, run, edges, top=3)
-    places = edges.loc[edges["kind"] == "ffn", ["layer", "position", "through", "weight"]]
+    places = edges.loc[edges["kind"] == "mlp", ["layer", "position", "through", "weight"]]
     assert len(found) == 3 * len(places) > 0
     for (layer, i), group in found.groupby(["layer", "position"]):
         block = model.spec.blocks[layer]

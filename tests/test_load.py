@@ -601,6 +601,7 @@ class TestPlacement:
     def test_cuda_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "--device cpu" in message(lambda: resolve_device("cuda"))
+        assert "give cuda" in message(lambda: resolve_device("gpu:0"))
         assert resolve_device("auto") == torch.device("cpu")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

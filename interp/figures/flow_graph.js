@@ -8,7 +8,7 @@ function flowGraph() {
   const width = Math.max(left + n * dx + right, 200), height = top + layers * dy + foot;
   const x = (position) => left + (position + 0.5) * dx;
   const y = (layer, stage) => top + (layers - layer - HEIGHT[stage]) * dy;
-  const COLOURS = { attention: "--raise", ffn: "--lower" };
+  const COLOURS = { attention: "--raise", mlp: "--lower" };
   const order = edges.through.map((_, i) => i);
   const paths = order.map(path);
   let chosen = null, least = 0;
@@ -18,7 +18,7 @@ function flowGraph() {
     const [x0, y0] = [x(edges.source[i]), y(edges.layer[i], edges.sourceStage[i])];
     const [x1, y1] = [x(edges.position[i]), y(edges.layer[i], edges.stage[i])];
     const same = edges.source[i] === edges.position[i] && !edges.kind[i].startsWith("residual");
-    const bend = same ? (edges.kind[i] === "ffn" ? 1 : -1) * Math.min(dx * 0.32, 9) : 0;
+    const bend = same ? (edges.kind[i] === "mlp" ? 1 : -1) * Math.min(dx * 0.32, 9) : 0;
     if (!bend) return [[x0, y0], [x1, y1]];
     return Array.from({ length: 9 }, (_, k) => { const t = k / 8; return [x0 + (x1 - x0) * t + bend * 4 * t * (1 - t), y0 + (y1 - y0) * t]; });
   }
@@ -60,10 +60,10 @@ function flowGraph() {
       brush.restore();
     }
     const most = Math.max(...edges[by.value], 1e-12), drawn = order.filter(visible).sort((a, b) => strength(a) - strength(b));
-    const paints = { residual: paint("--muted"), attention: paint(COLOURS.attention), ffn: paint(COLOURS.ffn) };
+    const paints = { residual: paint("--muted"), attention: paint(COLOURS.attention), mlp: paint(COLOURS.mlp) };
     for (const i of drawn) {
       const share = Math.max(0, 1 + Math.log10(strength(i) / most) / 3);
-      stroke(brush, i, paints[edges.kind[i].replace("-ffn", "").replace("bias", "residual")], 0.6 + 4 * share, 0.18 + 0.82 * share);
+      stroke(brush, i, paints[edges.kind[i].replace("-mlp", "").replace("bias", "residual")], 0.6 + 4 * share, 0.18 + 0.82 * share);
     }
     if (chosen !== null && visible(chosen)) stroke(brush, chosen, paint("--fg"), 3.5, 1);
     const nodes = new Map();
@@ -117,7 +117,7 @@ function flowGraph() {
   const title = (i) => {
     const kind = edges.kind[i], where = `layer ${edges.layer[i]}`;
     if (kind === "attention") return `${where}, attention: ${at(edges.source[i])} → ${at(edges.position[i])}`;
-    return `${where}, ${{ ffn: "MLP", bias: "biases" }[kind] ?? "residual stream"} at ${at(edges.position[i])}`;
+    return `${where}, ${{ mlp: "MLP", bias: "biases" }[kind] ?? "residual stream"} at ${at(edges.position[i])}`;
   };
 
   const tokens = (list) => (list ?? []).map(([word, logit]) => el("span", { className: "token", textContent: dotted(word), title: `${signed(logit)} logits` }));
@@ -139,7 +139,7 @@ function flowGraph() {
       parts.push(table(["head", "share", "what it brings would say"], rows.map((k) => el("tr", {},
         el("td", {}, data.patterns ? headButton(layer, heads.head[k]) : headName(layer, heads.head[k])), el("td", { className: "n", textContent: percent(heads.weight[k]) }),
         el("td", {}, ...tokens(words[`h${layer}.${position}.${source}.${heads.head[k]}`]))))));
-    } else if (edges.kind[i] === "ffn") {
+    } else if (edges.kind[i] === "mlp") {
       const rows = neurons.layer.map((_, k) => k).filter((k) => neurons.layer[k] === layer && neurons.position[k] === position);
       parts.push(rows.length
         ? table(["neuron", "active", "share", "what it writes would say"], rows.map((k) => el("tr", {},
@@ -154,7 +154,7 @@ function flowGraph() {
   }
 
   function edgeButton(k) {
-    const button = el("button", { type: "button", className: "edge", textContent: `${percent(edges.weight[k])}  ${edges.kind[k] === "attention" ? `from ${at(edges.source[k])}` : { ffn: "MLP", bias: "biases" }[edges.kind[k]] ?? "residual stream"}` });
+    const button = el("button", { type: "button", className: "edge", textContent: `${percent(edges.weight[k])}  ${edges.kind[k] === "attention" ? `from ${at(edges.source[k])}` : { mlp: "MLP", bias: "biases" }[edges.kind[k]] ?? "residual stream"}` });
     button.addEventListener("click", () => show(k));
     return button;
   }

@@ -13,7 +13,7 @@ from interp.figures.parts import table_of
 from interp.figures.tokens import visible
 from interp.report import Report
 
-COLOURS = {"attention": "#D55E00", "residual": "#999999", "ffn": "#0072B2"}
+COLOURS = {"attention": "#D55E00", "residual": "#999999", "mlp": "#0072B2"}
 """Okabe-Ito: told apart by most colour-blind readers."""
 BINS = 8
 HEIGHT = {"pre": 0.0, "mid": 0.5, "post": 1.0}
@@ -36,7 +36,7 @@ def flow_graph(report: Report, by: str = "through") -> go.Figure:
         raise unknown("edge measure", by, ("through", "weight"))
     edges = table_of(report, "flow")
     edges = edges.loc[edges["kind"] != "bias"].reset_index(drop=True)
-    edges = edges.assign(colour=[kind.removesuffix("-ffn") for kind in edges["kind"]])
+    edges = edges.assign(colour=[kind.removesuffix("-mlp") for kind in edges["kind"]])
     limits = _limits(edges[by].to_numpy())
     place = np.clip(np.searchsorted(limits, edges[by], side="right") - 1, 0, len(limits) - 1)
     hovers = _hovers(report, edges)
@@ -76,7 +76,7 @@ def _ends(edges: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 def _middles(edges: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     x0, y0, x1, y1 = _ends(edges)
-    return (x0 + x1) / 2 + BEND * (edges["kind"] == "ffn").to_numpy(), (y0 + y1) / 2
+    return (x0 + x1) / 2 + BEND * (edges["kind"] == "mlp").to_numpy(), (y0 + y1) / 2
 
 
 def _lines(
@@ -125,7 +125,7 @@ def _hovers(report: Report, edges: pd.DataFrame) -> list[str]:
         if effect is not None and not np.isnan(effect):
             text += f"<br>worth {effect:+.3f} logits"
         key = ("head", layer, i, j) if edge["kind"] == "attention" else ("neuron", layer, i, -1)
-        text += inside.get(key, "") if edge["kind"] in ("attention", "ffn") else ""
+        text += inside.get(key, "") if edge["kind"] in ("attention", "mlp") else ""
         texts.append(text)
     return texts
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import plotly.graph_objects as go
 
 from interp.errors import unknown
 from interp.figures.by_head import by_layer, heads_heatmap
 from interp.report import Report
+
+IN_A_LINE = 6
+"""Roles named in a line under the title: what fits into the width of a notebook."""
 
 
 def head_map(report: Report, score: str | None = None) -> go.Figure:
@@ -33,5 +39,18 @@ def head_map(report: Report, score: str | None = None) -> go.Figure:
         table, table[score].to_numpy(), hovers, marks=marks, unit=unit, colorscale="Viridis"
     )
     return by_layer(go.Figure(cells)).update_layout(
-        title=f"{report.meta['model']['id']}: {score.replace('_', ' ')}"
+        title={
+            "text": f"{report.meta['model']['id']}: {score.replace('_', ' ')}",
+            "subtitle": {"text": _key(marks, report.meta["detectors"])},
+        }
     )
+
+
+def _key(marks: Sequence[str], detectors: Sequence[Mapping[str, Any]]) -> str:
+    """What the letters that stand in the map mean, a few to a line."""
+    shown = set("".join(marks))
+    means = [
+        f"{d['letter']} {d['name'].replace('_', ' ')}" for d in detectors if d["letter"] in shown
+    ]
+    lines = range(0, len(means), IN_A_LINE)
+    return "<br>".join(", ".join(means[i : i + IN_A_LINE]) for i in lines)

@@ -65,6 +65,8 @@ def resolve_device(device: Any, device_map: Any = None) -> torch.device | None:
     if device is None or str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = str(device).partition(":")
+    if kind == "gpu":
+        raise BadInput("no device 'gpu': give cuda (Nvidia, AMD), mps (Apple) or xpu (Intel)")
     if kind not in DEVICES[1:] or (index and not index.isdigit()):
         raise unknown("device", str(device), [*DEVICES, "cuda:0"])
     found = torch.device(str(device))
