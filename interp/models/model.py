@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models import replaced
+from interp.models import kernels, replaced
 from interp.models.attention import Watch, window
 from interp.models.calls import (
     DRAWS,
@@ -88,6 +88,7 @@ class Model:
         self.notes += replaced.note(before, replaced.kinds(self.module))
         if self.module in drawing:
             self.notes += (DRAWS,)
+        self.notes += kernels.note(self.module, self.spec.between_kernels)
         self._windows = Layouts(self.module, self.spec)
         # Positions are an index into the last hidden state, which may lie on another device than they.
         self._keeps_logits = (

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models import attention
-from interp.models.attention import implementation
 from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
 from interp.models.codebooks import with_codebooks
 from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
@@ -23,6 +22,7 @@ from interp.models.discover import discover
 from interp.models.find_own import find_own
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
+from interp.models.kernels import between_kernels, eager_instead
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
@@ -65,7 +65,13 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
                     "whatever the state of torch's generator: no two runs can be compared"
                 )
             if plain.dtype in (torch.bfloat16, torch.float16):
-                return verify(mapped, seen, plain, _between_kernels(module, batch))
+                return verify(mapped, seen, plain, between_kernels(module, batch))
+            if (eager := eager_instead(module, batch, plain, seen.output)) is not None:
+                apart = relative_error(plain, eager)[0]
+                return replace(
+                    verify(mapped, seen, eager, of="that of its eager attention"),
+                    between_kernels=apart,
+                )
         return spec
 
 
@@ -78,21 +84,6 @@ def _with_masks(module: nn.Module, batch: Batch, seen: Recording, plain: Tensor)
         return again
     attention.needs_masks.difference_update(parts)
     return seen
-
-
-def _between_kernels(module: nn.Module, batch: Batch) -> float:
-    """How far logits with the model's eager and SDPA attention are apart, relative to their size.
-
-    In 16 bits the rounding of a kernel can send a token to another expert: that is no one's error.
-    """
-    made = []
-    for name in ("eager", "sdpa"):
-        with implementation(module, name):
-            try:
-                made.append(output_tensor(call_model(module, batch)))
-            except (ValueError, NotImplementedError):  # a model without this one
-                return 0.0
-    return relative_error(*made)[0]
 
 
 def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:

@@ -193,6 +193,8 @@ class Spec:
     `final_dtype` is what a stream kept in another dtype is rounded to before `final_norm` reads it.
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
+    `between_kernels` is how far the model's logits are from those with its own eager attention, relative to
+    their size, where the map was verified with the latter; else 0.
     """
 
     family: str
@@ -215,6 +217,7 @@ class Spec:
     tuple_blocks: bool = False
     bypassed: str = ""
     copies: frozenset[str] = frozenset()
+    between_kernels: float = 0.0
     checks: tuple[Check, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()

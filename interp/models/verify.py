@@ -32,11 +32,17 @@ RELATIVE_TOLERANCE = {
 }
 
 
-def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 0.0) -> Spec:
+def verify(
+    spec: Spec,
+    seen: Recording,
+    plain: Tensor,
+    between_kernels: float = 0.0,
+    of: str = "the model's own",
+) -> Spec:
     """The map with every identity tried; sites whose identity fails are refused.
 
     `between_kernels`: how far the model's own attention kernels are from each other on the probe. Ours
-    may be twice as far from them.
+    may be twice as far from them. `of`: whose logits `plain` are.
     """
     checks, refused = [], dict(spec.refused)
     layers = as_mapped(spec, seen)
@@ -77,7 +83,7 @@ def verify(spec: Spec, seen: Recording, plain: Tensor, between_kernels: float = 
             "window",
             [_whole_maps(spec, seen.output)],
             [_whole_maps(spec, plain)],
-            "logits under the window equal the model's own",
+            f"logits under the window equal {of}",
             ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
             max(relative, 2 * between_kernels),
         )
