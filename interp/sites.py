@@ -6,6 +6,8 @@ encoder-decoder the sites are those of the decoder's stack; its second attention
 are made from the encoder's output (the source), has the sites `cross_…`. Where a decoder attends to both in
 one softmax there is one attention: its keys (in `scores`, `pattern`, `k`, `v`) are the target's positions,
 and after them the source's.
+Where the attention to a source stands between blocks, its sites are of the block behind it,
+and come before that block's `resid_pre`.
 """
 
 from __future__ import annotations

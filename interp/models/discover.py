@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from interp.models.axes import find_axes, with_axes
+from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, text_config
 from interp.models.ends import with_ends
@@ -47,6 +48,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     refused: dict[str, str] = {}
     stack, layers, key = find_stack(seen, batch, refused)
     layers = with_axes(layers, find_axes(seen, layers, key, batch))
+    layers = with_ahead(seen, layers, stack, refused)
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
     blocks = [
@@ -212,9 +214,12 @@ def _with_attention(
         for layer, block in zip(layers, blocks, strict=True)
     ]
     blocks = [
-        replace(block, cross=cross_attention(layer, key, batch)) if layer.cross else block
+        replace(block, cross=cross_attention(replace(layer, attention=layer.cross), key, batch))
+        if layer.cross
+        else block
         for layer, block in zip(layers, blocks, strict=True)
     ]
+    blocks = with_attention_ahead(layers, blocks, key, batch, refused)
     for block in blocks:
         if block.cross and block.cross.out is None:
             why = f"no module of '{block.name}' returns the output of '{block.cross.attention}'"

@@ -19,7 +19,7 @@ def fed_stack(seen: Recording, lists: list[str], batch: Batch) -> list[str]:
     calls = {name: _calls(seen, name) for name in lists}
     if not all(calls.values()) or any(c.output is None for of in calls.values() for c, _ in of):
         return []
-    lists = [name for name in lists if not _is_attention(seen, name)]
+    lists = [name for name in lists if not is_attention(seen, name)]
     lists = sorted(lists, key=lambda name: calls[name][-1][0].order)
     for count in range(1, len(lists)):
         before, behind = lists[:-count], lists[-count:]
@@ -38,20 +38,7 @@ def fed_stack(seen: Recording, lists: list[str], batch: Batch) -> list[str]:
     return []
 
 
-def between_blocks(seen: Recording, lists: list[str], stack: list[str]) -> list[str]:
-    """The lists of attention modules that are called in turns with blocks of the stack, and are no part of them."""
-    blocks = [call for name in stack for call, _ in _calls(seen, name)]
-    first, last = min(call.start for call in blocks), max(call.order for call in blocks)
-    return [
-        name
-        for name in lists
-        if name not in stack
-        and _is_attention(seen, name)
-        and any(first < call.order < last for call, _ in _calls(seen, name))
-    ]
-
-
-def _is_attention(seen: Recording, name: str) -> bool:
+def is_attention(seen: Recording, name: str) -> bool:
     """Whether every member of the list that is called is an attention module, not a block that holds one."""
     attends = {seen.names[call.module] for call in seen.attention}
     return all(block in attends for _, block in _calls(seen, name))

@@ -31,6 +31,7 @@ class Plan:
     edits: dict[tuple[str, int], list[Edit]] = field(default_factory=dict)
     statistics: RowStatistics | None = None
     statistics_until: int = -1
+    grad: bool = False
 
     @property
     def sites(self) -> set[tuple[str, int]]:
@@ -38,6 +39,10 @@ class Plan:
 
     def wants(self, name: str, layer: int) -> bool:
         return (name, layer) in self.capture or (name, layer) in self.edits
+
+    def kept(self, x: Tensor) -> Tensor:
+        """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place."""
+        return x.detach().requires_grad_() if self.grad and not x.requires_grad else x
 
     def wants_any(self, names: Iterable[str], layer: int) -> bool:
         return any(self.wants(name, layer) for name in names)
@@ -132,7 +137,7 @@ class RunWatch(Watch):
         if (name, self.layer) in self.plan.capture:
             missing = self._n_keys - x.shape[-1]
             if torch.is_grad_enabled() and not missing and self.part is None:  # all rows at once
-                return self.run.cache.put(name, self.layer, x)
+                return self.run.cache.put(name, self.layer, self.plan.kept(x))
             whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x
             self._whole.setdefault(name, []).append(whole)
         return x

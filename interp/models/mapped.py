@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from interp.models.axes import with_axes
+from interp.models.between import with_ahead
 from interp.models.recording import Recording
 from interp.models.repeated import on_the_stream
 from interp.models.spec import Spec
@@ -16,6 +17,8 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
     """Every layer, what is inside it brought to [batch pos width]."""
     layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
     layers = with_axes(layers, [block.axes for block in spec.blocks])
+    if any(block.ahead for block in spec.blocks):
+        layers = with_ahead(seen, layers, spec.stack, {})
     made = []
     for layer, block in zip(layers, spec.blocks, strict=True):
         if "n_streams" not in spec.hidden_axes:

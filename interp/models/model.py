@@ -613,9 +613,10 @@ class Model:
             for edit in plan.edits.get((name, layer), ()):
                 x = edit(x, Seen(layer, start, run.batch.mask_of(name)))
             if (name, layer) in plan.capture:
-                x = run.cache.put(name, layer, x)
+                x = run.cache.put(name, layer, plan.kept(x))
             return x
 
+        plan.grad = grad
         if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):
             raise BadInput("stop_at=0 runs no block: nothing to capture")
         layouts = self._windows.of(run.batch)

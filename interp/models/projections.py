@@ -50,10 +50,9 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
 
 
 def cross_attention(layer: Layer, key: int | str, batch: Batch) -> CrossAttention:
-    """Heads and W_O of one layer's attention to a source."""
-    own = replace(layer, attention=layer.cross)
-    found = attention_map(own, BlockMap(layer.name), key, batch)
-    found = found if found.attn_out else with_output(own, found, key)
+    """Heads and W_O of an attention to a source, `attention` of the layer given."""
+    found = attention_map(layer, BlockMap(layer.name), key, batch)
+    found = found if found.attn_out else with_output(layer, found, key)
     assert found.attention is not None
     sizes = (found.n_heads, found.n_kv_heads, found.d_head)
     return CrossAttention(found.attention, *sizes, found.W_O, found.attn_out)

@@ -33,7 +33,7 @@ def skipping(
     others = {block: _returning(outputs, block.forward, spec) for block, outputs in skipped.items()}
     with ExitStack() as stack:
         stack.enter_context(other_forwards(others))
-        if start == begin:
+        if start == begin and not spec.blocks[start].ahead:  # what is ahead may be edited
             first = cycle([resid] + [None] * (blocks.count(blocks[start]) - 1))
 
             def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -69,7 +69,8 @@ class CrossAttention:
     """A block's attention over another sequence (the source): where it is, and what it writes.
 
     `out`: the module that returns its output, W_O in most models; `W_O` is None where something stands
-    between z and it.
+    between z and it. `reads`: where it stands before the block, not inside, the argument in which its call has
+    the stream; the block then reads `carry` times that plus `write`.
     """
 
     attention: str
@@ -79,6 +80,8 @@ class CrossAttention:
     W_O: str | None
     out: str | None
     write: Write | None = None
+    reads: int | str | None = None
+    carry: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,14 @@ class BlockMap:
     @property
     def writes(self) -> tuple[Write, ...]:
         """Everything the block adds to the residual stream."""
-        cross = None if self.cross is None else self.cross.write
+        cross = None if self.cross is None or self.ahead else self.cross.write
         main = (self.attn_write, cross, self.mlp_write)
         return tuple(write for write in main if write is not None) + self.others
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the attention to a source stands before the block, and writes before resid_pre."""
+        return self.cross is not None and self.cross.reads is not None
 
     @property
     def rescales(self) -> bool:
@@ -260,6 +268,13 @@ class Spec:
             return f"it has {self.n_streams} residual streams, mixed by weights that depend on the token"
         if self.bypassed:
             return self.bypassed
+        for block in self.blocks[1:]:
+            if block.cross is not None and block.ahead:
+                times = f"{block.cross.carry:.3g} times " if block.cross.carry != 1 else ""
+                return (
+                    f"'{block.cross.attention}' stands between blocks: '{block.name}' reads {times}what the one "
+                    "before it returned, plus cross_write"
+                )
         if not self.chained:
             return "something is done to the residual stream between blocks"
         if len(self.stages) > 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.errors import Refused
-from interp.models.feeding import between_blocks, fed_stack
+from interp.models.feeding import fed_stack
 from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
@@ -36,6 +36,8 @@ class Layer:
     along: str = ""
     in_a_row: int = 1
     """How many residual streams lie one after the other in the last axis, where `axes` has none for them."""
+    ahead: Layer | None = None
+    """The attention to a source that is called between the block before and this one, and is in neither."""
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
@@ -47,6 +49,13 @@ class Layer:
         """The hidden state it returned [batch pos d_model]."""
         assert self.call.output is not None
         return shown(self.call.output, self.axes, self.inside.n_rows)
+
+    @property
+    def to_source(self) -> tuple[Recording, AttentionCall | None]:
+        """The attention to a source, and what happens around it."""
+        if self.ahead is not None:
+            return self.ahead.inside, self.ahead.attention
+        return self.inside, self.cross
 
     @property
     def n_streams(self) -> int:
@@ -79,9 +88,6 @@ def find_stack(
                 f"({', '.join(placed)}){why}"
             )
         stack = ", ".join(fed)
-        if aside := between_blocks(seen, placed, fed):
-            why = f"the attention of '{aside[0]}' stands between blocks, in a list of its own"
-            refused |= dict.fromkeys(CROSS_SITES, why)
     else:
         stack = ", ".join(placed)
     layers = layers_of(seen, stack)

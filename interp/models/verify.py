@@ -110,6 +110,7 @@ def verify(
         )
         refused |= dict.fromkeys(("resid_post", "unembedding"), why)
         spec = replace(spec, absent=spec.absent - {"unembedding"})
+    _check_ahead(spec, layers, check)
     proven = _check_writes(spec, layers, linked, check, judge)
     if "attn_write" in spec.absent and not proven and spec.n_streams == 1:
         spec = replace(spec, absent=spec.absent - {"attn_write"})
@@ -150,16 +151,18 @@ def _check_heads(spec: Spec, layers: list[Layer], check: Check_) -> None:
         outs, sums = [], []
         for layer, block in zip(layers, spec.blocks, strict=True):
             if site == "cross_out":
-                of, call, returns = block.cross, layer.cross, block.cross and block.cross.out
+                of, returns = block.cross, block.cross and block.cross.out
+                inside, call = layer.to_source
             else:
-                of, call, returns = block, layer.attention, block.attn_out
+                of, returns = block, block.attn_out
+                inside, call = layer.inside, layer.attention
             if of is None or of.W_O is None or (block.between and site == "attn_out"):
                 continue
             assert call is not None
             z = call.tensors["z"]
-            W, b = _linear(layer.inside, of.W_O, of.n_heads * of.d_head)
+            W, b = _linear(inside, of.W_O, of.n_heads * of.d_head)
             heads = torch.einsum("bphd,hdm->bpm", z.double(), W.reshape(of.n_heads, of.d_head, -1))
-            out = layer.inside.call(returns or of.W_O).output
+            out = inside.call(returns or of.W_O).output
             assert out is not None
             outs.append(out.reshape(heads.shape))
             sums.append(heads + b)
@@ -188,6 +191,22 @@ def _check_linear(spec: Spec, layers: list[Layer], check: Check_) -> None:
             sums.append(x @ W + b)
         if outs:
             check(name, sums, outs, detail, (site,))
+
+
+def _check_ahead(spec: Spec, layers: list[Layer], check: Check_) -> None:
+    """What blocks read is made of the stream before and of what the attention between blocks writes."""
+    made, read = [], []
+    for before, layer, block in zip([None, *layers], layers, spec.blocks, strict=False):
+        if layer.ahead is None or block.cross is None or block.cross.reads is None:
+            continue
+        x = before.output if before else layer.ahead.hidden(block.cross.reads)
+        assert block.cross.write is not None
+        parts = written(layer.ahead, [block.cross.write], x.shape)
+        made.append(block.cross.carry * x.double() + sum(parts))
+        read.append(layer.hidden(spec.hidden))
+    if made:
+        detail = "each block reads a multiple of what the one before it returned plus cross_write"
+        check("between blocks", made, read, detail, ("cross_write",))
 
 
 def _check_writes(
