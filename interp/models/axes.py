@@ -1,8 +1,8 @@
 """Which axes blocks' tensors have, tried on the probe where their shape does not say it.
 
-A block may hold positions before rows of the batch, or have several rows for each input (the frames of a
-video, or the places of a frame). Whose row is whose is told by a batch of copies of its first input: every
-row of what is shown must then be as that input's row was.
+A block may hold positions before rows of the batch, have several rows for each input (the frames of a
+video, or the places of a frame), or one row for all. Whose row is whose is told by a batch of copies of its
+first input: every row of what is shown must then be as that input's row was.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from interp.models.layout import (
     ACROSS,
     CHANNELS_FIRST,
     IMAGE,
+    PACKED,
     PARTS,
     PLAIN,
     POSITIONS_FIRST,
@@ -28,6 +29,7 @@ from interp.models.layout import (
     shown,
     shown_inside,
 )
+from interp.models.packed import attention_row_by_row
 from interp.models.recording import ModuleCall, Recording, record
 from interp.models.stack import Layer, calls_of
 from interp.models.windows import attention_in_order
@@ -72,6 +74,8 @@ def _possible(shape: torch.Size, batch: Batch) -> list[tuple[str, ...]]:
     kinds: list[tuple[str, ...]] = []
     if shape[1] == batch.size:
         kinds.append(POSITIONS_FIRST)
+    if shape[0] == 1 and shape[1] % batch.size == 0:
+        kinds.append(PACKED)
     if shape[0] % batch.size == 0:
         kinds.append(PARTS)
     return kinds
@@ -158,9 +162,12 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
     assert raw is not None
     if axes in (PARTS, ACROSS) and layer.attention is not None:
         layer = attention_in_order(layer, layout_of(raw, axes, size))
+    if axes == PACKED:
+        layer = attention_row_by_row(layer)
 
     def mine(x: Tensor) -> bool:
-        flat = axes == POSITIONS_FIRST and x.ndim == 2 and len(x) == raw.shape[:2].numel()
+        flat = axes in (POSITIONS_FIRST, PACKED) and x.ndim == 2
+        flat = flat and len(x) == raw.shape[:2].numel()
         return flat or (x.ndim == 3 and x.shape[:2] == raw.shape[:2])
 
     def one(x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Most blocks hold it so. Some have the positions first. Some carry several residu
 (hyper-connections, AltUp): one stream after the other makes one vector of n_streams · width entries.
 Images may keep their rows and columns apart, before or behind the channels: they are positions, row after
 row. Blocks on videos may have a row of the batch for every frame, or for every place in a frame: positions
-are places, frame after frame. For attention a block may cut positions into windows (`Layout`).
+are places, frame after frame. All rows of a batch may lie one after the other in a single one. For attention
+a block may cut positions into windows (`Layout`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ PARTS = ("batch·part", "pos", "d_model")
 """A row for each part of an input: its positions are those of the parts, one part after the other."""
 ACROSS = ("batch·pos", "part", "d_model")
 """A row for each position in a part: what stands there in all parts."""
+PACKED = ("one", "batch·pos", "d_model")
+"""All rows of the batch one after the other; a module inside may leave out the first axis."""
 
-ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS)
+ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS, PACKED)
 """Axes whose first is not the batch: modules inside such a block have them too."""
 
 
@@ -72,6 +75,8 @@ def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         return x.transpose(0, 1)
     if axes in (PARTS, ACROSS):
         return layout_of(x, axes, size).positions(x)
+    if axes == PACKED:
+        return x.reshape(size, -1, x.shape[-1])
     if axes == IMAGE:
         return x.flatten(1, 2)
     if axes == CHANNELS_FIRST:
@@ -89,6 +94,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         x = x.unflatten(1, (like[1], -1)).transpose(1, 2)
     if axes in (IMAGE, PARTS, ACROSS):
         return x.reshape(-1, *like[1:])
+    if axes == PACKED:
+        return x.reshape(*like[:-2], -1, like[-1])
     if axes == CHANNELS_FIRST:
         return x.mT.reshape(-1, *like[1:])
     where = axes.index("n_streams")

@@ -38,6 +38,7 @@ from interp.models.hooks import (
 )
 from interp.models.inputs import check_kind, faults_of_input
 from interp.models.layout import Layout, held_inside, shown_inside
+from interp.models.packed import by_row
 from interp.models.probe import probe
 from interp.models.readout import unembed
 from interp.models.repeated import CallsOnStream
@@ -593,9 +594,10 @@ class Model:
                 if self._keeps_logits:
                     extra["logits_to_keep"] = logits.to(self.device)
             try:
-                run.logits = output_tensor(
+                made = output_tensor(
                     call_model(self.module, batch, self.spec.first_position, **extra)
                 )
+                run.logits = by_row(made, self.spec.hidden_axes, batch.size)
                 if isinstance(logits, Tensor) and not self._keeps_logits:
                     run.logits = run.logits[:, logits.to(run.logits.device)]
             except Stop:

@@ -21,7 +21,8 @@ from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.hooks import RunWatch
-from interp.models.layout import ACROSS, PARTS, Layout, Windows, layout_of
+from interp.models.layout import ACROSS, PACKED, PARTS, Layout, Windows, layout_of
+from interp.models.packed import RowByRow, require_equal_rows
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.spec import Spec, first_tensor, with_first
 from interp.models.stack import Layer
@@ -78,7 +79,9 @@ def _of_heads(layout: Layout, x: Tensor, padding: bool) -> Tensor:
 
 
 def in_one_row(watch: RunWatch, axes: tuple[str, ...], layout: Layout | None, size: int) -> Watch:
-    """A watch that is shown each of `size` inputs in one row, where windows or parts of them have rows of their own."""
+    """A watch that is shown each of `size` inputs in one row of its own: not windows, parts, or all in one."""
+    if axes == PACKED:
+        return watch if size == 1 else RowByRow(watch, size)
     if axes in (PARTS, ACROSS):
         return InWindows(watch, partial(layout_of, axes=axes, size=size))
     return watch if layout is None else InWindows(watch, layout)
@@ -91,7 +94,7 @@ class Layouts:
     """
 
     def __init__(self, module: nn.Module, spec: Spec):
-        self.module = module
+        self.module, self.spec = module, spec
         self.addresses = {
             layer: block.windows.address
             for layer, block in enumerate(spec.blocks)
@@ -105,7 +108,9 @@ class Layouts:
 
         Raises:
             Refused: windows of this shape do not hold every position once.
+            BadInput: all rows are packed into one and are not equally long.
         """
+        require_equal_rows(self.module, self.spec, batch)
         shapes = {name: x.shape[1:] for name, x in batch.inputs.items()}
         if self.addresses and shapes != self._shapes:
             found = read_layouts(self.module, self.addresses, batch.rows(slice(0, 1)))
