@@ -160,8 +160,9 @@ class Addresses:
         self.spec, self.orders, self.id = spec, orders, id
 
     def __getitem__(self, site: Site) -> Address:
-        if site.name in self.spec.refused:
-            raise Refused(f"{self.id} cannot give '{site}': {self.spec.refused[site.name]}")
+        for name in (site.name, f"{site.name}.{site.layer}"):
+            if name in self.spec.refused:
+                raise Refused(f"{self.id} cannot give '{site}': {self.spec.refused[name]}")
         layer = 0 if site.name == "embed" else site.layer
         if layer is None:
             raise BadInput(f"'{site}' names no layer: write '{site}.5'")

@@ -17,7 +17,7 @@ from transformers.models.granite_speech5.configuration_granite_speech5 import (
     GraniteSpeech5EncoderConfig,
 )
 
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.attention import implementation
 from interp.models.model import Model
 from interp.run.batch import Batch
@@ -63,15 +63,48 @@ def off(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def test_attention_is_there_and_sums_are_refused_with_the_reason() -> None:
-    spec = speech().spec
-    assert spec.refused.keys() == {"attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"}
-    assert "returns shape (2, 36, 32), reads (2, 72, 32)" in spec.refused["attn_write"]
+def test_attention_is_there_and_writes_are_refused_where_a_block_halves_the_length() -> None:
+    model, spec = speech(), speech().spec
+    writes = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
+    assert spec.refused.keys() == {f"{site}.{layer}" for site in writes for layer in (0, 1)}
+    assert "returns shape (2, 36, 32), reads (2, 72, 32)" in spec.refused["attn_write.0"]
+    assert all(model.layers_with(site) == [2, 3] for site in writes)
+    assert "writes" in {check.name for check in spec.checks}
+    assert spec.not_a_sum
     assert not spec.absent and all(check.passed for check in spec.checks)
     assert [block.starts_stage for block in spec.blocks] == [False, True, True, False]
     assert all(block.windows is not None for block in spec.blocks)
     with pytest.raises(Refused, match="does not add up"):
-        speech().run(sounds(), capture=["attn_write"])
+        model.run(sounds(), capture=["attn_write.0"])
+    with pytest.raises(BadInput, match="layers with this site: 2.3"):
+        model.run(sounds(), edits=[Edit.zero("attn_write.1")])
+
+
+@torch.no_grad()
+def test_blocks_that_keep_the_length_return_the_norm_of_their_writes() -> None:
+    model, batch = speech(), sounds(frames=50)
+    sites = ["resid_pre", "resid_mid", "resid_post", "attn_write", "mlp_write"]
+    run = model.run(batch, capture=sites)
+    assert set(run.cache.by_layer("attn_write")) == {2, 3}
+    for layer in (2, 3):
+        block: Any = model.blocks[layer]
+        pre, mid, post, attention, first = (run.cache[f"{site}.{layer}"] for site in sites)
+        assert off(pre + first + attention, mid) < ROUNDING
+        mid = mid + block.conv(block.norm_conv(mid), attention_mask=None)
+        mid = mid + 0.5 * block.feed_forward2(block.norm_feed_forward2(mid))
+        assert off(block.norm_out(mid), post) < ROUNDING
+
+    def halved(module: nn.Module, args: tuple, kwargs: dict, out: tuple) -> tuple:
+        return (out[0] / 2, *out[1:])
+
+    hook = model.module.get_submodule("layers.2.self_attn").register_forward_hook(
+        halved, with_kwargs=True
+    )
+    wanted = model.module(**batch.inputs).last_hidden_state
+    hook.remove()
+    got = model.run(batch, edits=[Edit.scale("attn_write.2", 0.5)]).logits
+    assert got is not None and off(got, wanted) < ROUNDING
+    assert run.logits is not None and off(run.logits, wanted) > ROUNDING
 
 
 @pytest.mark.parametrize("frames", [72, 71, 16, 50])

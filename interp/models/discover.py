@@ -250,6 +250,7 @@ def _with_writes(
         return mixed_blocks(seen, layers, blocks, key, batch, refused)
     layers, blocks = list(layers), list(blocks)
     found: list[tuple[Sums | None, list[Candidate]]] = []
+    reshaped: dict[int, str] = {}
     for i, layer in enumerate(layers):
         if layer.output.shape != layer.hidden(key).shape:
             why = (
@@ -258,8 +259,7 @@ def _with_writes(
             )
             if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
                 refused["resid_post"] = why
-            for site in (*WRITE_SITES, *(["cross_write"] if layer.cross else [])):
-                refused.setdefault(site, f"{why}: what it writes does not add up to that")
+            reshaped[i] = f"{why}: what it writes does not add up to that"
             found.append((None, []))
             continue
         sums, candidates = taken_apart(layer, key)
@@ -305,6 +305,10 @@ def _with_writes(
         )
         for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
     ]
+    alone = not any(block.writes for block in made)
+    for i, why in reshaped.items():
+        for site in (*WRITE_SITES, *(["cross_write"] if layers[i].cross else [])):
+            refused.setdefault(site if alone else f"{site}.{i}", why)
     attending = [block for block in made if block.attention and block.along != HEADS]
     if any(block.repeated for block in made) and all(block.attn_out for block in attending):
         refused.pop("attn_out", None)

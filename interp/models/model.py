@@ -552,6 +552,8 @@ class Model:
             site = Site.parse(text)
             layers = self._layers_of(site.name)
             if site.layer is not None and site.layer not in layers:
+                if why := self.spec.refused.get(f"{site.name}.{site.layer}"):
+                    raise Refused(f"{self.id} cannot give '{site}': {why}")
                 raise BadInput(
                     f"no site '{site}' in {self.id}: layers are 0 to {self.n_layers - 1}"
                 )

@@ -186,7 +186,8 @@ class Check:
 class Spec:
     """The map of a model and the identities that vouch for it.
 
-    `refused` names every site that this model cannot give, with the reason; `absent` those among them
+    `refused` names every site that this model cannot give, with the reason ("attn_write.0" where one layer
+    alone cannot); `absent` those among them
     that its architecture does not have (nothing lies between parallel branches; routed experts have no
     one set of neurons; behind a transform there is no "unembedding" of the residual).
     `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn.

@@ -19,7 +19,7 @@ from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
 from interp.models.stack import Layer
 from interp.models.weights import linear_map
-from interp.sites import ATTENTION_SITES, SELF_SITES
+from interp.sites import ATTENTION_SITES, SELF_SITES, ranges
 
 Check_ = Callable[..., bool]
 """Tries one identity: (name, got, wanted, detail, the sites it vouches for)."""
@@ -212,9 +212,14 @@ def _check_ahead(spec: Spec, layers: list[Layer], check: Check_) -> None:
 def _check_writes(
     spec: Spec, layers: list[Layer], linked: bool, check: Check_, judge: Check_
 ) -> bool:
-    """Whether what the blocks write makes the stream: each block's own sum, and all of them at once."""
-    if not all(block.writes for block in spec.blocks):
+    """Whether what the blocks write makes the stream: each block's own sum, and all of them at once.
+
+    Of layers whose writes are refused by themselves nothing is said, nor of the whole.
+    """
+    having = [i for i, block in enumerate(spec.blocks) if f"attn_write.{i}" not in spec.refused]
+    if not having or not all(spec.blocks[i].writes for i in having):
         return False
+    pairs = [(layers[i], spec.blocks[i]) for i in having]
     sites = ("attn_write", "mlp_write", "resid_mid")
     if any(block.cross for block in spec.blocks):
         sites += ("cross_write",)
@@ -222,7 +227,7 @@ def _check_writes(
         totals: list[Tensor] = []
         dtype = layers[-1].output.dtype
         eps, roundings, most = rounding(dtype), 0, 0.0
-        for layer, block in zip(layers, spec.blocks, strict=True):
+        for layer, block in pairs:
             pre, post = layer.hidden(spec.hidden).double(), layer.output
             parts = written(layer, block.writes, pre.shape)
             most = max(most, float(off_by(pre, post.double(), parts, eps).max()))
@@ -239,11 +244,12 @@ def _check_writes(
             detail = "embedding plus writes equals the final residual"
             if len(totals) > 1:
                 detail = "what a stage begins with plus its writes equals what it ends with"
-            finals = [layers[stage[-1]].output for stage in spec.stages]
+            ends = [[i for i in stage if i in having] for stage in spec.stages]
+            finals = [layers[each[-1]].output for each in ends if each]
             passed &= check("writes", totals, finals, detail, sites, allowed)
         return passed
     made, wanted = [], []
-    for layer, block in zip(layers, spec.blocks, strict=True):
+    for layer, block in pairs:
         x, before = layer.hidden(spec.hidden), block.before_mid
         if block.norm_pre is not None:
             x = _normed(layer, block.norm_pre, x)
@@ -265,13 +271,9 @@ def _check_writes(
             out = _normed(layer, block.norm_post, out.to(layer.output))
         made.append(out.double())
         wanted.append(layer.output)
-    return check(
-        "writes",
-        made,
-        wanted,
-        "each block's writes, through its norms and carries, give what it returns",
-        sites,
-    )
+    which = "" if len(having) == spec.n_layers else f" (layers {ranges(having)})"
+    detail = f"each block's writes, through its norms and carries, give what it returns{which}"
+    return check("writes", made, wanted, detail, sites)
 
 
 def added(total: Tensor, layer: Layer, writes: Sequence[Write]) -> Tensor:
