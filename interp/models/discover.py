@@ -176,11 +176,11 @@ def _padded(layer: Layer, key: int | str) -> bool:
 
 
 def _queries_and_keys(layers: list[Layer], refused: dict[str, str]) -> None:
-    """Refuse q and k where the scores are not made of one product of them: they are shown without a width."""
+    """Refuse q and k where the scores are not made through them alone: they are shown without a width."""
     for layer in layers:
         for call, prefix in ((layer.attention, ""), (layer.cross, CROSS)):
             if call is not None and call.tensors["q"].shape[-1] == 0:
-                why = f"the scores of '{layer.name}' are not made of one product of queries and keys alone"
+                why = f"the scores of '{layer.name}' are not made of the residual stream through queries and keys alone"
                 refused.setdefault(prefix + "q", why)
                 refused.setdefault(prefix + "k", why)
 

@@ -110,7 +110,7 @@ def _understood(
             order = (own[0], *(i for i in v if i != own[0]))
             seen = _verified(Seen(*ran, replace(of, v=order, turned=(before, after))))
             if seen is not None:
-                found.append(_with_queries(*seen, run))
+                found.append(_with_queries(*seen, run, hidden))
                 break
     return found[0] if len(found) == 1 else None
 
@@ -156,12 +156,16 @@ def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
 
 
 def _with_queries(
-    seen: Seen, at: Tensor, run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]]
+    seen: Seen,
+    at: Tensor,
+    run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]],
+    hidden: Tensor,
 ) -> Pieces:
     """With the linear layers of q and k, where the scores are one product of them and else something of no q.
 
     Twice the queries are scores that are larger by q times k; which rows of a layer are queries, and which are
-    keys, is seen of what a change of half of them changes.
+    keys, is seen of what a change of half of them changes. Where queries enter other products besides (with
+    positions), the scores must be made of `hidden` through q and k alone, each head's of its own columns.
     """
     of, softmax = seen.of, seen.softmax
     numbers = _numbers(leading_to(seen.scores, softmax.made_by.get(id(seen.scores))), seen.linears)
@@ -170,15 +174,27 @@ def _with_queries(
     visible = (at >= 0) & (seen.weights > 0)
     n_pos, n_keys = rows_of(seen.z[0], of.turned[1])[1], sum(sizes)
     query, key = at[visible] // n_keys % n_pos, at[visible] % n_keys
+    head = at[visible] // (n_keys * n_pos) % of.n_heads
     half = torch.rand(n_keys, generator=torch.Generator().manual_seed(0)).to(at.device) < 0.5
     half[[start for start, size in zip(starts, sizes, strict=True) if size]] = True  # of each sort
     eps = CLOSE.get(seen.scores.dtype, CLOSE[torch.bfloat16])
 
-    def moved(number: int, rows: Tensor) -> Tensor:
-        factor = 1 + rows.to(seen.made[number])
-        factor = factor[:, None, None] if of.turned[0] else factor[:, None]
+    def scaled(number: int, factor: Tensor) -> Tensor:
+        """How the scores change."""
         other = Seen(*run(Substitutes({number: seen.made[number] * factor})), of)
         return (other.scores - seen.scores)[visible].double()
+
+    def moved(number: int, rows: Tensor) -> Tensor:
+        factor = 1 + rows.to(seen.made[number])
+        return scaled(number, factor[:, None, None] if of.turned[0] else factor[:, None])
+
+    def by_heads(number: int) -> bool:
+        width = seen.made[number].shape[-1]
+        mine = torch.arange(width, device=at.device) // (width // of.n_heads)
+        changes = [scaled(number, 1 + (mine == i).to(hidden)).abs() for i in range(of.n_heads)]
+        inside = [change[head == i].max() for i, change in enumerate(changes)]
+        rest = torch.stack([change[head != i].sum() for i, change in enumerate(changes)])
+        return bool((torch.stack(inside) > 0).all()) and not bool(rest.any())
 
     def plays(number: int, place: Tensor, start: int, size: int) -> bool:
         rows, inside = half[start : start + size], (place >= start) & (place < start + size)
@@ -198,4 +214,22 @@ def _with_queries(
     product = known.joined(known.of.q).double() @ known.joined(known.of.k).double().mT
     product = product.flatten()[at[visible]]
     scale = (change @ product) / (product @ product)
-    return known.of if close(scale * product, change, eps) else of
+    if close(scale * product, change, eps):
+        return known.of
+    through = {id(seen.linears[i]) for i in (*known.of.q, *known.of.k)}
+    whole = all(seen.made[i].numel() for i in known.of.k) and not _reads(hidden, seen, through)
+    return known.of if whole and all(map(by_heads, (*known.of.q, *known.of.k))) else of
+
+
+def _reads(hidden: Tensor, seen: Seen, through: set[int]) -> bool:
+    """Whether the scores are made of `hidden` in another way than through these steps."""
+    open_, known = [seen.softmax.made_by.get(id(seen.scores))], set(through)
+    while open_:
+        step = open_.pop()
+        if step is None or id(step) in known:
+            continue
+        known.add(id(step))
+        if any(x is hidden for x in tensors(step.args, step.kwargs)):
+            return True
+        open_ += step.made_by.values()
+    return seen.scores is hidden

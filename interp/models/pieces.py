@@ -38,7 +38,7 @@ class Pieces:
     """Which calls of a module make its attention: its softmaxes and its linear layers, counted from the first.
 
     `k` and `v` are of the positions, then of keys that are no position's. `reader` reads z, and where there is none
-    the module returns it. `q` and `k` are () where the scores are not made of one product of them alone.
+    the module returns it. `q` and `k` are () where the scores are not made of the stream through them alone.
     `turned`: whether q, k and v, and whether z, have positions before rows of the batch. `empty`: keys and values
     of which the probe had none. `calls`: the softmaxes and linear layers, in the order of their calls.
     """
