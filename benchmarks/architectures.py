@@ -37,7 +37,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -191,8 +191,18 @@ def _verified(row: Row, module: nn.Module) -> Row:
     missing = [site for site in spec.refused if site not in refused]
     outcome = "partly" if refused else "in full"
     reasons = dict.fromkeys(refused.values())
-    shown = ", ".join(missing if outcome == "in full" else refused)
+    shown = _sites(missing if outcome == "in full" else refused)
     return replace(row, outcome=outcome, refused=shown, reason="; ".join(reasons))
+
+
+def _sites(names: Iterable[str]) -> str:
+    """Sites in a line; of those that are told by layer, the layers in brackets."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        site, _, layer = name.partition(".")
+        layers.setdefault(site, []).extend([layer] if layer else [])
+    shown = (f"{site} (layers {' '.join(of)})" if of else site for site, of in layers.items())
+    return ", ".join(shown)
 
 
 def _captured(model: Model, batch: Batch, sites: list[str]) -> tuple[Run, float]:
