@@ -76,7 +76,7 @@ def test_attention_is_there_and_writes_are_refused_where_a_block_halves_the_leng
     assert all(block.windows is not None for block in spec.blocks)
     with pytest.raises(Refused, match="does not add up"):
         model.run(sounds(), capture=["attn_write.0"])
-    with pytest.raises(BadInput, match="layers with this site: 2.3"):
+    with pytest.raises(BadInput, match=r"layers with this site: 2.3"):
         model.run(sounds(), edits=[Edit.zero("attn_write.1")])
 
 
