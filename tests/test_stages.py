@@ -221,3 +221,34 @@ def test_a_key_of_many_positions_can_be_taken_away() -> None:
     pattern = pattern / pattern.sum(-1, keepdim=True)
     wanted = torch.einsum("bhqk,bkhd->bqhd", pattern, clean["v.0"])
     assert off(cut, wanted) < ROUNDING
+
+
+def test_a_block_that_reads_another_width_than_it_returns_has_an_attention_output() -> None:
+    """Fun-ASR's encoder: the first block reads stacked frames of width 160, and begins the stream of 32."""
+    torch.manual_seed(0)
+    config = transformers.FunAsrNanoEncoderConfig(
+        num_mel_bins=80,
+        num_stacked_frames=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_timestamp_prediction_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    model = Model(transformers.FunAsrNanoEncoder(config).eval(), id="widening")
+    assert all(check.passed for check in model.spec.checks)
+    assert [block.d_model for block in model.spec.blocks][:2] == [160, 32]
+    x = torch.randn(2, 9, 160, generator=torch.Generator().manual_seed(1))
+    batch = Batch({"input_features": x, "input_features_mask": torch.ones(2, 9, dtype=torch.long)})
+    cache = model.run(batch, capture=["resid_pre", "z", "attn_out"]).cache
+    for layer, width in ((0, 160), (1, 32)):
+        assert cache[f"resid_pre.{layer}"].shape == (2, 9, width)
+        made: Any = model.blocks[layer].get_submodule("self_attn.o_proj")
+        wanted = made(cache[f"z.{layer}"].flatten(2))
+        torch.testing.assert_close(cache[f"attn_out.{layer}"], wanted, rtol=ROUNDING, atol=ROUNDING)
+    site = "attn_out.0"
+    off = model.run(batch, capture=["resid_post"], edits=[Edit.zero(site)]).cache["resid_post.0"]
+    assert not torch.allclose(off, model.run(batch, capture=["resid_post"]).cache["resid_post.0"])
+    with pytest.raises(Refused, match=r"returns shape .*, reads"):
+        model.run(batch, capture=["mlp_write.0"])

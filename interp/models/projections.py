@@ -94,11 +94,12 @@ def gated_attention_map(
 def with_output(layer: Layer, block: BlockMap, key: int | str) -> BlockMap:
     """`attn_out`: W_O, or the attention module where W_O has another order of axes or there is none."""
     rows = layer.hidden(key).shape[0]
+    streams = (layer.hidden(key), layer.output)  # a block may read another width than it returns
     for name in (block.W_O, block.attention):
         call = layer.inside.once(name)
         if name is None or call is None or call.output is None:
             continue
-        if call.output.shape[-1] != layer.hidden(key).shape[-1] // layer.n_streams:
+        if call.output.shape[-1] not in [x.shape[-1] // layer.n_streams for x in streams]:
             continue
         if name != block.W_O and _ends_in_a_norm_of_a_sum(layer.inside, name, call):
             continue  # the stream, with attention's output in it
