@@ -358,7 +358,8 @@ def markdown(rows: list[Row]) -> str:
         f"{transformers.__version__}: a tiny random model of every model type that the library can "
         "build, its map discovered and every identity tried. A model type is *in full* where every "
         "site its architecture has passes; other rows say what is refused and why. Types that could "
-        "not be built from a shrunken default config are listed too: of them nothing is known. "
+        "not be built from a shrunken default config are listed too: of them nothing is known. A model of "
+        "towers side by side is tried as its parts, each a model of its own. "
         "Whatever a table says, `interp inspect MODEL` tries the identities on your own model.",
         "```text\n" + counts(rows) + "\n```",
     ]
