@@ -270,6 +270,7 @@ def logit_lens(
     _check_top_k(top_k, model.spec.d_vocab)
     parsed = [Site.parse(site) for site in sites]
     _check_writes(model, parsed)
+    _check_stages(model, parsed)
     batch = model.as_batch(prompts)
     rows = _Rows.of(batch, positions)
     targets = _targets(model, batch, rows, target, follow)
@@ -408,6 +409,18 @@ class _Where:
 
     site: str
     places: list[tuple[int, int]]
+
+
+def _check_stages(model: Model, sites: Sequence[Site]) -> None:
+    """Refuse layers of earlier stages: their streams have other widths or lengths than the one that is unembedded."""
+    last = model.spec.stages[-1]
+    for site in sites:
+        layers = model.layers_with(site.name) if site.layer is None else [site.layer]
+        if any(layer < last[0] for layer in layers):
+            raise Refused(
+                f"layers 0 to {last[0] - 1} of {model.id} are earlier stages, on streams of other widths or lengths "
+                f"than the one that is unembedded; read {last[0]} to {last[-1]}, as '{site.name}.{last[-1]}'"
+            )
 
 
 def _check_writes(model: Model, sites: Iterable[Site]) -> None:

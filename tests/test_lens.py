@@ -86,7 +86,9 @@ def test_last_layer_is_the_model(name: str) -> None:
     got = Unembedding(model)(final)
     assert float((got - logits).abs().max() / logits.abs().max()) < 1e-5
 
-    table = logit_lens(model, ids, lens="logit").table
+    layers = [model.n_layers - 1] if len(model.spec.stages) > 1 else range(model.n_layers)
+    sites = [f"resid_post.{layer}" for layer in layers]
+    table = logit_lens(model, ids, sites=sites, lens="logit").table
     last = table[table["layer"] == model.n_layers - 1]
     best = logits.softmax(-1).max(-1)
     assert last["target_id"].tolist() == best.indices.flatten().tolist()
@@ -94,7 +96,13 @@ def test_last_layer_is_the_model(name: str) -> None:
     assert (last["kl"] == 0).all() and (last["target_rank"] == 0).all()
     assert (table["kl"] >= 0).all()
     assert table["entropy"].between(0, math.log(97) + 1e-5).all()
-    assert len(table) == model.n_layers * ids.numel()
+    assert len(table) == len(layers) * ids.numel()
+
+
+def test_layers_of_earlier_stages_are_refused() -> None:
+    model = model_of("funnel")
+    with pytest.raises(Refused, match=r"earlier stages.*as 'resid_post.3'"):
+        logit_lens(model, some_ids(), lens="logit")
 
 
 @pytest.mark.parametrize("name", HEADLESS)
