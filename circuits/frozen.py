@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -175,7 +176,7 @@ def _recorded(model: Model) -> Iterator[dict[nn.Module, Calls]]:
         calls.outputs.append(output.clone())
 
     with ExitStack() as stack:
-        for block in model.blocks:
+        for block in chain.from_iterable(model.parts):
             for module in block.modules():
                 if not any(True for _ in module.children()):
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

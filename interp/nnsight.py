@@ -176,7 +176,7 @@ class Addresses:
         places: dict[str, tuple[str | None, str, float, tuple[int, int] | None]] = {
             "embed": (block.name, "input", 1.0, None),
             "resid_pre": (block.name, "input", 1.0, None),
-            "resid_post": (block.name, "output", 1.0, None),
+            "resid_post": (block.returns, "output", 1.0, None),
             "z": (None if block.between else block.W_O, "input", 1.0, heads),
             "attn_out": (block.attn_out, "output", 1.0, None),
             "mlp_post": (block.W_out, "input", 1.0, None),
@@ -190,7 +190,7 @@ class Addresses:
             path = None  # nnsight's `input` is the first argument
         if path in block.repeated:
             path = None  # called on other things, too
-        if path == block.name and self.spec.hidden_axes != PLAIN:
+        if path in (block.name, block.returns) and self.spec.hidden_axes != PLAIN:
             path = None  # shown in another shape than the block's
         if path is None or self.spec.shared:
             inside = site.name in ("q", "k", "v", "scores", "pattern")
@@ -204,7 +204,7 @@ class Addresses:
             return self.orders[path]
         if path != self.spec.blocks[layer].name:
             return self.orders[path] - 0.5
-        return self.orders[self.spec.blocks[layer - 1].name] + 0.5 if layer else 0.0
+        return self.orders[self.spec.blocks[layer - 1].returns] + 0.5 if layer else 0.0
 
 
 def addresses(model: Any) -> Addresses:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     FSMTConfig,
     FSMTForConditionalGeneration,
-    XLMConfig,
-    XLMWithLMHeadModel,
 )
 from transformers.models.videoprism.configuration_videoprism import VideoPrismVisionConfig
 from transformers.models.videoprism.modeling_videoprism import (
@@ -403,21 +401,3 @@ def test_what_calls_blocks_on_its_own_is_refused() -> None:
     spec = translator().spec
     with pytest.raises(Refused, match=r"holds its stream as \[pos, batch, d_model\]"):
         hidden_of((torch.zeros(5, 2, 32),), {}, spec, 0)
-
-
-def test_a_list_of_attentions_is_no_stack_of_blocks_and_says_so() -> None:
-    """XLM's model adds, norms and calls MLPs in its own forward: an attention's output is no stream."""
-    config = XLMConfig(vocab_size=97, emb_dim=32, n_layers=2, n_heads=4, pad_index=1)
-    model = Model(randomised(XLMWithLMHeadModel(config)))
-    for site in ("resid_post", "unembedding", "attn_write", "mlp_out"):
-        assert site in model.spec.refused and site not in model.spec.absent
-    assert "an attention in a list of its own, no block" in model.spec.refused["resid_post"]
-    ids = torch.randint(10, 97, (2, 6), generator=torch.Generator().manual_seed(0))
-    run = model.run(ids, capture=["pattern", "z", "attn_out", "resid_pre"])
-    with torch.no_grad():
-        theirs = model.module(ids, output_attentions=True, output_hidden_states=True)
-    for layer in range(2):
-        assert off(run.cache[f"pattern.{layer}"], theirs.attentions[layer]) < ROUNDING
-        assert off(run.cache[f"resid_pre.{layer}"], theirs.hidden_states[layer]) < ROUNDING
-    with pytest.raises(Refused, match="no block"):
-        model.run(ids, capture=["resid_post"])

@@ -128,8 +128,8 @@ def _in_one_order(
         returned: dict[str, list[Tensor]] = {}
         for layer in layers[:i]:
             assert layer.call.output is not None
-            returned.setdefault(layer.name, []).append(layer.call.output)
-        returned[layers[i - 1].name][-1] = held(changed, axes[i - 1], out.shape)
+            returned.setdefault(layer.returns, []).append(layer.call.output)
+        returned[layers[i - 1].returns][-1] = held(changed, axes[i - 1], out.shape)
         call = calls_of(record(seen.module, batch, restored=_padded(returned, seen)), layers)[i]
         moved = call.inputs[call.keys.index(key)] - raw
         for kind in (PARTS, ACROSS):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from interp.models.feeding import is_attention
+from interp.models.in_parts import AND
 from interp.models.layout import PLAIN
 from interp.models.projections import cross_attention
 from interp.models.recording import ModuleCall, Recording
@@ -31,7 +32,7 @@ def with_ahead(
     seen: Recording, layers: list[Layer], stack: str, refused: dict[str, str]
 ) -> list[Layer]:
     """Each layer with the attention that is called after the layer before it and before itself, if any."""
-    lists = _between_blocks(seen, layers, stack.split(", "))
+    lists = _between_blocks(seen, layers, stack.replace(AND, ", ").split(", "))
     if not lists:
         return layers
     found: dict[int, list[Layer]] = {}

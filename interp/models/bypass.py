@@ -20,14 +20,14 @@ def read_besides(seen: Recording, layers: list[Layer], key: int | str, batch: Ba
 
     Each block reads what it read before, so that only what goes other ways can tell.
     """
-    inputs: dict[str, list[Tensor]] = {}
+    inputs: dict[tuple[str, str], list[Tensor]] = {}
     for layer in layers:
         given = layer.call.inputs[layer.call.keys.index(key)]
-        inputs.setdefault(layer.name, []).append(given)
+        inputs.setdefault((layer.name, layer.returns), []).append(given)
     left = len(layers)
 
     with ExitStack() as stack:
-        for name, values in inputs.items():
+        for (first, last), values in inputs.items():
             turns = iter(values)
 
             def put(module: nn.Module, args: tuple, kwargs: dict, turns: Any = turns) -> Any:
@@ -41,8 +41,8 @@ def read_besides(seen: Recording, layers: list[Layer], key: int | str, batch: Ba
                 made = first_tensor(output)
                 return with_first(output, made.flip(-1)) if left and made is not None else None
 
-            block = seen.module.get_submodule(name)
-            stack.callback(block.register_forward_pre_hook(put, with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(other).remove)
+            reads, returns = seen.module.get_submodule(first), seen.module.get_submodule(last)
+            stack.callback(reads.register_forward_pre_hook(put, with_kwargs=True).remove)
+            stack.callback(returns.register_forward_hook(other).remove)
         made = output_tensor(call_model(seen.module, batch))
     return relative_error(made, seen.output)[0] > relative_tolerance(seen.output.dtype)

@@ -31,7 +31,7 @@ from interp.models.repeated import on_the_stream
 from interp.models.rescaled import rescaled
 from interp.models.restarted import follow_no_input, restarted, restarts
 from interp.models.several import HEADS
-from interp.models.spec import BlockMap, Spec
+from interp.models.spec import BlockMap, Member, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
 from interp.models.thrice import three_norms, with_middle
 from interp.models.trials import scaled_z, sees_no_later, works_by_position
@@ -52,7 +52,13 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
     blocks = [
-        BlockMap(layer.name, d_model=shape[-1], axes=layer.axes, starts_stage=start)
+        BlockMap(
+            layer.name,
+            d_model=shape[-1],
+            axes=layer.axes,
+            starts_stage=start,
+            members=tuple(Member(name, seen.call(name).is_tuple) for name in layer.members),
+        )
         for layer, shape, start in zip(layers, shapes, starts, strict=True)
     ]
     absent: set[str] = set()
@@ -326,7 +332,10 @@ def _with_restarts(
     anew = {
         i: sums
         for i, (layer, (known, candidates)) in enumerate(zip(layers, found, strict=True))
-        if known is None and candidates and (sums := restarted(layer, candidates)) is not None
+        if known is None
+        and candidates
+        and not layer.members
+        and (sums := restarted(layer, candidates)) is not None
     }
     names = {layers[i].name for i in anew}
     names = follow_no_input(seen, names, batch, key) if names else names

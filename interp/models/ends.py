@@ -207,7 +207,8 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     """Whether the model's own code after its blocks makes the same logits of a residual at any position."""
     sound = is_encoder_decoder(seen.module) and seen.module.main_input_name != "input_ids"
     of_tokens = spec.d_vocab is not None and not sound
-    if spec.tuple_blocks or not of_tokens or seen.output.ndim != residual.ndim:
+    in_parts = any(block.members for block in spec.blocks)
+    if spec.tuple_blocks or in_parts or not of_tokens or seen.output.ndim != residual.ndim:
         return False
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
     allowed = relative_tolerance(seen.output.dtype)
@@ -220,9 +221,9 @@ def _reads_earlier(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
         return False
     returned: dict[str, list[Tensor]] = {}
     for layer in layers:
-        if layer.name == layers[-1].name:
+        if layer.returns == layers[-1].returns:
             assert layer.call.output is not None
-            returned.setdefault(layer.name, []).append(layer.call.output)
+            returned.setdefault(layer.returns, []).append(layer.call.output)
     logits = record(seen.module, Batch.of_ids(batch.ids.flip(0)), restored=returned).output
     return relative_error(logits, seen.output)[0] > relative_tolerance(seen.output.dtype)
 

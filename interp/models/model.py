@@ -127,8 +127,27 @@ class Model:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks themselves."""
-        return [self.module.get_submodule(block.name) for block in self.spec.blocks]
+        """The blocks themselves.
+
+        Raises:
+            Refused: a layer is several modules called one after the other, in the model's own forward.
+        """
+        for block in self.spec.blocks:
+            if block.members:
+                names = ", ".join(f"'{member.name}'" for member in block.members)
+                raise Refused(
+                    f"layers of {self.id} are no modules, which this calls by themselves: {names} are called in "
+                    "turn; model.run with captures and edits, and model.replay, work"
+                )
+        return [module for (module,) in self.parts]
+
+    @property
+    def parts(self) -> list[list[nn.Module]]:
+        """The modules of each layer: one block, in most models, or several called one after the other."""
+        names = [
+            [member.name for member in block.members] or [block.name] for block in self.spec.blocks
+        ]
+        return [[self.module.get_submodule(name) for name in each] for each in names]
 
     def layers_with(self, name: str) -> list[int]:
         """The layers that have the site called `name`; raises Refused with the reason if none."""
@@ -647,7 +666,8 @@ class Model:
                 enter = partial(lambda of, name, module, args: of.enter(name), turns, name)
                 block = self.module.get_submodule(name)
                 stack.callback(block.register_forward_pre_hook(enter).remove)
-        for layer, (block, where) in enumerate(zip(self.blocks, self.spec.blocks, strict=True)):
+        for layer, (parts, where) in enumerate(zip(self.parts, self.spec.blocks, strict=True)):
+            block = parts[0]
             if stop_at is not None and layer > stop_at:
                 break
             on = partial(turns.only, layer) if turns else _as_it_is
@@ -673,7 +693,7 @@ class Model:
             last = stop_at == layer + 1 == self.n_layers
             post = BlockOutput(layer, touch, run, plan, where.axes, stop=last)
             if post.needed or self.spec.tuple_blocks:
-                stack.callback(block.register_forward_hook(on(post)).remove)
+                stack.callback(parts[-1].register_forward_hook(on(post)).remove)
 
     def _outputs(self, block: BlockMap) -> Iterator[tuple[str, str, float | Tensor]]:
         """(site, module, factor) of the sites that are a module's output times a factor."""

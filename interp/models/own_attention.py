@@ -81,9 +81,11 @@ def _watched(
             return kernel(watch_of(module), *args, **kwargs)
         return _attend(watch_of(module), found, partial(_product, function, args, kwargs, found))
 
-    with Tape(attended):
+    with Tape(attended) as tape:
         out = forward(*given, **named)
-    if not seen:  # an edit would be left out without a word
+    if (
+        tape.steps and not seen
+    ):  # an edit would be left out without a word; what is skipped computes nothing
         raise Refused(
             f"{type(module).__name__} did not attend as it did on the probe: on inputs of "
             "this kind (longer ones, perhaps) it computes attention in another way"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def skipping(
 ) -> Iterator[None]:
     """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
     size = resid.shape[0] // times
-    blocks = [model.get_submodule(block.name) for block in spec.blocks]
+    blocks = [model.get_submodule(block.returns) for block in spec.blocks]
     begin = next(stage[0] for stage in spec.stages if start in stage)
     skipped: dict[nn.Module, list[Any]] = {}
     for layer, block in enumerate(blocks[:start]):
@@ -31,6 +31,8 @@ def skipping(
         if block in skipped:
             skipped[block].append(None)
     others = {block: _returning(outputs, block.forward, spec) for block, outputs in skipped.items()}
+    for member in chain.from_iterable(block.members[:-1] for block in spec.blocks[:start]):
+        others[model.get_submodule(member.name)] = _given_back if not member.in_tuple else _in_tuple
     with ExitStack() as stack:
         stack.enter_context(other_forwards(others))
         if start == begin and not spec.blocks[start].ahead:  # what is ahead may be edited
@@ -40,7 +42,8 @@ def skipping(
                 given = next(first)
                 return None if given is None else with_hidden(args, kwargs, given, spec, start)
 
-            hook = blocks[start].register_forward_pre_hook(put, with_kwargs=True, prepend=True)
+            reads = model.get_submodule(spec.blocks[start].name)
+            hook = reads.register_forward_pre_hook(put, with_kwargs=True, prepend=True)
             stack.callback(hook.remove)
         yield
 
@@ -61,12 +64,24 @@ def _returning(
         if output is None:
             return forward(*args, **kwargs)
         layer, resid, rest = output
+        if spec.blocks[
+            layer
+        ].members:  # this is the last, whose output code outside may change in place
+            return args[0] if resid is None else resid.clone()
         if resid is not None:
             args, kwargs = with_hidden(args, kwargs, resid, spec, layer)  # as a block holds it
         hidden = argument(args, kwargs, spec.hidden)
         return (hidden, *rest) if spec.tuple_blocks else hidden
 
     return returning
+
+
+def _given_back(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+def _in_tuple(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    return (x,)
 
 
 def _repeated(x: Any, size: int, times: int) -> Any:

@@ -85,6 +85,14 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of the modules that a layer is made of; `in_tuple`: whether it returns a tuple."""
+
+    name: str
+    in_tuple: bool = False
+
+
+@dataclass(frozen=True)
 class BlockMap:
     """Addresses inside one block; None where the block has no such thing or it was not found.
 
@@ -113,6 +121,7 @@ class BlockMap:
     that the block reads. `starts_stage`: it is of another width or length than the block before read.
     `repeated`: modules called several times, of which the call on the stream is meant.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
+    `members`: the modules of a layer that is no module (they are called one after the other), `name` the first.
     """
 
     name: str
@@ -152,6 +161,12 @@ class BlockMap:
     mixed: tuple[str, ...] = ()
     parallel: bool = False
     direct: bool = False
+    members: tuple[Member, ...] = ()
+
+    @property
+    def returns(self) -> str:
+        """The module that returns resid_post: the block itself, in most models."""
+        return self.members[-1].name if self.members else self.name
 
     @property
     def writes(self) -> tuple[Write, ...]:
@@ -190,7 +205,8 @@ class Spec:
     alone cannot); `absent` those among them
     that its architecture does not have (nothing lies between parallel branches; routed experts have no
     one set of neurons; behind a transform there is no "unembedding" of the residual).
-    `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn.
+    `stack` is the list of the blocks, or several lists (", " in between) whose blocks are called in turn, or
+    (" + " in between) whose members make one layer each together.
     Blocks of a model with stages work on streams of several widths and lengths one after the other; `d_model`
     is then that of the last, and `stages` says which layers belong together.
     `hidden` is where a block's call has the hidden state: an index of its arguments, or a keyword. With
@@ -331,9 +347,9 @@ class Spec:
     @property
     def shared(self) -> bool:
         """Whether several layers call one and the same module (ALBERT)."""
-        names = [block.name for block in self.blocks]
-        names += [block.attention for block in self.blocks if block.attention]
-        return len(set(names)) < len(names)
+        blocks = [block.name for block in self.blocks]
+        attentions = [block.attention for block in self.blocks if block.attention]
+        return any(len(set(names)) < len(names) for names in (blocks, attentions))
 
     @property
     def attention_layers(self) -> list[int]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models.feeding import fed_stack
+from interp.models.in_parts import AND, as_one, inside, lists_in_turn, members
 from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
@@ -38,6 +39,8 @@ class Layer:
     """How many residual streams lie one after the other in the last axis, where `axes` has none for them."""
     ahead: Layer | None = None
     """The attention to a source that is called between the block before and this one, and is in neither."""
+    members: tuple[str, ...] = ()
+    """The modules that the layer is made of, called one after the other, where it is no one module."""
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
@@ -49,6 +52,11 @@ class Layer:
         """The hidden state it returned [batch pos d_model]."""
         assert self.call.output is not None
         return shown(self.call.output, self.axes, self.inside.n_rows)
+
+    @property
+    def returns(self) -> str:
+        """The name of the module that returns its output."""
+        return self.members[-1] if self.members else self.name
 
     @property
     def to_source(self) -> tuple[Recording, AttentionCall | None]:
@@ -90,6 +98,7 @@ def find_stack(
         stack = ", ".join(fed)
     else:
         stack = ", ".join(placed)
+        stack = lists_in_turn(seen, stack) or stack if len(placed) == 1 else stack
     layers = layers_of(seen, stack)
     key = _hidden_key(layers)
     if key is None:
@@ -150,18 +159,27 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
 def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> list[Layer]:
     """Every call of a member of the list, first called first; a member may be called several times.
 
-    Of several lists (names with ", " in between), the calls of all their members.
+    Of several lists (names with ", " in between), the calls of all their members; of lists whose members
+    make layers together (with " + "), those of one layer as one.
     """
     calls = [
-        (call, f"{name}.{i}")
-        for name in stack.split(", ")
-        for i in range(len(seen.module.get_submodule(name)))  # type: ignore[arg-type]
-        for call in seen.calls.get(f"{name}.{i}", [])
+        (call, name, ())
+        for lists in stack.split(", ")
+        if AND not in lists
+        for (name,) in members(seen, lists)
+        for call in seen.calls.get(name, [])
+    ]
+    calls += [
+        (as_one([seen.call(name) for name in names]), names[0], names)
+        for lists in stack.split(", ")
+        if AND in lists
+        for names in members(seen, lists)
     ]
     layers = []
-    for call, name in sorted(calls, key=lambda pair: pair[0].order):
-        inside = seen.within(call)
-        layers.append(Layer(name, call, inside, next(iter(inside.attention), None), axes=axes))
+    for call, name, parts in sorted(calls, key=lambda found: found[0].order):
+        within = inside(seen, call, parts)
+        attention = next(iter(within.attention), None)
+        layers.append(Layer(name, call, within, attention, axes=axes, members=parts))
     if not layers or any(layer.call.output is None for layer in layers):
         raise Refused(f"blocks of '{stack}' return no hidden state: nothing can be addressed")
     return layers
@@ -169,8 +187,9 @@ def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> lis
 
 def calls_of(seen: Recording, layers: Sequence[Layer]) -> list[ModuleCall]:
     """These layers' calls in another recording of the same model."""
-    taken = {layer.name: iter(seen.calls[layer.name]) for layer in layers}
-    return [next(taken[layer.name]) for layer in layers]
+    names = [layer.members or (layer.name,) for layer in layers]
+    taken = {name: iter(seen.calls[name]) for each in names for name in each}
+    return [as_one([next(taken[name]) for name in each]) for each in names]
 
 
 def _hidden_key(layers: list[Layer]) -> int | str | None:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from interp.models.axes import with_axes
 from interp.models.calls import call_model
+from interp.models.in_parts import inside
 from interp.models.layout import POSITIONS_FIRST, shown
 from interp.models.recording import Recording, record
 from interp.models.spec import first_tensor, with_first
-from interp.models.stack import Layer
+from interp.models.stack import Layer, calls_of
 from interp.run.batch import Batch
 
 
@@ -33,15 +34,13 @@ def scaled_z(
     returned: dict[str, list[Tensor]] = {}
     for layer in layers:
         assert layer.call.output is not None
-        returned.setdefault(layer.name, []).append(layer.call.output)
+        returned.setdefault(layer.returns, []).append(layer.call.output)
     again = record(seen.module, batch, factors, returned)
-    taken = {name: iter(again.calls[name]) for name in returned}
     changed = []
-    for layer in layers:
-        call = next(taken[layer.name])
-        inside = again.within(call)
-        attention = next(iter(inside.attention), None)
-        changed.append(Layer(layer.name, call, inside, attention))
+    for layer, call in zip(layers, calls_of(again, layers), strict=True):
+        within = inside(again, call, layer.members)
+        attention = next(iter(within.attention), None)
+        changed.append(Layer(layer.name, call, within, attention, members=layer.members))
     return with_axes(changed, [layer.axes for layer in layers]), factors
 
 
@@ -130,7 +129,7 @@ def sees_no_later(seen: Recording, layers: list[Layer], batch: Batch) -> bool:
     other = [next((i for i in row if i != row[-1]), row[-1]) for row in ids.tolist()]
     ids[:, -1] = torch.tensor(other).to(ids)
     again = record(seen.module, Batch.of_ids(ids))
-    output = again.calls[layers[-1].name][-1].output
+    output = again.calls[layers[-1].returns][-1].output
     if output is None or output.shape != layers[-1].call.output.shape:  # type: ignore[union-attr]
         return False
     moved = (shown(output, layers[-1].axes, batch.size) - layers[-1].output).abs().amax((0, 2))

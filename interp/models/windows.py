@@ -152,7 +152,7 @@ def find_windows(
     returned: dict[str, list[Tensor]] = {}
     for layer in layers:
         assert layer.call.output is not None
-        returned.setdefault(layer.name, []).append(layer.call.output)
+        returned.setdefault(layer.returns, []).append(layer.call.output)
     for i, half in halves.items():
         call = layers[i].inside.once(addresses[i][0]) or seen.call(addresses[i][0])
         out = call.output
