@@ -41,7 +41,8 @@ NEEDED = ("q", "k", "v", "z", "pattern", "attn_out", "attn_write")
 OF_HEADS = ("output", "value", "query", "key")
 OF_NEURONS = ("up", "down", "key")
 SAME = 1e-3
-"""How far a norm's input may be from a captured site, as a share of its largest entry, to be that site."""
+"""How far a norm's input may be from a captured site, as a share of its largest entry, to be that site; in
+half precision what two passes of it differ by."""
 
 
 def check_options(*, top_k: int = 5, neurons: int = 20, **_: object) -> None:
@@ -408,15 +409,18 @@ class _Recorded:
 
     def calls(self, model: Model, kept: Mapping[tuple[str, int], Tensor]) -> list[NormCall]:
         """The calls whose input is a site of the layer, by the name of that site."""
-        found = []
+        found, allowed = [], max(SAME, relative_tolerance(model.dtype))
         for layer, name, before, after in self.seen:
             if before.shape[-1] != model.spec.d_model:
                 continue
-            for site in ("resid_pre", "resid_mid", "attn_out", "mlp_out"):
-                value = kept.get((site, layer))
-                if value is not None and relative_error(before, value)[0] < SAME:
-                    found.append(NormCall(layer, site, name, before, after))
-                    break
+            off = {
+                site: relative_error(before, kept[site, layer])[0]
+                for site in ("resid_pre", "resid_mid", "attn_out", "mlp_out")
+                if (site, layer) in kept
+            }
+            nearest = min(off, key=lambda site: off[site])
+            if off[nearest] < allowed:
+                found.append(NormCall(layer, nearest, name, before, after))
         return found
 
 
@@ -461,13 +465,33 @@ class _Bare(nn.Module):
 
 @torch.no_grad()
 def _forgets_size(module: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether this is a norm: much larger inputs, all alike scaled, give the same output."""
-    if not x.is_floating_point() or torch.equal(x, output):
+    """Whether this is a norm: inputs all alike scaled give the same output, one entry scaled other ones.
+
+    It is asked with its loudest input, which is none of padding, brought to a size that drowns epsilon
+    and that float16 can square.
+    """
+    if x.ndim < 2 or not x.is_floating_point() or torch.equal(x, output):
         return False
-    some = x[:1, :1] if x.ndim > 2 else x[:1]
-    large, larger = module(some * 1e3), module(some * 2e3)
+    axes = min(2, x.ndim - 1)
+    vectors = x.flatten(0, axes - 1)
+    sizes = vectors.flatten(1).abs().amax(1)
+    size = sizes.max()
+    if not bool(size > 0) or not bool(size.isfinite()):
+        return False
+    length = 10.0 if x.dtype == torch.float16 else 1e6
+    some = vectors[sizes.argmax()].reshape(*[1] * axes, *x.shape[axes:]) / size * length
+    place = int(some.abs().argmax())
+    uneven = some.clone()
+    uneven.view(-1)[place] *= 100
+    large, larger, other = (module(inputs) for inputs in (some, some * 2, uneven))
     allowed = relative_tolerance(x.dtype)
-    return bool(large.any()) and relative_error(larger, large)[0] <= allowed
+    if not relative_error(larger, large)[0] <= allowed:
+        return False
+    # tanh forgets sizes too, but of every entry by itself: the others stay as they were.
+    row, column = divmod(place, x.shape[-1])
+    others = torch.arange(x.shape[-1], device=x.device) != column
+    large, other = (out.reshape(-1, x.shape[-1])[row, others] for out in (large, other))
+    return relative_error(other, large)[0] > allowed
 
 
 def _linear(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:

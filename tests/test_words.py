@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from circuits.words import _line, loudest, word_vectors, words
@@ -16,7 +17,7 @@ from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
-from tests.families import FAMILIES
+from tests.families import FAMILIES, GROUPED
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 STORE = "When Mary and John went to the store, John gave a drink to"
@@ -76,6 +77,61 @@ def test_a_querys_direction_gives_its_score(name: str) -> None:
         looked_for = (heads.vectors["query"] * pre[rows, heads.sources]).sum(-1)
         answered = (heads.vectors["key"] * pre[:, -1:]).sum(-1)
         assert close(looked_for, heads.scores) and close(answered, heads.scores)
+
+
+def test_a_prompt_reads_the_same_beside_longer_ones() -> None:
+    """Also where the first row begins with padding, whose vectors may be zero."""
+    for name in ("llama", "gpt2", "gpt_oss"):
+        module = FAMILIES[name]()
+        with torch.no_grad():
+            module.get_input_embeddings().weight[0] = 0  # type: ignore[operator]
+        model = Model(module, id=name)
+        alone = word_vectors(model, IDS[:1, :3], neurons=3)
+        ids = torch.stack([torch.cat([torch.zeros(3).long(), IDS[0, :3]]), IDS[1]])
+        beside = word_vectors(model, Batch.of_ids(ids, ids > 0), neurons=3)
+        for layer, heads in alone.heads.items():
+            assert torch.equal(beside.heads[layer].sources[:1] - 3, heads.sources)
+            for what, vector in heads.vectors.items():
+                assert close(beside.heads[layer].vectors[what][:1], vector), (name, layer, what)
+        for one, same in zip(alone.neurons, beside.neurons, strict=False):
+            assert all(close(same.vectors[what], x) for what, x in one.vectors.items()), name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision_with_a_massive_first_token(name: str) -> None:
+    """A thousand times the massive entry is no number in float16; 2e-2 is what its rounding leaves."""
+    module = FAMILIES[name]()
+    with torch.no_grad():
+        module.get_input_embeddings().weight[5, 3] = 300.0  # type: ignore[operator]
+    exact = word_vectors(Model(module, id=name), IDS[:1], neurons=0)
+    half = word_vectors(Model(module.half(), id=name), IDS[:1], neurons=0)
+    assert [(n.site, n.name) for n in half.norms] == [(n.site, n.name) for n in exact.norms]
+    for layer, heads in exact.heads.items():
+        same = heads.sources == half.heads[layer].sources
+        assert bool(same.any())
+        for what, vector in heads.vectors.items():
+            assert close(half.heads[layer].vectors[what][same], vector[same], 2e-2), what
+
+
+@pytest.mark.parametrize("act", ["silu", "tanh", "sigmoid"])
+def test_an_activation_that_saturates_is_no_norm(act: str) -> None:
+    """What excites a neuron is the gradient of its activation, the norm's scale alone being held."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**(GROUPED | {"intermediate_size": 32, "hidden_act": act}))
+    module = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for block in module.model.layers:
+            block.mlp.gate_proj.weight *= 20  # type: ignore[operator]
+    model = Model(module, id=act)
+    for neuron in word_vectors(model, IDS[:1], neurons=4).neurons:
+        block = model.blocks[neuron.layer]
+        mid = model.run(IDS[:1], capture=["resid_mid"], logits=False).cache["resid_mid"]
+        x = mid[0, -1, neuron.layer].detach().requires_grad_()
+        norm = FrozenNorm(block.post_attention_layernorm, 32)  # type: ignore[arg-type]
+        h, mlp = norm.gain * x / norm.scale(x), block.mlp
+        active = mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h)  # type: ignore[operator, union-attr]
+        (wanted,) = torch.autograd.grad(active[neuron.index], x)
+        assert close(neuron.vectors["key"], wanted)
 
 
 def test_directions_by_hand(tiny: Model) -> None:
