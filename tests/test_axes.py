@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CpmAntConfig,
+    CpmAntForCausalLM,
     FSMTConfig,
     FSMTForConditionalGeneration,
 )
@@ -26,11 +28,21 @@ from interp.errors import Refused
 from interp.models.attention import implementation
 from interp.models.calls import call_model
 from interp.models.hooks import hidden_of
-from interp.models.layout import ACROSS, PARTS, PLAIN, POSITIONS_FIRST, held, held_inside, shown
+from interp.models.layout import (
+    ACROSS,
+    PARTS,
+    PLAIN,
+    POSITIONS_FIRST,
+    held,
+    held_inside,
+    shown,
+    with_others_ahead,
+)
 from interp.models.model import Model
 from interp.models.probe import probe
 from interp.run.batch import Batch
 from interp.run.edits import Edit
+from interp.run.statistics import Mass
 from interp.sites import AXES, Site
 
 ROUNDING = 1e-5
@@ -382,6 +394,94 @@ def test_an_edit_of_one_row_and_position_is_that_entry(n: int) -> None:
         assert got is not None and clean is not None and wanted is not None
         assert torch.equal(got, wanted) and not torch.equal(got[1, 3], clean[1, 3])
         assert torch.equal(got[0], clean[0]) and torch.equal(got[:, :3], clean[:, :3])
+
+
+# --- positions of the model's own before the tokens' --------------------------------------------------
+
+
+AHEAD = 5
+WORDS = torch.randint(10, 97, (2, 9), generator=torch.Generator().manual_seed(2))
+
+
+@cache
+def prompted() -> Any:
+    """A model that puts five learnt prompts before every text."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}
+    config = CpmAntConfig(
+        vocab_size=99, num_hidden_layers=2, prompt_length=AHEAD, prompt_types=4, **sizes
+    )
+    return Model(randomised(CpmAntForCausalLM(config)), id="prompted")
+
+
+def test_tokens_come_first_and_what_a_model_puts_before_them_behind_them() -> None:
+    model, n = prompted(), WORDS.shape[1]
+    assert not model.spec.refused and model.spec.hidden_axes == with_others_ahead(AHEAD)
+    sites = ["resid_pre", "resid_post", "resid_mid", "attn_write", "mlp_write", "pattern", "z"]
+    run = model.run(WORDS, capture=sites)
+    with torch.no_grad():
+        own = model.module(WORDS, output_attentions=True, output_hidden_states=True)
+        raw = model.module.cpmant.input_embedding.weight
+        raw = raw[torch.arange(99 + 2 * AHEAD, 99 + 3 * AHEAD)]
+        raw = raw + model.module.cpmant.segment_embedding.weight[0]
+    assert torch.equal(run.logits, own.logits) and run.logits.shape == (2, n, 99)
+    assert off(run.cache["resid_pre.0"][0, n:], raw) < ROUNDING
+    total = run.cache["resid_pre.0"].double()
+    for layer in range(2):
+        assert run.cache[f"resid_pre.{layer}"].shape == (2, n + AHEAD, 32)
+        assert torch.equal(run.cache[f"resid_pre.{layer}"][:, :n], own.hidden_states[layer])
+        theirs = own.attentions[layer]
+        assert off(run.cache[f"pattern.{layer}"][:, :, :n, :n], theirs) < ROUNDING
+        total = total + run.cache[f"attn_write.{layer}"] + run.cache[f"mlp_write.{layer}"]
+    assert off(total, run.cache["resid_post.1"]) < ROUNDING
+    assert off(model.unembed(run.cache["resid_post.1"][:, :n]), run.logits) < ROUNDING
+    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
+    assert torch.equal(model.run(WORDS, edits=same).logits, run.logits)
+
+
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out", "resid_post", "z"])
+def test_an_edit_of_a_position_is_of_that_token(site: str) -> None:
+    model, columns = prompted(), slice(8, 16) if site == "z" else slice(None)
+    block = model.spec.blocks[0]
+    name = {"attn_out": block.attn_out, "mlp_out": block.mlp_out, "z": block.W_O}.get(
+        site, block.name
+    )
+
+    def zero(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, AHEAD + 3, columns] = 0
+        return x
+
+    def before(module: nn.Module, args: tuple) -> tuple:
+        return (zero(args[0]), *args[1:])
+
+    def after(module: nn.Module, args: tuple, out: Any) -> Any:
+        return (zero(out[0]), *out[1:]) if isinstance(out, tuple) else zero(out)
+
+    module = model.module.get_submodule(name)
+    hook = (
+        module.register_forward_pre_hook(before)
+        if site == "z"
+        else module.register_forward_hook(after)
+    )
+    with torch.no_grad():
+        wanted = model.module(WORDS).logits
+    hook.remove()
+    heads = [(0, 1)] if site == "z" else None
+    edit = Edit.zero("z" if heads else f"{site}.0", heads=heads, positions=[3])
+    run = model.run(WORDS, capture=["resid_pre"])
+    (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+    for got in (model.run(WORDS, edits=[edit]).logits, replayed):
+        assert off(got, wanted) < ROUNDING < off(run.logits, wanted)
+
+
+def test_statistics_are_of_the_tokens() -> None:
+    model, n = prompted(), WORDS.shape[1]
+    keys = torch.arange(n)[None, :, None].expand(2, n, 1)
+    mass = Mass(keys, torch.ones(2, n, dtype=torch.bool))
+    run = model.run(WORDS, capture=["pattern"], statistics={"own": mass})
+    for layer in range(2):
+        wanted = run.cache[f"pattern.{layer}"][..., :n, :n].diagonal(dim1=-2, dim2=-1).mean(-1)
+        assert off(run.statistics["own"][:, layer], wanted) < ROUNDING
 
 
 # --- the layout itself -----------------------------------------------------------------------------

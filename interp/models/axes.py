@@ -22,12 +22,14 @@ from interp.models.layout import (
     PARTS,
     PLAIN,
     POSITIONS_FIRST,
-    ROWS_ELSEWHERE,
+    as_held_inside,
     axes_of,
     held,
     layout_of,
+    n_ahead,
     shown,
     shown_inside,
+    with_others_ahead,
 )
 from interp.models.packed import attention_row_by_row
 from interp.models.recording import ModuleCall, Recording, record
@@ -52,6 +54,7 @@ def find_axes(
         axes = _by_shape(layers, key, batch)
         if axes is None or (axes == CHANNELS_FIRST and not seen.attention):
             raise _refused(seen, layers[0], raw[0], batch)
+        axes = _with_others(seen, layers, key, batch) if axes == PLAIN else axes
         return [axes] * len(layers)
     copies = batch.rows(slice(0, 1)).repeat(batch.size)
     again = calls_of(record(seen.module, copies), layers)
@@ -64,6 +67,36 @@ def find_axes(
             raise _refused(seen, layer, before, batch)
         found.append(axes)
     return _in_one_order(seen, layers, found, key, batch)
+
+
+def _with_others(
+    seen: Recording, layers: list[Layer], key: int | str, batch: Batch
+) -> tuple[str, ...]:
+    """PLAIN, or with positions of the model's own ahead of the tokens': the first block shows where a token is.
+
+    Tried with the first and the last token of texts of two lengths.
+    """
+    lengths = {layer.hidden(key).shape[1] for layer in layers}
+    if set(batch.inputs) != {"input_ids"} or lengths <= {batch.ids.shape[1]} or len(lengths) > 1:
+        return PLAIN
+    before = {
+        at - token
+        for length in (batch.ids.shape[1], batch.ids.shape[1] - 1)
+        for token in (0, length - 1)
+        for at in _moved_by(seen, layers[0], key, batch.ids[:, :length], token)
+    }
+    return with_others_ahead(before.pop()) if len(before) == 1 else PLAIN
+
+
+def _moved_by(seen: Recording, first: Layer, key: int | str, ids: Tensor, token: int) -> list[int]:
+    """The positions that the first block reads something else at when this token of every row is another."""
+    other = ids.clone()
+    for row in other:  # as it was where a row has one token alone
+        row[token] = next((x for x in row if x != row[token]), row[token])
+    a, b = (calls_of(record(seen.module, Batch.of_ids(x)), [first])[0].inputs for x in (ids, other))
+    at = first.call.keys.index(key)
+    moved = (a[at] - b[at]).abs().amax((0, 2)) > MOVED * a[at].abs().max()
+    return moved.nonzero()[:, 0].tolist()
 
 
 def _possible(shape: torch.Size, batch: Batch) -> list[tuple[str, ...]]:
@@ -156,17 +189,17 @@ def with_axes(layers: Sequence[Layer], axes: Sequence[tuple[str, ...]]) -> list[
 
 def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
     layer = replace(layer, axes=axes)
-    if axes not in ROWS_ELSEWHERE:
+    if not as_held_inside(axes):
         return layer
     size, raw = layer.inside.n_rows, layer.call.output
     assert raw is not None
-    if axes in (PARTS, ACROSS) and layer.attention is not None:
+    if (axes in (PARTS, ACROSS) or n_ahead(axes)) and layer.attention is not None:
         layer = attention_in_order(layer, layout_of(raw, axes, size))
     if axes == PACKED:
         layer = attention_row_by_row(layer)
 
     def mine(x: Tensor) -> bool:
-        flat = axes in (POSITIONS_FIRST, PACKED) and x.ndim == 2
+        flat = (axes in (POSITIONS_FIRST, PACKED) or n_ahead(axes) > 0) and x.ndim == 2
         flat = flat and len(x) == raw.shape[:2].numel()
         return flat or (x.ndim == 3 and x.shape[:2] == raw.shape[:2])
 

@@ -17,7 +17,7 @@ from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, text_config
 from interp.models.ends import with_ends
-from interp.models.layout import ACROSS, PACKED, PARTS
+from interp.models.layout import POSITIONS_FIRST, as_held_inside
 from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
 from interp.models.pieces import pieces
 from interp.models.projections import (
@@ -239,7 +239,11 @@ def _with_attention(
 
 def _with_something_between(block: BlockMap) -> bool:
     """Whether W_O was not seen to read z, where a trial can tell what stands between them."""
-    alone = not block.along and block.windows is None and block.axes not in (PARTS, ACROSS, PACKED)
+    alone = (
+        not block.along
+        and block.windows is None
+        and (block.axes == POSITIONS_FIRST or not as_held_inside(block.axes))
+    )
     return block.attention is not None and block.W_O is None and alone
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.calls import has_tokens, is_encoder_decoder, text_config
-from interp.models.layout import ROWS_ELSEWHERE
+from interp.models.layout import as_held_inside, n_ahead, shown
 from interp.models.projections import same
 from interp.models.readout import WHOLE, of_tokens, rest_of_model
 from interp.models.recording import ModuleCall, Recording, record
@@ -28,7 +28,7 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     """The map with embedding, final norm and unembedding, or a readout of more modules."""
     last = layers[-1].call
     assert last.output is not None
-    residual = layers[-1].output if layers[-1].axes in ROWS_ELSEWHERE else last.output
+    residual = layers[-1].output if as_held_inside(layers[-1].axes) else last.output
     if set(batch.inputs) == {"input_ids"}:
         residual = of_tokens(residual, seen.output)
     module: Any = seen.module
@@ -50,6 +50,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         for name, calls in seen.calls.items()
         if len(late := [call for call in calls if call.start >= last.order]) == 1 and late[0].inputs
     }
+    if n_ahead(layers[-1].axes):
+        after = {name: _of_tokens(call, layers[-1], seen.output) for name, call in after.items()}
     norm, before = _final_norm(seen, after, residual, final)
     if norm is not None and (dtype := after[norm].inputs[0].dtype) != last.output.dtype:
         spec = replace(spec, final_dtype=dtype)
@@ -121,6 +123,19 @@ def _by_other_ways(
         why = "logits are made of the final residual and of what earlier blocks read or returned besides"
         spec = replace(spec, absent=no_one, bypassed=spec.bypassed or why)
     return replace(spec, refused={**spec.refused, "unembedding": why})
+
+
+def _of_tokens(call: ModuleCall, last: Layer, logits: Tensor) -> ModuleCall:
+    """A call behind the blocks, at the tokens' positions alone of what has those of the last block."""
+    assert last.call.output is not None
+    length = last.call.output.shape[:2]
+
+    def one(x: Tensor) -> Tensor:
+        mine = x.ndim == 3 and x.shape[:2] == length
+        return of_tokens(shown(x, last.axes, len(x)), logits) if mine else x
+
+    output = None if call.output is None else one(call.output)
+    return replace(call, inputs=[one(x) for x in call.inputs], output=output)
 
 
 def _d_vocab(module: nn.Module) -> int | None:
@@ -207,7 +222,7 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     """Whether the model's own code after its blocks makes the same logits of a residual at any position."""
     sound = is_encoder_decoder(seen.module) and seen.module.main_input_name != "input_ids"
     of_tokens = spec.d_vocab is not None and not sound
-    in_parts = any(block.members for block in spec.blocks)
+    in_parts = any(block.members for block in spec.blocks) or n_ahead(spec.hidden_axes)
     if spec.tuple_blocks or in_parts or not of_tokens or seen.output.ndim != residual.ndim:
         return False
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)

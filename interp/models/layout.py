@@ -4,8 +4,9 @@ Most blocks hold it so. Some have the positions first. Some carry several residu
 (hyper-connections, AltUp): one stream after the other makes one vector of n_streams · width entries.
 Images may keep their rows and columns apart, before or behind the channels: they are positions, row after
 row. Blocks on videos may have a row of the batch for every frame, or for every place in a frame: positions
-are places, frame after frame. All rows of a batch may lie one after the other in a single one. For attention
-a block may cut positions into windows (`Layout`).
+are places, frame after frame. All rows of a batch may lie one after the other in a single one. Positions of
+the model's own, prompts that it has learnt, may stand before the tokens': they are shown behind them. For
+attention a block may cut positions into windows (`Layout`).
 """
 
 from __future__ import annotations
@@ -33,13 +34,35 @@ PACKED = ("one", "batch·pos", "d_model")
 """All rows of the batch one after the other; a module inside may leave out the first axis."""
 
 ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS, PACKED)
-"""Axes whose first is not the batch: modules inside such a block have them too."""
+"""Axes whose first is not the batch."""
+AHEAD = " ahead·pos"
+
+
+def with_others_ahead(n: int) -> tuple[str, ...]:
+    """Axes of blocks that hold `n` positions of the model's own (prompts that it has learnt) before the tokens'.
+
+    Shown behind them, so that a token's position is its number.
+
+    >>> n_ahead(with_others_ahead(32)), n_ahead(PLAIN)
+    (32, 0)
+    """
+    return ("batch", f"{n}{AHEAD}", "d_model") if n else PLAIN
+
+
+def n_ahead(axes: tuple[str, ...]) -> int:
+    """How many positions of the model's own stand before the tokens'."""
+    return int(axes[1].removesuffix(AHEAD)) if axes[1].endswith(AHEAD) else 0
+
+
+def as_held_inside(axes: tuple[str, ...]) -> bool:
+    """Whether modules inside a block hold rows or positions elsewhere, as the block itself does."""
+    return axes in ROWS_ELSEWHERE or n_ahead(axes) > 0
 
 
 def require_rows_first(blocks: Iterable[tuple[str, ...]], what: str) -> None:
     """Refuse `what`, which takes the first axis of blocks' tensors for the batch, where it is another."""
     for axes in blocks:
-        if axes in ROWS_ELSEWHERE:
+        if as_held_inside(axes):
             raise Refused(
                 f"a block holds its stream as [{', '.join(axes)}], which {what} does not know; model.run with "
                 "captures and edits works"
@@ -73,6 +96,8 @@ def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         return x
     if axes == POSITIONS_FIRST:
         return x.transpose(0, 1)
+    if n := n_ahead(axes):
+        return x.roll(-n, 1)
     if axes in (PARTS, ACROSS):
         return layout_of(x, axes, size).positions(x)
     if axes == PACKED:
@@ -92,6 +117,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         return x.transpose(0, 1)
     if axes == ACROSS:
         x = x.unflatten(1, (like[1], -1)).transpose(1, 2)
+    if n := n_ahead(axes):
+        return x.roll(n, 1)
     if axes in (IMAGE, PARTS, ACROSS):
         return x.reshape(-1, *like[1:])
     if axes == PACKED:
@@ -180,6 +207,8 @@ def layout_of(x: Tensor, axes: tuple[str, ...], size: int) -> Layout:
     """
     rows, length = x.shape[0] // size, x.shape[1]
     at = torch.arange(rows * length)
+    if n := n_ahead(axes):
+        return Layout(at.roll(n)[None], length)
     return Layout(
         at.reshape(length, rows).T if axes == ACROSS else at.reshape(rows, length), len(at)
     )
@@ -189,6 +218,8 @@ def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
     """What a module inside a block reads or returns, of `size` inputs, as [batch pos width], flattened or not."""
     if axes == POSITIONS_FIRST and x.ndim == 2:
         x = x.unflatten(0, (-1, size))
+    if n_ahead(axes):
+        return shown(x.reshape(size, -1, x.shape[-1]), axes, size)
     if axes in ROWS_ELSEWHERE:
         return shown(x, axes, size)
     return x if x.ndim == 3 else x.reshape(size, -1, x.shape[-1])
@@ -196,7 +227,7 @@ def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
 
 def held_inside(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
     """The inverse of `shown_inside`: in the shape `like`."""
-    if axes in ROWS_ELSEWHERE:
+    if as_held_inside(axes):
         x = held(x, axes, like)
     return x.reshape(tuple(like))
 

@@ -21,7 +21,7 @@ from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.hooks import RunWatch
-from interp.models.layout import ACROSS, PACKED, PARTS, Layout, Windows, layout_of
+from interp.models.layout import ACROSS, PACKED, PARTS, Layout, Windows, layout_of, n_ahead
 from interp.models.packed import RowByRow, require_equal_rows
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.spec import Spec, first_tensor, with_first
@@ -82,7 +82,7 @@ def in_one_row(watch: RunWatch, axes: tuple[str, ...], layout: Layout | None, si
     """A watch that is shown each of `size` inputs in one row of its own: not windows, parts, or all in one."""
     if axes == PACKED:
         return watch if size == 1 else RowByRow(watch, size)
-    if axes in (PARTS, ACROSS):
+    if axes in (PARTS, ACROSS) or n_ahead(axes):
         return InWindows(watch, partial(layout_of, axes=axes, size=size))
     return watch if layout is None else InWindows(watch, layout)
 
