@@ -27,7 +27,7 @@ from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, unknown
 from interp.models.model import Model
-from interp.registry import analysis
+from interp.registry import analysis, first_rows, leading
 from interp.report import Report, provenance
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
@@ -581,6 +581,9 @@ def _names(tasks: str | Sequence[str]) -> list[str]:
     example="interp circuit overlap smollm2-135m ioi,colored_objects",
     figure="overlap",
     validate=check_overlap,
+    summary=lambda report: leading(
+        first_rows(report), "a", "b", "heads_shared", "jaccard", "by_chance", "edge_jaccard"
+    ),
     takes="text",
 )
 def circuit_overlap(

@@ -25,7 +25,7 @@ from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
-from interp.registry import analysis
+from interp.registry import analysis, leading
 from interp.report import Report, provenance
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
@@ -77,7 +77,9 @@ def check_options(
 def strongest(report: Report) -> pd.DataFrame:
     """The fifteen rows with the largest effect."""
     order = np.argsort(-report.table["effect"].abs().to_numpy(), kind="stable")
-    return report.table.iloc[order[:15]]
+    return leading(
+        report.table.iloc[order[:15]], "layer", "head", "position", "effect", "exact", "change"
+    )
 
 
 @analysis(

@@ -55,7 +55,7 @@ def check_options(*, top_k: int = 5, neurons: int = 20, **_: object) -> None:
 
 def loudest(report: Report) -> pd.DataFrame:
     """The fifteen heads that write most, with what they write."""
-    shown = ["prompt", "layer", "head", "norm", "source_token", "weight", "output"]
+    shown = ["layer", "head", "norm", "output", "source_token", "weight", "prompt"]
     return report.tables["heads"].filter(shown).head(15)
 
 

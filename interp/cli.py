@@ -100,7 +100,7 @@ def perform(job: Job) -> None:
     except SaveFailed as error:
         raise SaveFailed(f"{error}. {KEPT.format(keeping)}" if keeping else str(error)) from error
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    print_summary(report, analysis.summary(report))
+    print_summary(report, analysis.summary(report), out)
     Console().print(f"{time.perf_counter() - started:.0f} s")
     print_page(out)
 
@@ -153,7 +153,7 @@ def show(
     page = folder / "report.html"
     if not page.exists():
         write_atomically(page, report.to_html().encode("utf-8", "replace"))
-    print_summary(report, summary(report))
+    print_summary(report, summary(report), folder)
     print_page(folder)
     if browser:
         webbrowser.open(page.resolve().as_uri())

@@ -188,7 +188,7 @@ def at_the_end(report: Report) -> pd.DataFrame:
     """Every layer's reading at the last position."""
     rows = report.table.loc[report.table["position"] == report.table["position"].max()]
     return rows[
-        ["site", "layer", "top_token", "top_probability", "kl", "target_token", "target_rank"]
+        ["site", "layer", "top_token", "top_probability", "kl", "target_rank", "target_token"]
     ]
 
 

@@ -69,6 +69,11 @@ def first_rows(report: Report) -> pd.DataFrame:
     return report.table.head(15)
 
 
+def leading(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The same rows with these columns first: a narrow terminal shows the first ones."""
+    return rows[[*names, *(name for name in rows if name not in names)]]
+
+
 def intervals(table: pd.DataFrame, name: str) -> list[str]:
     """The intervals in columns `<name>_low` and `<name>_high`, as a summary shows them."""
     low, high = table[f"{name}_low"], table[f"{name}_high"]

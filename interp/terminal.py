@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -23,15 +25,68 @@ if TYPE_CHECKING:
 
 LONG, WIDE = 60, 160
 """Texts longer than this have no room in a column, unless the terminal has this many."""
+FOR_TEXT = 16
+"""Characters of a text that a column has room for at least."""
+INTERVAL_ENDS = ("low", "high")
+"""How the names of columns with the ends of an interval end."""
 
 
-def print_table(rows: pd.DataFrame, *, wrap: bool = False) -> None:
+def print_table(rows: pd.DataFrame, *, wrap: bool = False, where: str = "a wider terminal") -> None:
+    """A table no wider than the terminal: headers and numbers are whole, long texts are cut (or wrapped).
+
+    Columns that have no room are named below it, with `where` they are.
+    """
+    console = Console()
+    cells = {str(name): [_short(value) for value in rows[name]] for name in rows}
+    least = {
+        name: max(cell_len(name), min(widest, FOR_TEXT) if _is_text(rows[name]) else widest)
+        for name, widest in _widths(cells).items()
+    }
+    shown = _that_fit(least, console.width)
+    left = console.width - _total([least[name] for name in shown])
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in rows.columns:
-        table.add_column(str(column), no_wrap=not wrap)
-    for row in rows.to_dict("records"):
-        table.add_row(*(escape(_short(value)) for value in row.values()))
-    Console().print(table)
+    for name in shown:
+        more = min(left, max(map(cell_len, (name, *cells[name]))) - least[name])
+        left -= more
+        table.add_column(escape(name), no_wrap=not wrap, max_width=least[name] + more)
+    for row in zip(*(cells[name] for name in shown), strict=True):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if missing := [name for name in cells if name not in shown]:
+        plural = "s" if len(missing) > 1 else ""
+        text = f"… {len(missing)} more column{plural} in {where}: {', '.join(missing)}"
+        console.print(text, markup=False, highlight=False)
+
+
+def _widths(cells: dict[str, list[str]]) -> dict[str, int]:
+    return {name: max(map(cell_len, texts), default=0) for name, texts in cells.items()}
+
+
+def _is_text(column: Any) -> bool:
+    return any(isinstance(value, str) for value in column)
+
+
+def _total(widths: Sequence[int]) -> int:
+    """Width of a table with columns of these widths: a space beside each, a divider, the edges."""
+    return sum(widths) + 2 * len(widths) + 1
+
+
+def _that_fit(least: dict[str, int], width: int) -> list[str]:
+    """Names of the columns that have room: ends of intervals go first, then what stands to the right.
+
+    >>> _that_fit({"head": 4, "gain": 6, "gain_low": 8, "gain_high": 9, "p": 5}, 30)
+    ['head', 'gain', 'p']
+    >>> _that_fit({"head": 4, "gain": 6, "p": 5}, 3)
+    ['head']
+    """
+    shown = list(least)
+    while len(shown) > 1 and _total([least[name] for name in shown]) > width:
+        ends = [name for name in shown if name.endswith(INTERVAL_ENDS)]
+        if ends:
+            shown = [name for name in shown if name not in ends]
+        else:
+            shown.pop()
+    return shown
 
 
 def print_listing(rows: pd.DataFrame) -> None:
@@ -51,9 +106,10 @@ def print_listing(rows: pd.DataFrame) -> None:
     return None
 
 
-def print_summary(report: Report, rows: pd.DataFrame) -> None:
-    """The summary's table, then what the report wants to be known."""
-    print_table(rows)
+def print_summary(report: Report, rows: pd.DataFrame, folder: Path) -> None:
+    """The summary's table, then what the report, saved in `folder`, wants to be known."""
+    whole = [name for name, table in report.tables.items() if set(rows) <= set(table)]
+    print_table(rows, where=str(folder / f"{whole[0]}.csv" if whole else folder))
     console = Console()
     for name, reason in report.meta.get("skipped", {}).items():
         console.print(f"skipped {name}: {reason}", markup=False)

@@ -20,6 +20,7 @@ import interp
 from interp.commands import Deferred, Job, command_of
 from interp.registry import ANALYSES, Analysis, analysis_called
 from interp.run.resume import Checkpoint
+from interp.terminal import print_table
 from tests.ground_truth.induction_model import induction_model
 
 
@@ -289,6 +290,29 @@ def test_what_can_be_done_is_listed_without_importing_torch():
     for command in COMMANDS:
         assert f"│ {command.split()[0]} " in shown, command
     assert "Every attention head's roles" in shown
+
+
+def test_a_table_keeps_headers_and_numbers_whole_in_any_width(monkeypatch, capsys):
+    rows = pd.DataFrame(
+        {"text": ["x" * 40], "gain": [-1234.5678], "gain_low": [-1300.25], "note": ["y" * 30]}
+    )
+    for width, shown in (
+        (100, ["text", "gain", "gain_low", "note"]),
+        (60, ["text", "gain", "gain_low", "note"]),
+        (50, ["text", "gain", "note"]),
+        (36, ["text", "gain"]),
+        (20, ["text"]),
+    ):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(rows, where="DIR/x.csv")
+        text = capsys.readouterr().out
+        lines = text.splitlines()
+        assert lines[1].split() == shown and max(map(len, lines)) <= width
+        assert ("-1234.568" in text) == ("gain" in shown)
+        hidden = [name for name in rows if name not in shown]
+        plural = "s" if len(hidden) > 1 else ""
+        said = f"… {len(hidden)} more column{plural} in DIR/x.csv: {', '.join(hidden)}"
+        assert (said in " ".join(text.split())) == bool(hidden)
 
 
 def example(

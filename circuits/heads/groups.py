@@ -27,7 +27,7 @@ from circuits.heads.game import PROMPTS, Game, prompts_of
 from interp.data.prompts import Prompts
 from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
-from interp.registry import analysis
+from interp.registry import analysis, first_rows, leading
 from interp.report import Report, provenance
 from interp.run.edits import Edit, Seen
 from interp.run.progress import Progress
@@ -61,6 +61,9 @@ def check_options(
     example="interp head-groups smollm2-135m",
     figure="map",
     validate=check_options,
+    summary=lambda report: leading(
+        first_rows(report), "layer", "head", "attend", "nearest_attend", "likeness_attend", "write"
+    ),
     takes="text",
 )
 def head_groups(

@@ -25,7 +25,7 @@ from interp.data.prompts import lead_notes, lead_token, repeated_tokens, text_wi
 from interp.errors import BadInput, Refused
 from interp.metrics import loss
 from interp.models.model import Model
-from interp.registry import analysis
+from interp.registry import analysis, first_rows, leading
 from interp.report import Report, provenance
 from interp.run.batch import Batch
 from interp.run.edits import Edit, Seen
@@ -55,6 +55,9 @@ def check_options(*, n: int = 8, length: int = LENGTH, **others: Any) -> None:
     example="interp massive smollm2-135m",
     figure="layers",
     validate=check_options,
+    summary=lambda report: leading(
+        first_rows(report), "layer", "dimension", "token", "value", "times_median", "prompts"
+    ),
 )
 def massive(
     model: Model,

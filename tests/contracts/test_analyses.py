@@ -22,6 +22,7 @@ from interp.models.load import weights_sha256
 from interp.registry import ANALYSES
 from interp.report import Report
 from interp.schemas import SCHEMA_VERSION, schema_of
+from interp.terminal import print_summary
 from probes.saes.model import SAE, SAEConfig
 from tests.ground_truth.clip_model import TEXTS as DESCRIPTIONS
 from tests.ground_truth.clip_model import tiny_clip, word_tokenizer
@@ -207,6 +208,24 @@ def test_every_figure_renders_and_the_page_is_whole(made):
     assert page.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in page.split("</head>")[0] and 'src="http' not in page
     assert report._repr_html_().startswith("<iframe")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_its_summary_fits_the_terminal_with_whole_headers(
+    made, width, tmp_path, monkeypatch, capsys
+):
+    name, report, _ = made
+    monkeypatch.setenv("COLUMNS", str(width))
+    summary = ANALYSES[name].summary(report)
+    print_summary(report, summary, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    header = next(line for line in lines if line.strip())
+    shown = [column for column in map(str, summary) if f" {column} " in header]
+    assert header.split() == " ".join(shown).split()
+    assert len(shown) == len(summary.columns) or f"… {len(summary.columns) - len(shown)} more" in (
+        " ".join(lines)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(ANALYSES))
