@@ -162,6 +162,23 @@ def test_decoding_equals_a_plain_forward_over_prompt_and_answer(family):
         assert np.allclose(span.numpy(), one.mass_control, atol=1e-5)
 
 
+def test_an_answer_does_not_depend_on_the_runs_beside_it(tiny):
+    """Neither on longer needles, which have more steps, nor on answers that end earlier."""
+    short, long = random_runs(2)
+    short = replace(short, width=2)
+    long = replace(long, width=9, control=2)
+    said = decode(tiny, [short])[0].tokens
+    tiny.module.generation_config.eos_token_id = int(said[1])  # the short answer ends at once
+    for runs in ([short, long], [long, short]):
+        for one, run in zip(decode(tiny, runs), runs, strict=True):
+            (alone,) = decode(tiny, [run])
+            assert np.array_equal(one.tokens, alone.tokens)
+            assert np.array_equal(one.top, alone.top)
+            assert np.allclose(one.mass, alone.mass, atol=1e-6, equal_nan=True)
+    tiny.module.generation_config.eos_token_id = None
+    assert [len(one.tokens) for one in decode(tiny, [short, long], extra=3)] == [5, 12]
+
+
 def test_decoding_leaves_the_model_as_it_was(tiny):
     before = tiny.module.config._attn_implementation
     decode(tiny, random_runs(2))

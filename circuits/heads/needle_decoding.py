@@ -37,7 +37,7 @@ class Decoded:
     Attributes:
         tokens: the answer; -1 after its end [step].
         top: each head's most attended key, the first token included (as published); -1 where a
-            layer has no attention or a window does not reach [step n_layers n_heads].
+            layer has no attention, and behind the answer's end [step n_layers n_heads].
         mass, mass_control: attention on the span asked for and on the control span [step n_layers n_heads].
     """
 
@@ -135,10 +135,12 @@ class _Rows(Watch):
 
 @torch.no_grad()
 def _decoded(model: Model, runs: Sequence[NeedleRun], extra: int) -> list[Decoded]:
-    steps = max(run.lead + run.width for run in runs) + extra
     ids = torch.stack([run.ids for run in runs]).to(model.device)
+    # A run has the steps that it would have alone: more of them would find more of the needle.
+    most = [run.lead + run.width + extra for run in runs]
     if model.spec.n_ctx is not None:
-        steps = min(steps, model.spec.n_ctx - ids.shape[1])
+        most = [min(n, model.spec.n_ctx - ids.shape[1]) for n in most]
+    steps = max(most)
     if steps < 1:
         raise BadInput(
             f"a prompt of {ids.shape[1]} tokens leaves no room for an answer: {model.id} reads at most "
@@ -153,8 +155,11 @@ def _decoded(model: Model, runs: Sequence[NeedleRun], extra: int) -> list[Decode
         row, heads = pattern[:, :, -1], pattern.shape[1]
         # A cache of a sliding window has forgotten the first keys: they are missing on the left.
         gone = ids.shape[1] + step - row.shape[-1]
-        top[:, step, layer, :heads] = (row.argmax(-1) + gone).cpu().numpy()
+        highest = (row.argmax(-1) + gone).cpu().numpy()
         for i, run in enumerate(runs):
+            if not going[i]:
+                continue
+            top[i, step, layer, :heads] = highest[i]
             mass[i, step, layer, :heads] = span_mass(row[i], run.start - gone, run.width)
             at = run.control - gone
             mass_control[i, step, layer, :heads] = span_mass(row[i], at, run.width)
@@ -162,15 +167,20 @@ def _decoded(model: Model, runs: Sequence[NeedleRun], extra: int) -> list[Decode
     cache = read_prompt(model, ids[:, :-1])
     ending = torch.tensor(_end_tokens(model), dtype=torch.long, device=ids.device)
     tokens = np.full((len(runs), steps), -1, dtype=np.int64)
-    last, going = ids[:, -1:], torch.ones(len(runs), dtype=torch.bool, device=ids.device)
+    last, lasts = ids[:, -1:], torch.tensor(most, device=ids.device)
+    going = torch.ones(len(runs), dtype=torch.bool, device=ids.device)
     with rows_shown(model, see):
         while step < steps and bool(going.any()):
             logits, cache = read_on(model, last, cache)
             last = logits[:, -1].argmax(-1, keepdim=True)
-            going &= ~torch.isin(last[:, 0], ending)
-            tokens[:, step] = last[:, 0].where(going, -1).cpu().numpy()
+            said = going & ~torch.isin(last[:, 0], ending)
+            tokens[:, step] = last[:, 0].where(said, -1).cpu().numpy()
             step += 1
-    return [Decoded(run, tokens[i], top[i], mass[i], mass_control[i]) for i, run in enumerate(runs)]
+            going = said & (step < lasts)
+    return [
+        Decoded(run, tokens[i, :n], top[i, :n], mass[i, :n], mass_control[i, :n])
+        for i, (run, n) in enumerate(zip(runs, most, strict=True))
+    ]
 
 
 def span_mass(
