@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS, LAYERS = 64, 4, 16, 96, 97, 64, 3
 MOST_PATCH = 64
@@ -31,6 +32,8 @@ class Variant:
     """Whether the parts of a config share one scale: one that is twice as wide as another stays so."""
     filled: bool = False
     """Whether fields get a value that the default config leaves open, as checkpoints do not."""
+    divided: bool = False
+    """Whether all widths of stages are divided by one number, so that they fit each other."""
 
 
 VARIANTS = (
@@ -46,6 +49,8 @@ VARIANTS = (
     Variant(64, HEADS, 4, of_each_kind=2, filled=True),
     Variant(64, HEADS, 4, rebuilt=False, filled=True),
     Variant(64, HEADS, 4, sections=True, filled=True),
+    Variant(64, HEADS, divided=True),
+    Variant(224, HEADS, filled=True, divided=True),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -93,6 +98,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
         lambda v: -2,
     ),
     (r"(expansion|expand|ratio)", lambda v: v),
+    (r"keypoint_decoder_dim", lambda v: v),  # cells of an image and one besides
     (r"(temporal_patch|tubelet)", lambda v: v),
     (r"patch_size", lambda v: -4 if v <= MOST_PATCH else -3),
     (r"image_size|pretrain_image|encoder_stride|crop_size", lambda v: -3),
@@ -124,3 +130,17 @@ UNSET = (
 
 WIDTHS = re.compile(r"(hidden_sizes|embed_dim|dims$|widths|stage_.*channels)")
 SIZE = re.compile(r"(hidden|d_model|n_embd|emb|dim|width|size|channels|features)")
+
+
+class Tokens:
+    """Special token ids made small, different ones staying different."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self.of(each) for each in value]
+        if not isinstance(value, int) or value < 0:
+            return value
+        return self.known.setdefault(value, len(self.known) % 10)

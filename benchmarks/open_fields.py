@@ -32,6 +32,7 @@ OPEN: tuple[tuple[str, Any], ...] = (
     (r"^downsample_rate$", "1/2"),
     (r"^vocabulary_map$", {"<image>": 3}),
     (r"^deepstack_layer_map$", [[0, 0]]),
+    (r"_scale_factors$", [1.0]),
 )
 """What becomes of a field left open, where nothing else about the config tells."""
 
@@ -81,7 +82,14 @@ def rope_of_types(layer_types: Any, rope: Any) -> Any:
 
 
 def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of heads that make up the widened stream, where that held and no longer does."""
+    """The number of heads that make up the widened stream, where that held and no longer does.
+
+    Heads whose rotary angles are made for several at once (a rotated part of over 1 of each) stay as many.
+    """
+    rope = old.get("rope_parameters")
+    if isinstance(rope, Mapping) and (rope.get("partial_rotary_factor") or 0) > 1:
+        same = ("num_attention_heads", "num_key_value_heads")
+        return {name: old[name] for name in same if isinstance(old.get(name), int)}
     names = ("hidden_size", "expand", "num_heads", "head_dim")
     if not all(isinstance(fields.get(name), int) for name in names for fields in (old, new)):
         return {}

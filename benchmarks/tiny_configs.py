@@ -27,6 +27,7 @@ from benchmarks.field_rules import (
     UNSET,
     VARIANTS,
     WIDTHS,
+    Tokens,
     Variant,
 )
 from benchmarks.open_fields import (
@@ -37,6 +38,7 @@ from benchmarks.open_fields import (
     rope_of_types,
     supplied,
 )
+from benchmarks.stage_widths import declared, divided, return_stages, widths
 
 MOST_LAYERS = 8
 MOST_PARAMETERS = 28_000_000
@@ -114,28 +116,37 @@ def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
     return module
 
 
-def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> PreTrainedConfig:
-    """A small config of the same class and kind; `narrowest` is the hidden size that becomes HIDDEN."""
+def shrunk(
+    config: PreTrainedConfig, variant: Variant, narrowest: int = 0, wide: set[int] | None = None
+) -> PreTrainedConfig:
+    """A small config of the same class and kind.
+
+    `narrowest` is the hidden size that becomes HIDDEN; `wide` are the widths of stages that the whole names.
+    """
     fields = {
         name: value
         for name, value in vars(config).items()
         if not name.startswith("_")
         and name not in ("transformers_version", "dtype", "ignore_keys_at_rope_validation")
     }
+    if variant.divided:
+        fields = declared(config, fields)
+        wide = widths(config) if wide is None else wide
     n_layers, picks, total = _layers(fields, variant)
     hidden = narrowest or _hidden(fields)
     if variant.common and not narrowest:
         sizes = {_hidden(vars(x)) for x in fields.values() if isinstance(x, PreTrainedConfig)} - {0}
         narrowest = min((x for x in sizes if any(y > x and y % x == 0 for y in sizes)), default=0)
-    tokens = _Tokens()
+    tokens = Tokens()
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            new[name] = shrunk(value, variant, narrowest)
-        elif value is None:
-            new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), None)
-            if new[name] is None and variant.filled:
-                new[name] = filled(name, fields, n_layers, config)
+            new[name] = shrunk(value, variant, narrowest, wide)
+        elif value is None or value == ():
+            new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), value)
+            if not new[name] and variant.filled:
+                made = filled(name, fields, n_layers, config)
+                new[name] = value if made is None else made
         elif isinstance(value, float) and re.search(r"(width|depth)_coefficient$", name):
             new[name] = min(value, 1.0)
         elif name == "hidden_dim" and fields.get("width_coefficient"):
@@ -144,6 +155,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
             new[name] = value
         elif re.search(r"token_id$|token_index$|pad_idx$", name):
             new[name] = tokens.of(value)
+        elif wide and (less := divided(name, value, wide)) != value:
+            new[name] = less
         elif name == "head_dim" and value == fields.get("qk_rope_head_dim"):
             new[name] = 8
         elif isinstance(value, int):
@@ -172,15 +185,8 @@ def shrunk(config: PreTrainedConfig, variant: Variant, narrowest: int = 0) -> Pr
         for name, value in new.items():
             setattr(made, name, value)
     made.use_cache = False
-    _return_stages(made, config)
+    return_stages(made, config, alone=not variant.divided)
     return made
-
-
-def _return_stages(made: Any, config: Any) -> None:
-    """A backbone returns the stages that its default config says, where it still has them all."""
-    names, wanted = getattr(made, "stage_names", []), getattr(config, "out_features", None)
-    if wanted and set(wanted) <= set(names):
-        made.out_features = wanted
 
 
 def _hidden(fields: Mapping[str, Any]) -> int:
@@ -217,20 +223,6 @@ def _layerwise(
     return made
 
 
-class _Tokens:
-    """Special token ids made small, different ones staying different."""
-
-    def __init__(self) -> None:
-        self.known: dict[int, int] = {}
-
-    def of(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [self.of(each) for each in value]
-        if not isinstance(value, int) or value < 0:
-            return value
-        return self.known.setdefault(value, len(self.known) % 10)
-
-
 def _layers(fields: Mapping[str, Any], variant: Variant) -> tuple[int, list[int], int]:
     """Number of layers to keep, which of the old ones they are, and how many there were.
 
@@ -261,7 +253,8 @@ def _layers(fields: Mapping[str, Any], variant: Variant) -> tuple[int, list[int]
     kinds: dict[str, list[int]] = {}
     for layer in range(total):
         kinds.setdefault(str([each[layer] for each in lists]), []).append(layer)
-    several = variant.of_each_kind if len(kinds) > 1 else 1
+    shared = bool(fields.get("num_kv_shared_layers"))  # its kind comes among those before it too
+    several = max(variant.of_each_kind, 1 + shared) if len(kinds) > 1 else 1
     picks = sorted(layer for same in kinds.values() for layer in same[:several])[:MOST_LAYERS]
     rest = (layer for layer in range(total) if layer not in picks)
     while len(picks) < min(variant.layers, total or variant.layers):
@@ -340,7 +333,8 @@ def _list(
     if sum(value) == hidden and all(HIDDEN * x % hidden == 0 for x in value):
         return kind(HIDDEN * x // hidden for x in value)  # parts of the hidden size
     if "image_size" in name:
-        return kind([variant.image] * len(value))
+        least = min(value)  # twice as high as wide stays so
+        return kind(variant.image * (x // least if x % least == 0 else 1) for x in value)
     if "channels" in name and set(value) == {hidden}:  # what reads or makes the stream itself
         return kind([min(hidden, HIDDEN)] * len(value))
     if re.search(r"depth|num_blocks|block_repeats", name):

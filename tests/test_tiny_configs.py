@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -12,9 +13,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
-from benchmarks.tiny_configs import shrunk, tiny_model
+from benchmarks.tiny_configs import build, shrunk, tiny_model
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
+DIVIDED = next(variant for variant in VARIANTS if variant.divided)
 
 
 def default(model_type: str) -> Any:
@@ -94,6 +96,46 @@ def test_parts_of_the_hidden_size_still_sum_to_it() -> None:
     assert sum(config.axial_pos_embds_dim) == config.hidden_size == HIDDEN
 
 
+def test_widths_of_stages_divided_alike_still_fit_each_other() -> None:
+    config: Any = shrunk(default("sam2_vision_model"), DIVIDED)
+    stages = config.backbone_config.embed_dim_per_stage
+    assert stages == [12, 24, 48, 96] and config.backbone_config.hidden_size == stages[0]
+    assert config.backbone_channel_list == stages[::-1]
+    detector: Any = shrunk(default("deimv2"), DIVIDED)
+    assert detector.backbone_config.stem_channels[0] == 3  # images' channels are no width
+    assert set(detector.decoder_in_channels) == {detector.encoder_hidden_dim}
+    assert tuple(detector.encoder_in_channels) == detector.backbone_config.stage_out_channels[1:]
+
+
+def test_what_a_config_works_out_is_worked_out_anew_from_divided_widths() -> None:
+    before, config = default("efficientloftr"), shrunk(default("efficientloftr"), DIVIDED)
+    made: Any = config
+    assert made.hidden_size == made.out_features[-1] == before.hidden_size // 8
+    assert made.fine_fusion_dims == made.out_features[:0:-1]
+    assert made.num_attention_heads == before.num_attention_heads  # its angles are of several heads
+
+
+def test_a_backbone_of_one_stage_returns_all_where_widths_are_divided() -> None:
+    assert len(shrunk(default("uvdoc"), Variant()).backbone_config.out_features) == 1
+    assert len(shrunk(default("uvdoc"), DIVIDED).backbone_config.out_features) == 6
+
+
+def test_an_image_twice_as_high_as_wide_stays_so() -> None:
+    config: Any = shrunk(default("seggpt"), Variant(image=32))
+    assert list(config.image_size) == [64, 32]
+
+
+def test_layers_that_share_keys_have_their_kind_before_them() -> None:
+    config: Any = shrunk(default("gemma3n_text"), Variant())
+    alone = config.layer_types[: -config.num_kv_shared_layers]
+    assert config.num_kv_shared_layers and set(alone) == set(config.layer_types)
+
+
+def test_an_empty_list_of_scales_is_one_of_1() -> None:
+    config: Any = shrunk(default("lw_detr"), FILLED)
+    assert list(config.projector_scale_factors) == [1.0]
+
+
 @pytest.mark.parametrize(
     ("model_type", "class_name"),
     [
@@ -108,4 +150,16 @@ def test_models_whose_default_config_leaves_fields_open_are_built(
     model_type: str, class_name: str
 ) -> None:
     module = tiny_model(model_type, class_name, runs)
+    assert sum(parameter.numel() for parameter in module.parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [("sam2_vision_model", "Sam2VisionModel"), ("uvdoc", "UVDocModel")],
+)
+def test_models_whose_stages_must_fit_are_built_with_divided_widths(
+    model_type: str, class_name: str
+) -> None:
+    module = build(getattr(transformers, class_name), shrunk(default(model_type), DIVIDED))
+    runs(module)
     assert sum(parameter.numel() for parameter in module.parameters()) < 2_000_000

@@ -131,11 +131,14 @@ def check_tokens(ids: Tensor, d_vocab: int | None, of: str = "prompt") -> None:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Logits where the model has a head, else its last hidden state."""
+    """Logits where the model has a head, else its last hidden state, else the first that is no whole numbers."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(tensor := getattr(output, name, None), Tensor):
             return tensor
-    found = first_tensor(tuple(output.values()) if hasattr(output, "values") else output)
+    several = tuple(output.values()) if hasattr(output, "values") else output
+    if isinstance(several, tuple):  # not which points match, on which no identity can be tried
+        several = tuple(x for x in several if not isinstance(x, Tensor) or x.is_floating_point())
+    found = first_tensor(several)
     if found is None:
         raise Refused("the model returns neither logits nor a hidden state")
     return found

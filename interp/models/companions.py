@@ -56,7 +56,8 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     optional = [
         name for name in OPTIONAL if name in read and name not in (*batch.inputs, *required)
     ]
-    if not required and (not optional or _works(module, batch)):
+    alone = not optional and "pixel_values" not in batch.inputs  # images may be asked for in pairs
+    if not required and (alone or _works(module, batch)):
         return batch
     for inputs in islice(_trials(module, batch, required, optional), TRIALS):
         tried = Batch.of_inputs(inputs)
@@ -117,12 +118,15 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
             yield random_ids(module, PROBE_LENGTH + longer, part, of_parts=True)
     elif name == "pixel_values":
         images = [random_images(module)["pixel_values"]]
-        for side in dict.fromkeys(_values(config, "image_size")):  # of a part of a part
-            if side != images[0].shape[-1]:
-                shape = (*images[0].shape[:-2], side, side)
+        least = min(images[0].shape[-2:])  # square, where the model puts several into one
+        for side in dict.fromkeys((*_values(config, "image_size"), least)):  # of a part of a part
+            shape = (*images[0].shape[:-2], side, side)
+            if shape != images[0].shape:
                 images.append(torch.randn(shape, generator=generator).to(dtype))
-        for pixels in images:
-            yield from (pixels, pixels[:, None])  # one image, or several a row
+        for pixels in images:  # one image, several or two a row
+            yield from (pixels, pixels[:, None], torch.stack([pixels, pixels.flip(0)], 1))
+    elif name.endswith(("pixel_values", "_masks")) and "pixel_values" in inputs:  # of its shape
+        yield torch.randn(inputs["pixel_values"].shape, generator=generator).to(dtype)
     elif name == "bbox":  # left, top, right, bottom: parts of a page
         corners = torch.rand(PROBE_ROWS, length, 2, 2, generator=generator)
         yield corners.sort(dim=2).values.flatten(2).to(dtype)

@@ -127,7 +127,7 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         name = getattr(module, "main_input_name", "")
         known = _known.get(module) or needed.get(module) or {}
         missing = [given for given in known if given not in batch.inputs]
-        x = batch.inputs.get(name) if module in _known else None
+        x = batch.inputs.get(name) if name in known and (module in _known or not missing) else None
         if (x is None and not missing) or not (why := _wanted(module, batch)[1]):
             raise
         besides = [f"'{n}' {tuple(m.shape)}" for n, m in known.items() if n != name]
@@ -138,9 +138,14 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
             ) from error
         raise BadInput(
             f"{type(module).__name__} fails on '{name}' of shape {tuple(x.shape)}, type {x.dtype}: {why}; "
-            f"it works on shape {tuple(known[name].shape)}, type {next(module.parameters()).dtype}"
+            f"it works on shape {tuple(known[name].shape)}, type {_type(module, known[name])}"
             + ", with ".join(["", *besides])
         ) from error
+
+
+def _type(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The type of an input: numbers have that of the model's weights."""
+    return next(module.parameters()).dtype if x.is_floating_point() else x.dtype
 
 
 def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:

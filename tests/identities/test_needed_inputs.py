@@ -378,3 +378,27 @@ def test_the_sweep_tries_towers_side_by_side_each_as_a_model_of_its_own() -> Non
     assert row.reason.endswith("vision_model, text_model.roberta")
     two_streams = examine("bridgetower", "", ["BridgeTowerModel"])
     assert two_streams is not None and two_streams.outcome == "refused"
+
+
+# --- images beside images -------------------------------------------------------------------------
+
+
+def test_a_model_that_matches_two_images_reads_them_in_pairs() -> None:
+    model = model_of("lightglue", "LightGlueForKeypointMatching", "vision")
+    known = probe_batch(model.module).inputs
+    assert set(known) == {"pixel_values"} and known["pixel_values"].shape[1:3] == (2, 3)
+    given = {"pixel_values": known["pixel_values"].flip(0)}
+    run = model.run(given, capture=["pattern", "resid_post"])
+    assert run.logits.is_floating_point() and close(run.logits, plain(model, given))
+    one = model.run({"pixel_values": given["pixel_values"][:1]}, capture=["pattern", "resid_post"])
+    for site in ("pattern.0", "resid_post.0"):  # a row is a pair, whatever else is in the batch
+        assert close(run.cache[site][:1], one.cache[site])
+    with pytest.raises(BadInput, match="pixel_values"):
+        model.run({"pixel_values": given["pixel_values"][:, 0]})
+
+
+def test_a_prompt_s_image_and_masks_are_of_the_image_s_shape() -> None:
+    module = tiny_model("seggpt", "SegGptModel", partial(runs, strict=True))
+    inputs = probe_batch(module).inputs
+    assert set(inputs) == {"pixel_values", "prompt_pixel_values", "prompt_masks"}
+    assert {x.shape for x in inputs.values()} == {(2, 3, 32, 32)}
