@@ -180,6 +180,9 @@ def recall(
     }
     check_options(**options)
     model.layers_with("pattern")
+    for layer in range(model.n_layers):
+        if why := model.spec.refused.get(f"attn_write.{layer}"):
+            raise Refused(f"what layer {layer} of {model.id} writes is not known: {why}")
     if not model.spec.causal:
         raise Refused(
             f"{model.id} reads both ways: it has no last position that predicts an answer"

@@ -188,8 +188,8 @@ class Addresses:
         path, side, scale, cut = places.get(site.name, (None, "", 1.0, None))
         if site.name in ("embed", "resid_pre") and self.spec.hidden != 0:
             path = None  # nnsight's `input` is the first argument
-        if path in block.repeated:
-            path = None  # called on other things, too
+        if path in block.repeated | block.turned:
+            path = None  # called on other things, too, or shown with its axes in another order
         if path in (block.name, block.returns) and self.spec.hidden_axes != PLAIN:
             path = None  # shown in another shape than the block's
         if path is None or self.spec.shared:

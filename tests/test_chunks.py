@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.models.granite_speech5 import modeling_granite_speech5 as theirs
 from transformers.models.granite_speech5.configuration_granite_speech5 import (
@@ -58,37 +59,80 @@ def sounds(n: int = 2, frames: int = FRAMES) -> Batch:
     return Batch({"input_features": torch.randn(n, frames, 20, generator=generator)})
 
 
-def off(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape
+def off(got: Tensor | None, wanted: Tensor | None) -> float:
+    assert got is not None and wanted is not None and got.shape == wanted.shape
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def test_attention_is_there_and_writes_are_refused_where_a_block_halves_the_length() -> None:
+WRITTEN = ["resid_pre", "resid_mid", "resid_post", "attn_write", "mlp_write"]
+
+
+def test_every_layer_has_every_site() -> None:
     model, spec = speech(), speech().spec
-    writes = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
-    assert spec.refused.keys() == {f"{site}.{layer}" for site in writes for layer in (0, 1)}
-    assert "returns shape (2, 36, 32), reads (2, 72, 32)" in spec.refused["attn_write.0"]
-    assert all(model.layers_with(site) == [2, 3] for site in writes)
-    assert "writes" in {check.name for check in spec.checks}
-    assert spec.not_a_sum
-    assert not spec.absent and all(check.passed for check in spec.checks)
+    assert not spec.refused and not spec.absent and all(check.passed for check in spec.checks)
+    assert {"reshaping", "writes"} <= {check.name for check in spec.checks}
+    assert all(model.layers_with(site) == [0, 1, 2, 3] for site in WRITTEN)
+    assert [block.reshapes_behind for block in spec.blocks] == [
+        "layers.0.norm_conv",
+        "layers.1.norm_conv",
+        None,
+        None,
+    ]
     assert [block.starts_stage for block in spec.blocks] == [False, True, True, False]
     assert all(block.windows is not None for block in spec.blocks)
+    with pytest.raises(Refused, match="in stages"):
+        model.require_sum("this test")
+
+
+@pytest.mark.parametrize("frames", [72, 50])
+@torch.no_grad()
+def test_blocks_that_halve_the_length_write_before_they_do(frames: int) -> None:
+    model, batch = speech(), sounds(frames=frames)
+    run = model.run(batch, capture=WRITTEN)
+    for layer, n_pos in ((0, frames), (1, frames // 2)):
+        block: Any = model.blocks[layer]
+        pre, mid, post, attention, first = (run.cache[f"{site}.{layer}"] for site in WRITTEN)
+        assert mid.shape == pre.shape == (2, n_pos, 32) and post.shape[1] == n_pos // 2
+        assert off(first, 0.5 * block.feed_forward1(block.norm_feed_forward1(pre))) < ROUNDING
+        assert off(pre + first + attention, mid) < ROUNDING
+        pooled = mid.unfold(1, 2, 2).mean(-1)
+        convolved = block.conv(block.norm_conv(mid), attention_mask=None)
+        pooled = pooled + convolved[:, : pooled.shape[1]]
+        pooled = pooled + 0.5 * block.feed_forward2(block.norm_feed_forward2(pooled))
+        assert off(block.norm_out(pooled), post) < ROUNDING
+    for site in ("attn_write.0", "mlp_write.1", "resid_mid.0"):
+        edit = Edit.zero(site, positions=[4])
+        (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+        changed = model.run(batch, edits=[edit], capture=WRITTEN)
+        assert off(replayed, changed.logits) < ROUNDING < off(changed.logits, run.logits)
+        pre, mid, _, attention, first = (changed.cache[f"{x}.{site[-1]}"] for x in WRITTEN)
+        total = pre + attention + first
+        if site == "resid_mid.0":
+            total[:, 4] = 0
+        assert off(mid, total) < ROUNDING and not changed.cache[site][:, 4].any()
+
+
+def test_what_is_not_all_that_is_added_before_the_length_is_halved_is_refused_by_layer() -> None:
+    module = transformers.AutoModel.from_config(speech().module.config).eval()
+    changed: Any = module.layers[0].norm_conv
+    changed.register_forward_pre_hook(lambda module, args: (args[0].tanh(),))
+    model = Model(module, id="speech")
+    assert {"attn_write.0", "resid_mid.0"} <= model.spec.refused.keys()
+    assert all(name.endswith(".0") for name in model.spec.refused) and not model.spec.absent
+    assert model.layers_with("attn_write") == [1, 2, 3]
     with pytest.raises(Refused, match="does not add up"):
         model.run(sounds(), capture=["attn_write.0"])
-    with pytest.raises(BadInput, match=r"layers with this site: 2.3"):
-        model.run(sounds(), edits=[Edit.zero("attn_write.1")])
+    with pytest.raises(BadInput, match=r"layers with this site: 1.3"):
+        model.run(sounds(), edits=[Edit.zero("attn_write.0")])
 
 
 @torch.no_grad()
 def test_blocks_that_keep_the_length_return_the_norm_of_their_writes() -> None:
     model, batch = speech(), sounds(frames=50)
-    sites = ["resid_pre", "resid_mid", "resid_post", "attn_write", "mlp_write"]
-    run = model.run(batch, capture=sites)
-    assert set(run.cache.by_layer("attn_write")) == {2, 3}
+    run = model.run(batch, capture=WRITTEN)
     for layer in (2, 3):
         block: Any = model.blocks[layer]
-        pre, mid, post, attention, first = (run.cache[f"{site}.{layer}"] for site in sites)
+        pre, mid, post, attention, first = (run.cache[f"{site}.{layer}"] for site in WRITTEN)
         assert off(pre + first + attention, mid) < ROUNDING
         mid = mid + block.conv(block.norm_conv(mid), attention_mask=None)
         mid = mid + 0.5 * block.feed_forward2(block.norm_feed_forward2(mid))
@@ -191,6 +235,7 @@ def test_a_replay_is_a_rerun_and_a_row_is_as_it_is_alone() -> None:
         assert off(got, wanted) < ROUNDING < off(wanted, clean.logits), edit.site
     for row in range(3):
         alone = model.run(batch.rows(slice(row, row + 1)), capture=["pattern"])
+        assert clean.logits is not None and alone.logits is not None
         assert off(clean.logits[row], alone.logits[0]) < ROUNDING
         for layer, pattern in alone.cache.by_layer("pattern").items():
             assert off(clean.cache[f"pattern.{layer}"][row], pattern[0]) < ROUNDING

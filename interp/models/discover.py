@@ -17,8 +17,9 @@ from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, text_config
 from interp.models.ends import with_ends
+from interp.models.find_writes import with_writes
 from interp.models.layout import POSITIONS_FIRST, as_held_inside
-from interp.models.mixed import WHY, mixed_blocks, streams_in_a_row
+from interp.models.mixed import WHY, streams_in_a_row
 from interp.models.pieces import pieces
 from interp.models.projections import (
     attention_map,
@@ -27,20 +28,14 @@ from interp.models.projections import (
     with_output,
 )
 from interp.models.recording import AttentionCall, Recording
-from interp.models.repeated import on_the_stream
-from interp.models.rescaled import rescaled
-from interp.models.restarted import follow_no_input, restarted, restarts
+from interp.models.restarted import restarts
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Member, Spec
 from interp.models.stack import Layer, find_stack, starts_stage
-from interp.models.thrice import three_norms, with_middle
-from interp.models.trials import scaled_z, sees_no_later, works_by_position
+from interp.models.trials import scaled_z, sees_no_later
 from interp.models.windows import find_windows, in_order
-from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
 from interp.run.batch import Batch
 from interp.sites import CROSS, SELF_SITES
-
-WRITE_SITES = ("attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid")
 
 
 def discover(seen: Recording, batch: Batch) -> Spec:
@@ -80,6 +75,10 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
     n_ctx = getattr(text, "max_position_embeddings", None)
+    anew = [
+        restarts(block) and layer.output.shape == shape  # another shape is another stage's stream
+        for block, layer, shape in zip(blocks, layers, shapes, strict=True)
+    ]
     spec = Spec(
         family=getattr(config, "model_type", type(seen.module).__name__),
         stack=stack,
@@ -94,7 +93,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         copies=frozenset(
             name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
         ),
-        bypassed=next((_anew(block) for block in blocks if restarts(block)), ""),
+        bypassed=next((_anew(block) for block, new in zip(blocks, anew, strict=True) if new), ""),
         refused=refused,
         absent=frozenset(absent),
     )
@@ -115,12 +114,12 @@ def _with_parts(
     """Attention and writes of every block; of several streams in a row where one stream does not explain any."""
     before = dict(refused)
     made = _with_attention(seen, layers, blocks, key, batch, refused)
-    made = _with_writes(seen, layers, made, key, batch, refused)
+    made = with_writes(seen, layers, made, key, batch, refused)
     n = 1 if any(block.writes or block.mixed for block in made) else streams_in_a_row(layers)
     if n > 1:
         side_by_side = [replace(layer, in_a_row=n) for layer in layers]
         again = _with_attention(seen, side_by_side, blocks, key, batch, before)
-        again = _with_writes(seen, side_by_side, again, key, batch, before)
+        again = with_writes(seen, side_by_side, again, key, batch, before)
         if all(block.mixed for block in again):
             refused.clear()
             refused.update(before)
@@ -245,108 +244,6 @@ def _with_something_between(block: BlockMap) -> bool:
         and (block.axes == POSITIONS_FIRST or not as_held_inside(block.axes))
     )
     return block.attention is not None and block.W_O is None and alone
-
-
-def _with_writes(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> list[BlockMap]:
-    """Writes of every block; in stacks of several kinds of layer a trial tells MLPs from mixers."""
-    if layers[0].n_streams > 1:
-        return mixed_blocks(seen, layers, blocks, key, batch, refused)
-    layers, blocks = list(layers), list(blocks)
-    found: list[tuple[Sums | None, list[Candidate]]] = []
-    reshaped: dict[int, str] = {}
-    for i, layer in enumerate(layers):
-        if layer.output.shape != layer.hidden(key).shape:
-            why = (
-                f"'{layer.name}' returns shape {tuple(layer.output.shape)}, "
-                f"reads {tuple(layer.hidden(key).shape)}"
-            )
-            if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
-                refused["resid_post"] = why
-            reshaped[i] = f"{why}: what it writes does not add up to that"
-            found.append((None, []))
-            continue
-        sums, candidates = taken_apart(layer, key)
-        if sums is None:
-            sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates)
-        if sums is None and (names := on_the_stream(layer)[1]):
-            again = on_the_stream(layer)[0]
-            sums, others = taken_apart(again, key)
-            if sums is not None:
-                layer, candidates = again, others
-                layers[i], blocks[i] = again, replace(blocks[i], repeated=names)
-        found.append((sums, candidates))
-    found = _with_restarts(seen, layers, found, batch, key)
-    for layer, (sums, _) in zip(layers, found, strict=True):
-        if sums is None and layer.output.shape == layer.hidden(key).shape:
-            reason = (
-                f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
-                "norms read (a rescaled stream)"
-            )
-            for site in (*WRITE_SITES, *(["cross_write"] if layer.cross else [])):
-                refused.setdefault(site, reason)
-    hybrid = any(
-        sums is not None
-        and len(sums.writes) - sum(x is not None for x in (layer.attention, layer.cross)) != 1
-        for layer, (sums, _) in zip(layers, found, strict=True)
-    ) or not all(layer.attention for layer in layers)
-    by_position: set[str] | None = None
-    if hybrid:
-        branches = {
-            branch_of(layer.name, candidate, layer, candidates)
-            for layer, (sums, candidates) in zip(layers, found, strict=True)
-            if sums is not None
-            for candidate, _ in sums.writes
-        }
-        by_position = works_by_position(seen, layers, sorted(branches), batch, key)
-    made = [
-        block
-        if sums is None
-        else with_middle(
-            layer,
-            write_map(layer, block, sums, candidates, by_position, key, refused),
-            refused,
-        )
-        for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
-    ]
-    alone = not any(block.writes for block in made)
-    for i, why in reshaped.items():
-        for site in (*WRITE_SITES, *(["cross_write"] if layers[i].cross else [])):
-            refused.setdefault(site if alone else f"{site}.{i}", why)
-    attending = [block for block in made if block.attention and block.along != HEADS]
-    if any(block.repeated for block in made) and all(block.attn_out for block in attending):
-        refused.pop("attn_out", None)
-    return made
-
-
-def _with_restarts(
-    seen: Recording,
-    layers: list[Layer],
-    found: list[tuple[Sums | None, list[Candidate]]],
-    batch: Batch,
-    key: int | str,
-) -> list[tuple[Sums | None, list[Candidate]]]:
-    """What was found, and the sums of blocks that start the stream anew where none was."""
-    anew = {
-        i: sums
-        for i, (layer, (known, candidates)) in enumerate(zip(layers, found, strict=True))
-        if known is None
-        and candidates
-        and not layer.members
-        and (sums := restarted(layer, candidates)) is not None
-    }
-    names = {layers[i].name for i in anew}
-    names = follow_no_input(seen, names, batch, key) if names else names
-    return [
-        (anew[i], candidates) if i in anew and layers[i].name in names else (sums, candidates)
-        for i, (sums, candidates) in enumerate(found)
-    ]
 
 
 def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:

@@ -259,8 +259,8 @@ class Middle:
         """Change of the output of the last module that writes before resid_mid."""
         assert self.pre.resid is not None
         before = (self.pre.resid if self.normed is None else self.normed).to(x.device)
-        if self.carry is not None:
-            before = self.carry(before)
+        if self.carry is not None:  # a stream begun anew may be of another shape
+            before = torch.zeros_like(x) if self.carry.nothing else self.carry(before)
         for write in self.earlier:
             before = before + write
         self.earlier.clear()

@@ -10,6 +10,7 @@ from interp.models.recording import Recording
 from interp.models.repeated import on_the_stream
 from interp.models.spec import Spec
 from interp.models.stack import Layer, layers_of, with_cross
+from interp.models.turned import channels_behind
 from interp.models.windows import in_order
 
 
@@ -25,5 +26,7 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
             layer = replace(layer, in_a_row=spec.n_streams)
         if block.windows is not None:
             layer = in_order(layer, block.windows.layout)
+        if block.turned:
+            layer = channels_behind(layer, spec.hidden)[0]
         made.append(on_the_stream(layer)[0] if block.repeated else layer)
     return made

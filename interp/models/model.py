@@ -45,6 +45,7 @@ from interp.models.repeated import CallsOnStream
 from interp.models.several import Part, attention_calls
 from interp.models.skipping import skipping
 from interp.models.spec import BlockMap, first_tensor, module_device, with_first
+from interp.models.turned import channels_first, channels_last
 from interp.models.weights import FrozenNorm, linear_map
 from interp.models.windows import Layouts, in_one_row
 from interp.run.batch import Batch
@@ -766,6 +767,8 @@ class Model:
             cut = layout is not None and layout.holds(name, x, run.batch.size)
             if layout is not None and cut:
                 seen = layout.positions(x.flatten(1, -2))
+            elif name in block.turned:
+                seen = channels_last(x)
             else:
                 seen = shown_inside(x, block.axes, run.batch.size)
             if name in self.spec.copies:  # the block changes this tensor in place later on
@@ -779,6 +782,8 @@ class Model:
             if layout is not None and cut:
                 new = layout.windows(new, x.flatten(1, -2))
                 return with_first(output, new.reshape(x.shape))
+            if name in block.turned:
+                return with_first(output, channels_first(new, x.shape))
             return with_first(output, held_inside(new, block.axes, x.shape))
 
         stack.callback(self.module.get_submodule(name).register_forward_hook(on(hook)).remove)

@@ -54,8 +54,7 @@ def restarted(layer: Layer, candidates: list[Candidate]) -> Sums | None:
 
 def restarts(block: BlockMap) -> bool:
     """Whether nothing goes on of the stream that a block reads."""
-    factors = [carry.factor for carry in (block.carry_mid, block.carry_post) if carry is not None]
-    return any(isinstance(factor, float) and factor == 0 for factor in factors)
+    return any(carry is not None and carry.nothing for carry in (block.carry_mid, block.carry_post))
 
 
 def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | str) -> set[str]:

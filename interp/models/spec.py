@@ -45,6 +45,11 @@ class Carry:
     factor: float | Tensor = 1.0
     shift: Tensor | None = None
 
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing goes on of the stream."""
+        return isinstance(self.factor, float) and self.factor == 0 and self.shift is None
+
     def __call__(self, x: Tensor) -> Tensor:
         """What goes on of x [... d_model]."""
         factor = self.factor.to(x) if isinstance(self.factor, Tensor) else self.factor
@@ -120,6 +125,8 @@ class BlockMap:
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read.
     `repeated`: modules called several times, of which the call on the stream is meant.
+    `turned`: modules that return [batch channels pos]. `reshapes_behind`: where a block pools the stream on its
+    way, the module that reads `resid_mid` before; the writes known are those up to there.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
     `members`: the modules of a layer that is no module (they are called one after the other), `name` the first.
     """
@@ -158,6 +165,8 @@ class BlockMap:
     carry_post: Carry | None = None
     convolved: str | None = None
     repeated: frozenset[str] = frozenset()
+    turned: frozenset[str] = frozenset()
+    reshapes_behind: str | None = None
     mixed: tuple[str, ...] = ()
     parallel: bool = False
     direct: bool = False
@@ -297,6 +306,9 @@ class Spec:
         if len(self.stages) > 1:
             widths = ", ".join(str(self.blocks[stage[0]].d_model) for stage in self.stages)
             return f"its blocks work in stages, on streams of widths {widths} one after the other"
+        for layer in range(self.n_layers):
+            if why := self.refused.get(f"attn_write.{layer}"):
+                return why
         if self.shared:
             return f"several layers are calls of one module ('{self.blocks[0].name}')"
         for block in self.blocks:
@@ -326,6 +338,8 @@ class Spec:
                 return f"'{block.name}' scales each channel of what it writes ('{gain}')"
             if block.repeated:
                 return f"'{block.name}' calls '{min(block.repeated)}' several times"
+            if block.turned:
+                return f"'{min(block.turned)}' returns channels before positions"
             if any(write.channels is not None for write in block.writes):
                 return f"'{block.name}' scales each channel of what it writes"
         return ""

@@ -51,40 +51,50 @@ def _either_sign(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def works_by_position(
-    seen: Recording, layers: list[Layer], branches: list[str], batch: Batch, key: int | str
+    seen: Recording,
+    layers: list[Layer],
+    branches: list[str],
+    batch: Batch,
+    key: int | str,
+    turned: bool = False,
 ) -> set[str]:
     """Those of the modules `branches` whose output at a position follows from the input there alone.
 
     They are given their input (token ids, and the stream that they add to) with the positions in reverse
     order. An MLP and routed experts return their output in reverse order; attention, a state-space layer or
-    a convolution something else.
+    a convolution something else. `turned`: they hold channels before positions.
     """
+    if not branches:
+        return set()
     rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
     first = layers[0].axes == POSITIONS_FIRST
     streams = {layer.call.inputs[layer.call.keys.index(key)].shape for layer in layers}
 
-    def reverse(args: tuple, kwargs: dict) -> Any:
-        turned = False
+    def reverse(x: Tensor) -> Tensor:
+        return x.flatten(2).flip(2).reshape(x.shape) if turned else _reversed(x, rows, first)
+
+    def give_in_reverse(args: tuple, kwargs: dict) -> Any:
+        done = False
 
         def turn(x: Any) -> Any:
-            nonlocal turned
+            nonlocal done
             if not isinstance(x, Tensor):
                 return x
             if ids is not None and torch.equal(x, ids):  # experts may be picked by token
                 return x.flip(1)
-            if x.is_floating_point() and (not turned or x.shape in streams):
-                turned = True
-                return _reversed(x, rows, first)
+            if x.is_floating_point() and (not done or x.shape in streams):
+                done = True
+                return reverse(x)
             return x
 
         args, kwargs = tuple(map(turn, args)), {name: turn(x) for name, x in kwargs.items()}
-        return (args, kwargs) if turned else None
+        return (args, kwargs) if done else None
 
     def in_reverse(got: Tensor, wanted: Tensor) -> bool:
-        error = (_reversed(got, rows, first).cpu().double() - wanted.double()).abs().max()
+        error = (reverse(got).cpu().double() - wanted.double()).abs().max()
         return float(error) <= 1e-2 * float(wanted.abs().max())
 
-    return answering(seen, branches, batch, reverse, in_reverse)
+    return answering(seen, branches, batch, give_in_reverse, in_reverse)
 
 
 def answering(

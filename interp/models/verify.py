@@ -216,36 +216,44 @@ def _check_writes(
 
     Of layers whose writes are refused by themselves nothing is said, nor of the whole.
     """
-    having = [i for i, block in enumerate(spec.blocks) if f"attn_write.{i}" not in spec.refused]
-    if not having or not all(spec.blocks[i].writes for i in having):
+    told = [i for i in range(spec.n_layers) if f"attn_write.{i}" not in spec.refused]
+    if not told or not all(spec.blocks[i].writes for i in told):
         return False
-    pairs = [(layers[i], spec.blocks[i]) for i in having]
     sites = ("attn_write", "mlp_write", "resid_mid")
     if any(block.cross for block in spec.blocks):
         sites += ("cross_write",)
-    if not any(block.norm_mid or block.norm_post or block.rescales for block in spec.blocks):
+    having = [i for i in told if not _reshapes(layers[i], spec)]
+    passed = _check_reshaping([i for i in told if i not in having], spec, layers, check, sites)
+    if not having:
+        return passed
+    pairs = [(layers[i], spec.blocks[i]) for i in having]
+    if not any(b.norm_mid or b.norm_post or b.rescales for _, b in pairs):
         totals: list[Tensor] = []
         dtype = layers[-1].output.dtype
         eps, roundings, most = rounding(dtype), 0, 0.0
-        for layer, block in pairs:
-            pre, post = layer.hidden(spec.hidden).double(), layer.output
-            parts = written(layer, block.writes, pre.shape)
-            most = max(most, float(off_by(pre, post.double(), parts, eps).max()))
-            if not totals or block.starts_stage:
-                totals.append(pre)
-            totals[-1] = totals[-1] + sum(parts)
-            roundings += len(parts)
+        runs = _runs(having, spec)
+        for run in runs:
+            totals.append(layers[run[0]].hidden(spec.hidden).double())
+            for layer, block in ((layers[i], spec.blocks[i]) for i in run):
+                pre, post = layer.hidden(spec.hidden).double(), layer.output
+                parts = written(layer, block.writes, pre.shape)
+                most = max(most, float(off_by(pre, post.double(), parts, eps).max()))
+                totals[-1] = totals[-1] + sum(parts)
+                roundings += len(parts)
         detail = "each block adds its writes, entry by entry to the rounding of these additions"
-        passed = judge("block writes", most * eps, detail, sites, SLACK * eps)
+        passed &= judge("block writes", most * eps, detail, sites, SLACK * eps)
         if linked:
             # An addition rounds by at most eps/2 of the stream, and n independent roundings add up to
             # sqrt(n) of one; times 4, since the stream may have been larger on the way.
             allowed = max(relative_tolerance(dtype), 2 * eps * roundings**0.5)
             detail = "embedding plus writes equals the final residual"
-            if len(totals) > 1:
+            if len(spec.stages) > 1:
                 detail = "what a stage begins with plus its writes equals what it ends with"
-            ends = [[i for i in stage if i in having] for stage in spec.stages]
-            finals = [layers[each[-1]].output for each in ends if each]
+            elif len(having) < spec.n_layers:
+                detail = (
+                    f"what layers {ranges(having)} read plus their writes equals what they return"
+                )
+            finals = [layers[run[-1]].output for run in runs]
             passed &= check("writes", totals, finals, detail, sites, allowed)
         return passed
     made, wanted = [], []
@@ -273,7 +281,48 @@ def _check_writes(
         wanted.append(layer.output)
     which = "" if len(having) == spec.n_layers else f" (layers {ranges(having)})"
     detail = f"each block's writes, through its norms and carries, give what it returns{which}"
-    return check("writes", made, wanted, detail, sites)
+    return check("writes", made, wanted, detail, sites) and passed
+
+
+def _reshapes(layer: Layer, spec: Spec) -> bool:
+    return layer.output.shape != layer.hidden(spec.hidden).shape
+
+
+def _runs(which: Sequence[int], spec: Spec) -> list[list[int]]:
+    """These layers, cut where a stage starts or one between is missing."""
+    runs: list[list[int]] = []
+    for i in which:
+        if runs and runs[-1][-1] == i - 1 and not spec.blocks[i].starts_stage:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _check_reshaping(
+    which: Sequence[int], spec: Spec, layers: list[Layer], check: Check_, sites: tuple[str, ...]
+) -> bool:
+    """What blocks that return another shape write: all of what they return, or all that is added before."""
+    passed = True
+    for pools in (True, False):
+        made, wanted = [], []
+        some = [i for i in which if bool(spec.blocks[i].reshapes_behind) == pools]
+        for layer, block in ((layers[i], spec.blocks[i]) for i in some):
+            start = layer.hidden(spec.hidden).double()
+            if block.reshapes_behind:
+                end = layer.inside.calls[block.reshapes_behind][0].inputs[0].reshape(start.shape)
+            else:
+                start, end = torch.zeros_like(layer.output).double(), layer.output
+            made.append(added(start, layer, block.writes))
+            wanted.append(end)
+        if some:
+            detail = (
+                f"resid_pre plus writes equals what is read before the stream is pooled (layers {ranges(some)})"
+                if pools
+                else f"writes alone make a stream of another shape (layers {ranges(some)})"
+            )
+            passed &= check("reshaping", made, wanted, detail, sites)
+    return passed
 
 
 def added(total: Tensor, layer: Layer, writes: Sequence[Write]) -> Tensor:

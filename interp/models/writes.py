@@ -53,6 +53,8 @@ class Sums:
     norm_pre: str | None = None
     carry_mid: Carry | None = None
     carry_post: Carry | None = None
+    reshapes_behind: str | None = None
+    """What reads the middle last before the block gives the stream another shape."""
 
     @property
     def rescales(self) -> bool:
@@ -325,9 +327,10 @@ def write_map(
         carry_mid=sums.carry_mid,
         carry_post=sums.carry_post,
         convolved=convolved[0] if convolved else None,
-        repeated=block.repeated
-        & {*(write.module for write in writes), block.W_out, block.mlp_out, sums.norm_mid},
+        reshapes_behind=sums.reshapes_behind,
     )
+    touched = {*(write.module for write in writes), block.W_out, block.mlp_out, sums.norm_mid}
+    block = replace(block, repeated=block.repeated & touched, turned=block.turned & touched)
     if cross and cross.write is None:
         why = (
             f"'{block.name}' does not add the output of '{cross.attention}' to the residual stream"
@@ -420,6 +423,8 @@ def before_norm(
 
 def neurons(seen: Recording, block: BlockMap, candidates: list[Candidate]) -> BlockMap:
     """W_out: the linear layer that returns mlp_out as it is; none where experts or gates mix it."""
+    if block.mlp_out in block.turned:
+        return block
     for name in next(c.modules for c in candidates if block.mlp_out in c.modules):
         call, module = seen.once(name), seen.module.get_submodule(name)
         linear = isinstance(getattr(module, "weight", None), Tensor)

@@ -1,0 +1,177 @@
+"""What every block of a stack writes, each taken apart in the way that explains it.
+
+A block that nothing explains refuses what it writes itself; the others have their sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from interp.models.mixed import mixed_blocks
+from interp.models.recording import Recording
+from interp.models.repeated import on_the_stream
+from interp.models.rescaled import rescaled
+from interp.models.reshaped import as_it_returns, before_the_shape_changes
+from interp.models.restarted import follow_no_input, restarted
+from interp.models.several import HEADS
+from interp.models.spec import BlockMap
+from interp.models.stack import Layer
+from interp.models.thrice import three_norms, with_middle
+from interp.models.trials import works_by_position
+from interp.models.turned import channels_behind
+from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
+from interp.run.batch import Batch
+
+ATTENTION_WRITES = ("attn_write",)
+MLP_WRITES = ("mlp_write", "mlp_out", "mlp_post")
+WRITE_SITES = (*ATTENTION_WRITES, *MLP_WRITES, "resid_mid")
+
+
+def with_writes(
+    seen: Recording,
+    layers: list[Layer],
+    blocks: list[BlockMap],
+    key: int | str,
+    batch: Batch,
+    refused: dict[str, str],
+) -> list[BlockMap]:
+    """Writes of every block; in stacks of several kinds of layer a trial tells MLPs from mixers."""
+    if layers[0].n_streams > 1:
+        return mixed_blocks(seen, layers, blocks, key, batch, refused)
+    layers, blocks = list(layers), list(blocks)
+    found: list[tuple[Sums | None, list[Candidate]]] = []
+    for i, layer in enumerate(layers):
+        if _reshapes(layer, key):
+            if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
+                refused["resid_post"] = _shapes(layer, key)
+            found.append(as_it_returns(layer, blocks[i]))
+            continue
+        layers[i], blocks[i], sums, candidates = _taken_apart(layer, blocks[i], key)
+        found.append((sums, candidates))
+    found = _with_restarts(seen, layers, found, batch, key)
+    for i, layer in enumerate(layers):
+        if found[i][0] is None and _reshapes(layer, key):
+            found[i] = before_the_shape_changes(layer, blocks[i], key)
+    hybrid = any(
+        sums is not None
+        and len(sums.writes) - sum(x is not None for x in (layer.attention, layer.cross)) != 1
+        for layer, (sums, _) in zip(layers, found, strict=True)
+    ) or not all(layer.attention for layer in layers)
+    by_position: set[str] | None = None
+    if hybrid:
+        by_position = _by_position(seen, layers, blocks, found, batch, key)
+    made = [
+        block
+        if sums is None
+        else with_middle(
+            layer,
+            write_map(layer, block, sums, candidates, by_position, key, refused),
+            refused,
+        )
+        for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
+    ]
+    _refuse_unexplained(layers, made, key, refused)
+    attending = [block for block in made if block.attention and block.along != HEADS]
+    if any(block.repeated for block in made) and all(block.attn_out for block in attending):
+        refused.pop("attn_out", None)
+    return made
+
+
+def _taken_apart(
+    layer: Layer, block: BlockMap, key: int | str
+) -> tuple[Layer, BlockMap, Sums | None, list[Candidate]]:
+    """The sums of one block, and the layer and block as they are seen for them; the first way that explains it."""
+    sums, candidates = taken_apart(layer, key)
+    if sums is None:
+        sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates)
+    if sums is not None:
+        return layer, block, sums, candidates
+    ways: list[tuple[str, Callable[[Layer], tuple[Layer, frozenset[str]]]]] = [
+        ("repeated", on_the_stream),
+        ("turned", lambda layer: channels_behind(layer, key)),
+    ]
+    for field, way in ways:
+        again, names = way(layer)
+        if names:
+            sums, others = taken_apart(again, key)
+            if sums is not None:
+                return again, replace(block, **{field: names}), sums, others
+    return layer, block, None, candidates
+
+
+def _reshapes(layer: Layer, key: int | str) -> bool:
+    """Whether a block returns a stream of another width or length than it reads."""
+    return layer.output.shape != layer.hidden(key).shape
+
+
+def _shapes(layer: Layer, key: int | str) -> str:
+    return (
+        f"'{layer.name}' returns shape {tuple(layer.output.shape)}, "
+        f"reads {tuple(layer.hidden(key).shape)}"
+    )
+
+
+def _by_position(
+    seen: Recording,
+    layers: list[Layer],
+    blocks: list[BlockMap],
+    found: list[tuple[Sums | None, list[Candidate]]],
+    batch: Batch,
+    key: int | str,
+) -> set[str]:
+    """Those of the branches that write to the stream which work position by position."""
+    branches = {
+        branch_of(layer.name, candidate, layer, candidates)
+        for layer, (sums, candidates) in zip(layers, found, strict=True)
+        if sums is not None
+        for candidate, _ in sums.writes
+    }
+    turned = branches & {name for block in blocks for name in block.turned}
+    plain = works_by_position(seen, layers, sorted(branches - turned), batch, key)
+    return plain | works_by_position(seen, layers, sorted(turned), batch, key, turned=True)
+
+
+def _refuse_unexplained(
+    layers: list[Layer], made: list[BlockMap], key: int | str, refused: dict[str, str]
+) -> None:
+    """Refuse what blocks write that nothing explains: by layer, where others are explained."""
+    alone = not any(block.writes for block in made)
+    for i, (layer, block) in enumerate(zip(layers, made, strict=True)):
+        why, sites = "", WRITE_SITES
+        if block.reshapes_behind and block.mlp_write is None:
+            why = f"{_shapes(layer, key)}: what is written behind '{block.reshapes_behind}' was not found"
+            sites = MLP_WRITES
+        elif not block.writes and _reshapes(layer, key):
+            why = f"{_shapes(layer, key)}: what it writes does not add up to that"
+        elif not block.writes:
+            why = (
+                f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
+                "norms read (a rescaled stream)"
+            )
+        for site in (*sites, *(["cross_write"] if layer.cross else [])) if why else ():
+            refused.setdefault(site if alone else f"{site}.{i}", why)
+
+
+def _with_restarts(
+    seen: Recording,
+    layers: list[Layer],
+    found: list[tuple[Sums | None, list[Candidate]]],
+    batch: Batch,
+    key: int | str,
+) -> list[tuple[Sums | None, list[Candidate]]]:
+    """What was found, and the sums of blocks that start the stream anew where none was."""
+    anew = {
+        i: sums
+        for i, (layer, (known, candidates)) in enumerate(zip(layers, found, strict=True))
+        if known is None
+        and candidates
+        and not layer.members
+        and (sums := restarted(layer, candidates)) is not None
+    }
+    names = {layers[i].name for i in anew}
+    names = follow_no_input(seen, names, batch, key) if names else names
+    return [
+        (anew[i], candidates) if i in anew and layers[i].name in names else (sums, candidates)
+        for i, (sums, candidates) in enumerate(found)
+    ]
