@@ -209,8 +209,7 @@ def circuit_find(
     options |= {"task": pairs.name, "n": len(pairs)}
     meta = provenance(model, options=options, seed=seed)
     claims, about_claims = head_claims(heads, meta["model"])
-    prompts = {"clean": pairs.clean.tolist(), "corrupted": pairs.corrupted.tolist()}
-    key = {"model": meta["model"], "options": options, "seed": seed, "prompts": prompts}
+    key = {"model": meta["model"], "options": options, "seed": seed, "pairs": pairs.digest}
     units = Checkpoint(checkpoint, key, resume=resume)
     job_of, notes = engine(model, _scores_of(method), naive=naive)
     whole = job_of(pairs, metric)

@@ -495,8 +495,8 @@ def decompose(
         "n": len(pairs),
     }
     meta = provenance(model, options=options, seed=seed)
-    key = {"model": meta["model"], "options": options, "seed": seed}
-    units = Checkpoint(checkpoint, key | {"pairs": pairs.clean.tolist()}, resume=resume)
+    key = {"model": meta["model"], "options": options, "seed": seed, "pairs": pairs.digest}
+    units = Checkpoint(checkpoint, key, resume=resume)
     told = measure(model, pairs)
     whole = Decomposition(model, pairs, baseline=baseline, attention=attention, bias=bias)
     chosen = whole.nodes if sources is None else tuple(sources)

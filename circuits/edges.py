@@ -125,7 +125,7 @@ def edge_attribution(
     }
     source = provenance(model, options=options, seed=seed)
     claims, about_claims = head_claims(heads, source["model"])
-    key = {"model": source["model"], "options": options, "seed": seed, "ids": pairs.clean.tolist()}
+    key = {"model": source["model"], "options": options, "seed": seed, "pairs": pairs.digest}
     units = Checkpoint(checkpoint, key, resume=resume)
     job_of, notes = engine(model, method, naive=naive)
     nodes = None

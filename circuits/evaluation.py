@@ -7,6 +7,7 @@ every number here is exact for its protocol; the protocol is printed beside it, 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -268,7 +269,9 @@ def circuit_evaluate(
     options |= {"task": pairs.name, "n": len(pairs)}
     source = provenance(model, options=options, seed=seed)
     given = _saved(Path(scores), graph, source) if Path(scores).is_dir() else None
-    key = {"model": source["model"], "options": options, "seed": seed, "ids": pairs.clean.tolist()}
+    key = {"model": source["model"], "options": options, "seed": seed, "pairs": pairs.digest}
+    if given is not None:
+        key["edges"] = _digest(given[0], given[1])
     units = Checkpoint(checkpoint, key, resume=resume)
     job_of, notes = engine(model, _method(scores), naive=naive)
     with Progress(progress) as bars:
@@ -282,8 +285,7 @@ def circuit_evaluate(
             if scores != RANDOM:
                 held_out = isinstance(task, str) and Path(task).suffix == ""
                 other = as_pairs(model, task, n=n, seed=seed + 1) if held_out else pairs
-                if not held_out:
-                    notes.append("edges were scored on the same pairs that circuits are judged on")
+                notes += _not_held_out(other, pairs)
                 fit = job_of(other, metric) if held_out else whole
                 advance = bars.stage("Scoring edges", fit.n_units(scores))
                 found = fit.scores(scores, steps=steps, units=units.part("scores"), advance=advance)
@@ -522,6 +524,29 @@ def _saved(
     if same == [source["options"]["task"], source["seed"]]:
         notes.append("edges were scored on pairs drawn with the same seed as those judged on")
     return scores, circuit, notes
+
+
+def _digest(scores: Scores, circuit: Circuit | None) -> str:
+    """Changes when a saved report's edges do."""
+    content = scores.numpy().tobytes() + (b"" if circuit is None else circuit.numpy().tobytes())
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _not_held_out(scored: Pairs, judged: Pairs) -> list[str]:
+    """A note where pairs that circuits are judged on are among those that edges were scored on.
+
+    Another seed draws the same pairs again where a task has few.
+    """
+    seen, own = (
+        [tuple(row) for row in torch.cat([pairs.clean, pairs.corrupted], 1).tolist()]
+        for pairs in (scored, judged)
+    )
+    known = set(seen)
+    shared = sum(row in known for row in own)
+    if not shared:
+        return []
+    which = "the same" if shared == len(own) else f"{shared} of the {len(own)}"
+    return [f"edges were scored on {which} pairs that circuits are judged on"]
 
 
 def _protocol(judge: _Judge, scores: Any, n: int) -> str:

@@ -7,7 +7,6 @@ largest exactly.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,7 +182,7 @@ def patch(
         sweep = Sweep.of(model, pairs, site, direction, kind, metric, names, seed, naive)
         places = sweep.places()
         source = provenance(model, options=options | {"naive": sweep.naive}, seed=seed)
-        key = {"model": source["model"], "options": source["options"], "data": _digest(pairs)}
+        key = {"model": source["model"], "options": source["options"], "pairs": pairs.digest}
         units = Checkpoint(checkpoint, key | {"seed": seed}, resume=resume)
         estimates = sweep.estimates(places) if options["screen"] else None
         chosen = _largest(estimates, places, model.n_layers)
@@ -308,11 +307,3 @@ def _label(model: Model, ids: Tensor, names: Sequence[str]) -> str:
     """What stands at a position in every prompt: its token, or its name, or nothing."""
     same = model.tokens([int(ids[0])])[0] if bool((ids == ids[0]).all()) else ""
     return same or "/".join(names)
-
-
-def _digest(pairs: Pairs) -> str:
-    """Changes when any prompt or answer does."""
-    data = hashlib.sha256()
-    for ids in (pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong):
-        data.update(ids.cpu().numpy().tobytes())
-    return data.hexdigest()[:16]

@@ -12,7 +12,6 @@ the same arithmetic where something changes and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -182,8 +181,7 @@ def path_patch(
         "naive": naive,
     }
     source = provenance(model, options=options, seed=seed)
-    prompts = hashlib.sha256(torch.cat([pairs.clean, pairs.corrupted]).numpy().tobytes())
-    key = {"model": source["model"], "options": options, "prompts": prompts.hexdigest()}
+    key = {"model": source["model"], "options": options, "pairs": pairs.digest}
     units = Checkpoint(checkpoint, key, resume=resume)
     clean, corrupted, measure = both_runs(model, pairs, metric, paths)
     notes = list(measure.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -118,6 +119,17 @@ class Pairs:
         if name not in self.positions:
             raise unknown(f"position of task '{self.name}'", name, self.positions)
         return self.positions[name]
+
+    @property
+    def digest(self) -> str:
+        """Changes when any prompt, answer or named position does: what finished work is kept under."""
+        found = hashlib.sha256()
+        sides = [self.clean, self.corrupted, self.answers, self.wrong]
+        names = sorted(self.positions)
+        for ids in (*sides, *(self.positions[name] for name in names)):
+            found.update(f"{tuple(ids.shape)}".encode() + ids.cpu().long().numpy().tobytes())
+        found.update(repr(names).encode())
+        return found.hexdigest()[:16]
 
     def rows(self, rows: slice | Tensor) -> Pairs:
         """Some of the pairs."""
