@@ -41,6 +41,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -78,6 +80,10 @@ KIND_OF_INPUT = {
 }
 ROUNDING = 1e-4
 """float32, a few blocks deep: a capturing pass may form patterns where the plain one called SDPA."""
+
+
+BESIDES = {"timm": "timm", "pillow": "PIL"}
+"""Packages that some models cannot be built without, and what they are imported as; the sweep needs neither."""
 
 
 @dataclass(frozen=True)
@@ -350,12 +356,23 @@ def counts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def libraries() -> str:
+    """What models were built with: transformers, and of what some need besides whatever is installed."""
+    found = []
+    for name, wanted in BESIDES.items():
+        with suppress(metadata.PackageNotFoundError):
+            if find_spec(wanted):
+                found.append(f"{name} {metadata.version(name)}")
+    besides = f" with {' and '.join(found)}" if found else ""
+    return f"transformers {transformers.__version__}{besides}"
+
+
 def markdown(rows: list[Row]) -> str:
     """The support table as a page."""
     parts = [
         "# Which models are supported",
-        "Made by `python -m benchmarks.architectures --write` with transformers "
-        f"{transformers.__version__}: a tiny random model of every model type that the library can "
+        f"Made by `python -m benchmarks.architectures --write` with {libraries()}: a tiny random "
+        "model of every model type that the library can "
         "build, its map discovered and every identity tried. A model type is *in full* where every "
         "site its architecture has passes; other rows say what is refused and why. Types that could "
         "not be built from a shrunken default config are listed too: of them nothing is known. A model of "
@@ -387,7 +404,7 @@ def main() -> None:
         print(f"{row.model_type:28}{row.kind:16}{row.outcome:21}{row.refused}  {row.reason}"[:300])
         sys.stdout.flush()
     rows.sort(key=lambda row: (row.kind, row.model_type))
-    print(counts(rows))
+    print(f"{counts(rows)}\n({libraries()})")
     if options.write and not only:
         table = [asdict(row) for row in rows]
         DOCS.mkdir(exist_ok=True)

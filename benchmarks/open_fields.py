@@ -36,6 +36,9 @@ OPEN: tuple[tuple[str, Any], ...] = (
 )
 """What becomes of a field left open, where nothing else about the config tells."""
 
+TOWER: Mapping[str, Any] = {"architecture": "test_vit", "model_args": {"embed_dim": 64}}
+"""A tower of images that timm makes, beside a text model: names of its fields do not shrink it."""
+
 FORGOTTEN: Mapping[str, Any] = {"rope_theta": 10_000.0, "num_key_value_heads": 4}
 """What a model asks of a config whose class does not have it."""
 
@@ -96,6 +99,14 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if old["hidden_size"] * old["expand"] != old["num_heads"] * old["head_dim"]:
         return {}
     return {"num_heads": new["hidden_size"] * new["expand"] // new["head_dim"]}
+
+
+def towered(name: str, part: PreTrainedConfig) -> PreTrainedConfig:
+    """The part; one for images that names another library's architecture names that library's smallest."""
+    if name == "vision_config" and hasattr(part, "architecture"):
+        for field, value in TOWER.items():
+            setattr(part, field, value)
+    return part
 
 
 def of_layers(config: PreTrainedConfig, picks: list[int]) -> dict[int, dict[str, Any]]:

@@ -37,6 +37,7 @@ from benchmarks.open_fields import (
     of_layers,
     rope_of_types,
     supplied,
+    towered,
 )
 from benchmarks.stage_widths import declared, divided, return_stages, widths
 
@@ -141,7 +142,7 @@ def shrunk(
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            new[name] = shrunk(value, variant, narrowest, wide)
+            new[name] = towered(name, shrunk(value, variant, narrowest, wide))
         elif value is None or value == ():
             new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), value)
             if not new[name] and variant.filled:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks import architectures
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
@@ -163,3 +164,17 @@ def test_models_whose_stages_must_fit_are_built_with_divided_widths(
     module = build(getattr(transformers, class_name), shrunk(default(model_type), DIVIDED))
     runs(module)
     assert sum(parameter.numel() for parameter in module.parameters()) < 2_000_000
+
+
+def test_a_tower_of_another_library_is_its_smallest_and_a_model_s_own_architecture_stays() -> None:
+    config: Any = shrunk(default("fast_vlm"), Variant())
+    assert config.vision_config.architecture == "test_vit"
+    assert shrunk(default("timm_wrapper"), Variant()).architecture == "resnet50"
+
+
+def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "BESIDES", {"no-such-package": "no_such_package"})
+    assert architectures.libraries() == f"transformers {transformers.__version__}"
+    monkeypatch.setattr(architectures, "BESIDES", {"torch": "torch", "pytest": "pytest"})
+    assert architectures.libraries().endswith(f" and pytest {pytest.__version__}")
+    assert architectures.libraries() in architectures.markdown([])
