@@ -16,6 +16,7 @@ from torch import Tensor
 from interp.errors import Refused
 from interp.models.layout import (
     ACROSS,
+    CHANNELS_BEFORE,
     CHANNELS_FIRST,
     IMAGE,
     PACKED,
@@ -72,30 +73,42 @@ def find_axes(
 def _with_others(
     seen: Recording, layers: list[Layer], key: int | str, batch: Batch
 ) -> tuple[str, ...]:
-    """PLAIN, or with positions of the model's own ahead of the tokens': the first block shows where a token is.
+    """PLAIN, or with channels before positions, or with positions of the model's own ahead of the tokens'.
 
-    Tried with the first and the last token of texts of two lengths.
+    Where tokens are is what the first block reads when the first or the last of them is another, in texts of
+    two lengths.
     """
     lengths = {layer.hidden(key).shape[1] for layer in layers}
     if set(batch.inputs) != {"input_ids"} or lengths <= {batch.ids.shape[1]} or len(lengths) > 1:
         return PLAIN
+    before_first = all(layer.hidden(key).shape[2] == batch.ids.shape[1] for layer in layers)
+    axes = CHANNELS_BEFORE if before_first else PLAIN
     before = {
         at - token
         for length in (batch.ids.shape[1], batch.ids.shape[1] - 1)
         for token in (0, length - 1)
-        for at in _moved_by(seen, layers[0], key, batch.ids[:, :length], token)
+        for at in _moved_by(seen, layers[0], key, axes, batch.ids[:, :length], token)
     }
+    if before_first:
+        return CHANNELS_BEFORE if before == {0} else PLAIN
     return with_others_ahead(before.pop()) if len(before) == 1 else PLAIN
 
 
-def _moved_by(seen: Recording, first: Layer, key: int | str, ids: Tensor, token: int) -> list[int]:
+def _moved_by(
+    seen: Recording,
+    first: Layer,
+    key: int | str,
+    axes: tuple[str, ...],
+    ids: Tensor,
+    token: int,
+) -> list[int]:
     """The positions that the first block reads something else at when this token of every row is another."""
     other = ids.clone()
     for row in other:  # as it was where a row has one token alone
         row[token] = next((x for x in row if x != row[token]), row[token])
     a, b = (calls_of(record(seen.module, Batch.of_ids(x)), [first])[0].inputs for x in (ids, other))
     at = first.call.keys.index(key)
-    moved = (a[at] - b[at]).abs().amax((0, 2)) > MOVED * a[at].abs().max()
+    moved = shown(a[at] - b[at], axes, len(ids)).abs().amax((0, 2)) > MOVED * a[at].abs().max()
     return moved.nonzero()[:, 0].tolist()
 
 
@@ -201,11 +214,13 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
     def mine(x: Tensor) -> bool:
         flat = (axes in (POSITIONS_FIRST, PACKED) or n_ahead(axes) > 0) and x.ndim == 2
         flat = flat and len(x) == raw.shape[:2].numel()
-        return flat or (x.ndim == 3 and x.shape[:2] == raw.shape[:2])
+        same = (0, 2) if axes == CHANNELS_BEFORE else (0, 1)
+        return flat or (x.ndim == 3 and all(x.shape[i] == raw.shape[i] for i in same))
 
     def one(x: Tensor) -> Tensor:
         return shown_inside(x, axes, size) if mine(x) else x
 
+    vectors = layer.output.shape[:2].numel()
     calls = {
         name: [
             replace(
@@ -218,7 +233,7 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
         for name, of in layer.inside.calls.items()
         # What has as many vectors in another order could be taken for the stream's: no site is read there.
         if all(
-            x is None or mine(x) or x.shape[:-1].numel() != raw.shape[:-1].numel()
+            x is None or mine(x) or x.shape[:-1].numel() != vectors
             for call in of
             for x in [call.output, *call.inputs[:1]]
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
+from interp.models.forwards import hooks_called
 from interp.models.spec import Spec, first_tensor, module_device
 from interp.run.batch import Batch
 
@@ -57,12 +57,13 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
         inputs["position_ids"] = inputs["position_ids"] + first_position
     if "use_cache" in parameters:
         extra["use_cache"] = False
-    if module not in drawing:
-        return module(**inputs, **extra)
-    place = module_device(module)
-    with torch.random.fork_rng([place] if place.type == "cuda" else []):
-        torch.manual_seed(0)
-        return module(**inputs, **extra)
+    with hooks_called(module):
+        if module not in drawing:
+            return module(**inputs, **extra)
+        place = module_device(module)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(0)
+            return module(**inputs, **extra)
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
@@ -169,19 +170,3 @@ def at_home(module: nn.Module, x: Tensor) -> Tensor:
         x = x.to(module.weight.dtype)
     place = module_device(module)
     return module(x if place.type == "meta" else x.to(place)).to(x.device)
-
-
-@contextmanager
-def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, calling one of these modules calls what is given for it; its hooks stay."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own

@@ -90,6 +90,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         hidden=key,
         n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
+        dict_key=layers[0].call.dict_key,
         copies=frozenset(
             name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
         ),

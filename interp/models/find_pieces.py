@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import call_model, other_forwards, text_config
+from interp.models.calls import call_model, text_config
+from interp.models.forwards import other_forwards
 from interp.models.pairs import leading_to, pairs, rows_of
 from interp.models.pieces import (
     CLOSE,

@@ -1,12 +1,12 @@
 """How blocks hold the hidden state, and the one shape in which sites show it: [batch pos d_model].
 
-Most blocks hold it so. Some have the positions first. Some carry several residual streams side by side
-(hyper-connections, AltUp): one stream after the other makes one vector of n_streams · width entries.
-Images may keep their rows and columns apart, before or behind the channels: they are positions, row after
-row. Blocks on videos may have a row of the batch for every frame, or for every place in a frame: positions
-are places, frame after frame. All rows of a batch may lie one after the other in a single one. Positions of
-the model's own, prompts that it has learnt, may stand before the tokens': they are shown behind them. For
-attention a block may cut positions into windows (`Layout`).
+Most blocks hold it so. Some have the positions first, some the channels before the positions. Some carry
+several residual streams side by side (hyper-connections, AltUp): one stream after the other makes one vector
+of n_streams · width entries. Images may keep their rows and columns apart, before or behind the channels:
+they are positions, row after row. Blocks on videos may have a row of the batch for every frame, or for every
+place in a frame: positions are places, frame after frame. All rows of a batch may lie one after the other in
+a single one. Positions of the model's own, prompts that it has learnt, may stand before the tokens': they are
+shown behind them. For attention a block may cut positions into windows (`Layout`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PARTS = ("batch·part", "pos", "d_model")
 """A row for each part of an input: its positions are those of the parts, one part after the other."""
 ACROSS = ("batch·pos", "part", "d_model")
 """A row for each position in a part: what stands there in all parts."""
+CHANNELS_BEFORE = ("batch", "d_model", "pos")
 PACKED = ("one", "batch·pos", "d_model")
 """All rows of the batch one after the other; a module inside may leave out the first axis."""
 
@@ -55,8 +56,13 @@ def n_ahead(axes: tuple[str, ...]) -> int:
 
 
 def as_held_inside(axes: tuple[str, ...]) -> bool:
-    """Whether modules inside a block hold rows or positions elsewhere, as the block itself does."""
-    return axes in ROWS_ELSEWHERE or n_ahead(axes) > 0
+    """Whether modules inside a block hold rows, positions or channels elsewhere, as the block itself does."""
+    return axes in ROWS_ELSEWHERE or (read_in_plain_order(axes) and axes != PLAIN)
+
+
+def read_in_plain_order(axes: tuple[str, ...]) -> bool:
+    """Whether what comes behind the blocks reads the tokens' positions as sites show them."""
+    return axes in (PLAIN, CHANNELS_BEFORE) or n_ahead(axes) > 0
 
 
 def require_rows_first(blocks: Iterable[tuple[str, ...]], what: str) -> None:
@@ -96,6 +102,8 @@ def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         return x
     if axes == POSITIONS_FIRST:
         return x.transpose(0, 1)
+    if axes == CHANNELS_BEFORE:
+        return x.mT
     if n := n_ahead(axes):
         return x.roll(-n, 1)
     if axes in (PARTS, ACROSS):
@@ -115,6 +123,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         return x
     if axes == POSITIONS_FIRST:
         return x.transpose(0, 1)
+    if axes == CHANNELS_BEFORE:
+        return x.mT
     if axes == ACROSS:
         x = x.unflatten(1, (like[1], -1)).transpose(1, 2)
     if n := n_ahead(axes):
@@ -220,7 +230,7 @@ def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         x = x.unflatten(0, (-1, size))
     if n_ahead(axes):
         return shown(x.reshape(size, -1, x.shape[-1]), axes, size)
-    if axes in ROWS_ELSEWHERE:
+    if as_held_inside(axes):
         return shown(x, axes, size)
     return x if x.ndim == 3 else x.reshape(size, -1, x.shape[-1])
 

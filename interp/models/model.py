@@ -26,6 +26,7 @@ from interp.models.calls import (
     output_tensor,
 )
 from interp.models.codebooks import begun, in_codebooks
+from interp.models.forwards import hooks_called
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
@@ -516,6 +517,7 @@ class Model:
         self._windows.of(run.batch)
         plan = self._plan(capture, edits, None)
         with ExitStack() as stack:
+            stack.enter_context(hooks_called(self.module))
             self._hook(stack, run, plan, None, grad=False)
             if clean is not None:
                 start = start if self.spec.chained else 0

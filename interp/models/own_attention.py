@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import other_forwards
 from interp.models.factors import Found, factor_of
+from interp.models.forwards import other_forwards
 from interp.models.pieces import pieces, watched
 from interp.models.tape import (
     PRODUCTS,

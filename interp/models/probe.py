@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from interp.models.codebooks import with_codebooks
 from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.find_own import find_own
+from interp.models.forwards import find_called
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.kernels import between_kernels, eager_instead
@@ -45,6 +47,8 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
         seen = record(module, batch)
+        if find_called(module, partial(call_model, module, batch), seen.calls):
+            seen = record(module, batch)
         if not seen.attention:
             why = find_own(module, batch)
             seen = replace(seen if why else record(module, batch), without=why)

@@ -13,12 +13,12 @@ from interp.models.calls import (
     at_home,
     call_model,
     is_encoder_decoder,
-    other_forwards,
     output_tensor,
     uncapped_logits,
 )
+from interp.models.forwards import other_forwards
 from interp.models.hooks import argument, with_hidden
-from interp.models.layout import CHANNELS_FIRST, PLAIN, held
+from interp.models.layout import CHANNELS_FIRST, held, read_in_plain_order
 from interp.models.spec import Spec, module_device
 from interp.run.batch import Batch
 
@@ -34,9 +34,8 @@ def unembed(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
         return rest_of_model(spec, module, residual)
     if spec.readout:
         x = residual
-        if (
-            spec.hidden_axes != PLAIN
-        ):  # as blocks hold them: all in one row, or images of one position
+        if not read_in_plain_order(spec.hidden_axes):
+            # As blocks hold them: all in one row, or images of one position.
             sizes = {"n_streams": spec.n_streams, "d_model": spec.d_model // spec.n_streams}
             like = [sizes.get(axis, 1) for axis in spec.hidden_axes]
             x = x.reshape(-1, x.shape[-1])

@@ -32,6 +32,8 @@ class ModuleCall:
     version: int
     start: int = 0
     keys: tuple[int | str, ...] = ()
+    dict_key: str = ""
+    """What its output is called in the dict that was returned, if it was one."""
 
     @property
     def mutated(self) -> bool:
@@ -142,6 +144,7 @@ def record(
                 0 if out is None else out._version,
                 start,
                 keys,
+                str(next(iter(output), "")) if type(output) is dict else "",
             )
         )
 

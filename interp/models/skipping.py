@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from interp.models.calls import other_forwards
+from interp.models.forwards import other_forwards
 from interp.models.hooks import argument, with_hidden
 from interp.models.spec import Spec
 
@@ -71,6 +71,8 @@ def _returning(
         if resid is not None:
             args, kwargs = with_hidden(args, kwargs, resid, spec, layer)  # as a block holds it
         hidden = argument(args, kwargs, spec.hidden)
+        if spec.dict_key:
+            return {spec.dict_key: hidden}
         return (hidden, *rest) if spec.tuple_blocks else hidden
 
     return returning

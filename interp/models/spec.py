@@ -224,6 +224,7 @@ class Spec:
     `readout` are the modules that make logits of the final residual one after the other, where that is
     more than a norm and a linear layer (BERT's head has a transform); ("",) is the model itself, less its blocks.
     `bypassed` says what reads an earlier block's stream besides the one after it, "" if nothing does.
+    `dict_key`: where blocks return dicts, what they call the hidden state in them.
     `final_dtype` is what a stream kept in another dtype is rounded to before `final_norm` reads it.
     `first_position` is the number the model gives its first position (RoBERTa counts from
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
@@ -249,6 +250,7 @@ class Spec:
     hidden: int | str = 0
     n_streams: int = 1
     tuple_blocks: bool = False
+    dict_key: str = ""
     bypassed: str = ""
     copies: frozenset[str] = frozenset()
     between_kernels: float = 0.0
@@ -386,9 +388,11 @@ class Spec:
 
 
 def first_tensor(value) -> Tensor | None:
-    """The tensor that a module call is about: itself, or the first of a tuple or of a model output."""
+    """The tensor that a module call is about: itself, or the first of a tuple or of a dict."""
     if isinstance(value, Tensor):
         return value
+    if type(value) is dict and value:
+        return first_tensor(next(iter(value.values())))
     if isinstance(value, (tuple, list)) and value:
         return first_tensor(value[0])
     return None
@@ -398,6 +402,9 @@ def with_first(value, tensor: Tensor):
     """`value` with its first tensor replaced."""
     if isinstance(value, Tensor):
         return tensor
+    if isinstance(value, dict):
+        first = next(iter(value))
+        return {**value, first: with_first(value[first], tensor)}
     return type(value)([with_first(value[0], tensor), *value[1:]])
 
 

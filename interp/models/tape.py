@@ -232,7 +232,7 @@ def only_through(tape: Tape, x: Tensor, maker: Step | None, end: Step) -> bool:
     open_ = [] if maker is None else [maker]
     while open_:
         step = open_.pop()
-        if step.name in PRODUCTS or step.name in ("linear", "einsum"):
+        if step.name in PRODUCTS or step.name in ("linear", "conv1d", "einsum"):
             continue
         for given in tensors(step.args, step.kwargs):
             before = step.made_by.get(id(given))

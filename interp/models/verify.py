@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.errors import BadInput
 from interp.models.calls import at_home
+from interp.models.layout import CHANNELS_BEFORE
 from interp.models.mapped import as_mapped
 from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
@@ -380,6 +381,8 @@ def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:
 
 def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
     call, norm = layer.inside.calls[name][0], layer.inside.module.get_submodule(name)
+    if layer.axes == CHANNELS_BEFORE:
+        return at_home(norm, x.mT).mT
     return at_home(norm, x.reshape(call.inputs[0].shape)).reshape(x.shape)
 
 

@@ -27,11 +27,16 @@ def linear_map(
     some = next(module.parameters(), torch.zeros(0))
     dtype = some.dtype if some.is_floating_point() else torch.float32
     home = torch.device(device or "cpu") if some.is_meta else some.device
-    zero, rows = (
-        first_tensor(module(x.to(home, dtype))) for x in (torch.zeros(1, d_in), torch.eye(d_in))
-    )
-    if zero is None or rows is None:
-        raise Refused(f"{type(module).__name__} returns no tensor: it is no linear layer")
+    of_one = isinstance(module, nn.Conv1d)  # of kernel 1, with channels before positions
+
+    def made(x: Tensor) -> Tensor:
+        x = x.to(home, dtype)
+        out = first_tensor(module(x[..., None] if of_one else x))
+        if out is None:
+            raise Refused(f"{type(module).__name__} returns no tensor: it is no linear layer")
+        return out[..., 0] if of_one else out
+
+    zero, rows = made(torch.zeros(1, d_in)), made(torch.eye(d_in))
     W = rows - zero
     return W.to(device or home), zero[0].to(device or home)
 

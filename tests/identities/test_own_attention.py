@@ -247,20 +247,6 @@ def test_gradients_are_those_of_small_changes(name):
         assert found == pytest.approx(slope, rel=2e-2, abs=2e-4)
 
 
-def test_channels_before_positions_are_refused_in_words():
-    """SqueezeBERT keeps channels first: its attention is not followed, and nothing fails on the way."""
-    config = transformers.SqueezeBertConfig(
-        vocab_size=97,
-        hidden_size=32,
-        embedding_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-    )
-    with pytest.raises(Refused, match="nothing can be addressed"):
-        Model(transformers.SqueezeBertForMaskedLM(config).eval())
-
-
 def test_positions_are_told_row_by_row():
     """XLM takes position numbers only in the shape of its ids."""
     config = transformers.XLMConfig(
