@@ -221,7 +221,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 @app.command()
 def batch(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="What to run on which models.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN.toml", help="What to run on which models, as above.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; by default reports/PLAN.")
     ] = None,
@@ -244,6 +246,14 @@ def batch(
 
     The plan is checked whole before anything is loaded. A unit that fails is reported and does not
     stop the others. After Ctrl-C, a crash or a full disk the same command goes on.
+
+    A small PLAN.toml, whose fields docs/cli.md lists under Plans:
+
+        models = ["smollm2-135m", "runs/mine/step-*"]
+
+        [[analyses]]
+        name = "heads"
+        options = {prompts = 16}
 
     Examples:
 

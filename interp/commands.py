@@ -34,15 +34,6 @@ MODEL = Annotated[
         help="smollm2-135m, a hub id (org/name), a folder, or a .gguf file; see `interp models`.",
     ),
 ]
-MODELS = Annotated[
-    list[str],
-    typer.Argument(metavar="MODEL...", help="Models, each as for `interp inspect MODEL`."),
-]
-FOLDERS = Annotated[
-    list[str], typer.Argument(metavar="FOLDER...", help="Folders of saved reports.")
-]
-FIRST = {"model": MODEL, "models": MODELS, "reports": FOLDERS}
-"""The first arguments of a command, by what its analysis reads."""
 DEVICE = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA if there is one.")
 ]
@@ -155,9 +146,9 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
     function = analysis.function
     hints = inspect.get_annotations(function, eval_str=True)
     help_of = _argument_help(function)
-    first = analysis.reads
-    parameters = [_parameter(first, FIRST[first])]
-    loads = LOADING if first == "model" else {}
+    first = next(iter(inspect.signature(function).parameters))
+    parameters = [_parameter(first, _sources(analysis, first, help_of.get(first)))]
+    loads = LOADING if analysis.reads == "model" else {}
     lists: dict[str, tuple[type, Any]] = {}
     arguments = []
     known = list(inspect.signature(function).parameters.values())[1:]
@@ -207,6 +198,20 @@ def _callback(analysis: Analysis, perform: Callable[[Job], None]) -> Callable[..
     # This signature is what typer reads; the function itself takes anything.
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return callback
+
+
+def _sources(analysis: Analysis, name: str, told: str | None) -> Any:
+    """The first argument of a command: MODEL, or as many as are given of what the function says it reads.
+
+    Reports are given as their folders.
+    """
+    if analysis.reads == "model":
+        return MODEL
+    if analysis.reads == "reports":
+        metavar, told = "FOLDER", f"Folders of saved reports, {told or 'of any analysis.'}"
+    else:
+        metavar = name.upper() if name == "series" else name.upper().removesuffix("S")
+    return Annotated[list[str], typer.Argument(metavar=metavar, help=told)]
 
 
 def _parameter(

@@ -71,7 +71,7 @@ def first_rows(report: Report) -> pd.DataFrame:
 
 def leading(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """The same rows with these columns first: a narrow terminal shows the first ones."""
-    return rows[[*names, *(name for name in rows if name not in names)]]
+    return rows.reindex(columns=[*names, *(name for name in rows if name not in names)])
 
 
 def intervals(table: pd.DataFrame, name: str) -> list[str]:

@@ -14,7 +14,9 @@ import pytest
 import interp
 from interp.batch import export_dataset, lay_out, reports, run_plan, tables
 from interp.batch.arguments import contents
+from interp.batch.plan import ANALYSIS, MODEL, RESOURCES, TOP, read_plan
 from interp.batch.results import state_of
+from interp.cli import batch as command
 from interp.errors import BadInput
 from tests.batch_models import registered, save_series
 
@@ -83,6 +85,26 @@ def test_the_plan_that_the_module_shows_can_be_read(series, tmp_path, monkeypatc
         ("heads", None), ("attribute", "cats"),
     ]  # fmt: skip
     assert read.out == Path("reports/sizes") and read.engine == "serial"
+
+
+def blocks_of_toml(text: str) -> list[str]:
+    return [block.split("```")[0] for block in text.split("```toml\n")[1:]]
+
+
+def test_the_plans_of_the_docs_and_of_help_can_be_read(series, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "mine"):
+        shutil.copytree(series, tmp_path / "runs" / name)
+    docs = (Path(interp.__file__).parents[1] / "docs/cli.md").read_text()
+    fields = set(re.findall(r"`(\w+)`", docs.split("| field |")[1].split("\n\n")[0]))
+    assert {*TOP, *MODEL, *ANALYSIS, *RESOURCES} - {"data"} <= fields
+    shown = (command.__doc__ or "").split("Plans:\n\n")[1].split("Examples:")[0]
+    counts = []
+    for text in (*blocks_of_toml(docs), textwrap.dedent(shown)):
+        (tmp_path / "plan.toml").write_text(text)
+        read = read_plan(tmp_path / "plan.toml")
+        counts.append((len(read.sources), len(read.tasks)))
+    assert counts == [(1, 1), (5, 2), (4, 1)]
 
 
 def test_an_id_follows_content_and_nothing_else(plan, series, tmp_path):

@@ -266,6 +266,16 @@ def test_help_shows_an_example(run, command):
     assert f"interp {command}" in " ".join(text.replace("Usage: interp", "").split())
 
 
+def test_help_names_what_several_arguments_are(run):
+    for command, shown in (
+        ("emergence", ["SERIES", "folders with step-<n> checkpoints"]),
+        ("compare-weights", ["MODEL", "the base, then its fine-tuned"]),
+        ("compare", ["FOLDER", "Folders of saved reports, of interp heads"]),
+    ):
+        text = " ".join(run(command, "--help")[1].replace("│", " ").split())
+        assert f"{command} [OPTIONS] {{{shown[0]}}}..." in text and shown[1] in text
+
+
 def test_version_is_the_installed_one(run):
     code, text, _ = run("--version")
     assert code == 0 and text == f"interp-suite {version('interp-suite')}\n"

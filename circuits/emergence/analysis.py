@@ -68,7 +68,7 @@ def summary(report: Report) -> pd.DataFrame:
     reads="models",
 )
 def emergence(
-    models: Sequence[str],
+    series: Sequence[str],
     *,
     detectors: Sequence[str] | None = None,
     prompts: int = 16,
@@ -97,7 +97,7 @@ def emergence(
     the other; a clamp does.
 
     Args:
-        models: folders with `step-<n>` checkpoints in them, checkpoints, or `org/name@revision`.
+        series: folders with `step-<n>` checkpoints in them, checkpoints, or `org/name@revision`.
         detectors: as in `interp heads`; previous_token, duplicate_token and induction by default.
         prompts: of each set. tokens: of a prompt, where n_ctx allows.
         text: a file, one sample a line, that loss, in-context-learning score and entropy are measured on; by
@@ -132,7 +132,7 @@ def emergence(
     """
     started = time.perf_counter()
     check_options(detectors=detectors, prompts=prompts, tokens=tokens, text=text)
-    found = find_series(models)
+    found = find_series(series)
     chosen = choose(detectors or DETECTORS)
     given = None if text is None else Path(text).read_text(encoding="utf-8")
     options = {
@@ -149,27 +149,27 @@ def emergence(
     sources, notes, described = [], [], []
     with Progress(progress) as bars:
         advance = bars.stage("Measuring checkpoints", sum(len(s.checkpoints) for s in found))
-        for series in found:
-            held, words = Clamps(series.clamps()), series.held_out if given is None else given
+        for training in found:
+            held, words = Clamps(training.clamps()), training.held_out if given is None else given
             ask = partial(
                 measure, prompts=prompts, tokens=tokens, text=words, seed=seed, syntax=syntax
             )
             seen = []
-            for at in series.checkpoints:
+            for at in training.checkpoints:
                 unit = partial(_measured, at, held, chosen, ask, syntax or given is not None)
-                seen.append(units.part(series.name).compute(at.name, unit))
-                _check_shape(series, at, seen)
+                seen.append(units.part(training.name).compute(at.name, unit))
+                _check_shape(training, at, seen)
                 advance(1)
             sources += [{"model": meta_of(unit)} for unit in seen]
-            notes += _notes(series, seen, words)
-            for name, table in _tables(series, seen, chosen, alpha, seed).items():
-                table.insert(0, "series", series.name)
+            notes += _notes(training, seen, words)
+            for name, table in _tables(training, seen, chosen, alpha, seed).items():
+                table.insert(0, "series", training.name)
                 parts[name].append(table)
             described.append(
                 {
-                    "name": series.name,
-                    "steps": [at.step for at in series.checkpoints],
-                    "clamps": series.clamps(),
+                    "name": training.name,
+                    "steps": [at.step for at in training.checkpoints],
+                    "clamps": training.clamps(),
                 }
             )
     tables = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
