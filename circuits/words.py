@@ -56,7 +56,8 @@ def check_options(*, top_k: int = 5, neurons: int = 20, **_: object) -> None:
 def loudest(report: Report) -> pd.DataFrame:
     """The fifteen heads that write most, with what they write."""
     shown = ["layer", "head", "norm", "output", "source_token", "weight", "prompt"]
-    return report.tables["heads"].filter(shown).head(15)
+    several = len(report.meta["tokens"]) > 1
+    return report.tables["heads"].filter(shown if several else shown[:-1]).head(15)
 
 
 @analysis(

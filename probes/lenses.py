@@ -335,7 +335,7 @@ def tune_lens(
         "lens": shown_about,
         "kl": "KL(final ‖ lens), nats",
         "saved": [str(place) for place in places],
-        "notes": [*model.notes, *_notes(table, inputs), *(f"the lens is {p}" for p in places)],
+        "notes": [*model.notes, *_notes(table, inputs), *_kept(places)],
         "wall_time_s": round(time.perf_counter() - started, 2),
     }
     return Report("tune_lens", {"tune_lens": table, "curve": training.curve}, {}, meta)
@@ -582,17 +582,19 @@ def _lens(inputs: Inputs, maps: Maps, about: dict[str, Any]) -> AffineLens | Hea
     return AffineLens(flat.get("A"), flat["b"], about, flat.get("U"), flat.get("V"))
 
 
+def _kept(places: list[Path]) -> list[str]:
+    """Where the lens is, in at most one note."""
+    return [f"the lens is {' and '.join(map(str, places))}"] if places else []
+
+
 def _notes(table: pd.DataFrame, inputs: Inputs) -> list[str]:
-    """Where the trained lens is no better than a simpler one on the held-out text."""
+    """Where the trained lens is no better than simpler ones on the held-out text, in at most one note."""
     kl: Any = table.pivot_table(index=["layer", "head"], columns="lens", values="kl")
     kl = kl[kl.index.get_level_values("layer") < inputs.model.n_layers]
     what = "layers" if inputs.kind == "layers" else "heads"
-    notes = []
-    for simple in ("logit", "ridge"):
-        worse = int((kl["tuned"] > kl[simple]).sum())
-        if worse:
-            notes.append(
-                f"the trained lens has a higher held-out KL than the {simple} lens in {worse} of "
-                f"{len(kl)} {what}"
-            )
-    return notes
+    worse = {simple: int((kl["tuned"] > kl[simple]).sum()) for simple in ("logit", "ridge")}
+    told = [f"the {simple} lens in {n}" for simple, n in worse.items() if n]
+    if not told:
+        return []
+    than = " and than ".join(told)
+    return [f"the trained lens has a higher held-out KL than {than} of {len(kl)} {what}"]

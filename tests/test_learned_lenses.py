@@ -226,6 +226,9 @@ def test_numbers_are_those_of_a_plain_reading(tiny: Model, stream: Tensor, tmp_p
     """The table's KL and bits, again from logits of the model and of the saved lens."""
     report = tune_lens(tiny, stream, out=tmp_path, **FAST)
     lens = AffineLens.load(tmp_path / LENS, tiny)
+    where = [note for note in report.meta["notes"] if "the lens is" in note]
+    assert len(where) == 1 and all(path in where[0] for path in report.meta["saved"])
+    assert len(report.meta["saved"]) == 2
     parts, _ = parts_of(tiny, stream, "", 32)
     windows = parts.test["token ids"]
     places = 1 + ((torch.arange(16) + 0.5) * (windows.shape[1] - 2) / 16).long()
