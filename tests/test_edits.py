@@ -270,6 +270,78 @@ def test_out_of_range_is_an_error_and_not_an_edit_of_nothing(
         tiny.run(torch.tensor([[5, 6, 7], [8, 9, 10]]), edits=[edit])
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.tensor([0, 1, 2]),
+        torch.ones(3, 3, dtype=torch.bool),
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.ones(2, 4, dtype=torch.bool),
+    ],
+    ids=["three rows", "a mask of three rows", "too short a mask", "too long a mask"],
+)
+@pytest.mark.parametrize("site", ["resid_post.0", "z.0.1", "pattern.0"])
+def test_positions_of_other_rows_are_refused(positions: Tensor, site: str, tiny: Model) -> None:
+    if site == "pattern.0" and positions.shape[-1] == 4:
+        return  # a chunk of queries does not know how many there are
+    with pytest.raises(
+        BadInput, match="for 2 rows of 3 positions; the same positions in every row"
+    ):
+        tiny.run(
+            torch.tensor([[5, 6, 7], [8, 9, 10]]), edits=[Edit.zero(site, positions=positions)]
+        )
+
+
+def test_positions_of_several_rows_do_not_make_one_row_several(tiny: Model) -> None:
+    """A tensor is one position a row: [0, 2] of one prompt would give two rows of logits."""
+    ids = torch.tensor([[5, 6, 7]])
+    both = Edit.zero("resid_post.0", positions=[0, 2])
+    assert tiny.run(ids, edits=[both]).logits.shape == (1, 3, 97)
+    with pytest.raises(BadInput, match=r"shape \[2\] for 1 rows"):
+        tiny.run(ids, edits=[Edit.zero("resid_post.0", positions=torch.tensor([0, 2]))])
+    clean = tiny.run(ids, capture=["resid_pre"])
+    wrong = [[Edit.zero("resid_post.0", positions=torch.tensor([0, 2]))]] * 2
+    with pytest.raises(BadInput, match=r"shape \[2\] for 1 rows"):
+        tiny.replay(clean, wrong, lambda run: run.logits)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [slice(0, 2), "end", [0.0, 1.0], [[0, 1], [1, 2]], [True, False], torch.tensor(1)],
+    ids=str,
+)
+def test_what_is_no_position_is_told_when_the_edit_is_written(positions: Any) -> None:
+    with pytest.raises(BadInput, match=r"a list \(\[3, 5\]\), one position a row is a LongTensor"):
+        Edit.zero("resid_post", positions=positions)
+
+
+def test_values_that_an_edit_cannot_take_are_told(tiny: Model) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(BadInput, match="a tensor, not a list"):
+        Edit.add("resid_post.0", [0.0] * 32)  # type: ignore[arg-type]
+    cache = tiny.run(ids, capture=["resid_post.0"]).cache
+    with pytest.raises(BadInput, match=r'run.cache.by_layer\("resid_post"\)'):
+        Edit.patch("resid_post", cache)  # type: ignore[arg-type]
+    some = Edit.patch("resid_post", cache.by_layer("resid_post"))
+    with pytest.raises(BadInput, match=r"no value for layer 1, only for 0; .* 'resid_post.0'"):
+        tiny.run(ids, edits=[some])
+    with pytest.raises(BadInput, match=r"edits are interp.Edit, not function"):
+        tiny.run(ids, edits=[lambda x: x])  # type: ignore[list-item]
+
+
+def test_an_edit_says_what_and_where() -> None:
+    edits = [
+        Edit.zero("z.5.1", positions=[3, 4]),
+        Edit.add("resid_post.2", torch.ones(32), positions=A_ROW),
+        Edit.mean("z").on_rows(slice(0, 2)),
+    ]
+    assert list(map(repr, edits)) == [
+        "Edit.zero('z', heads=[(5, 1)], positions=[3, 4])",
+        "Edit.add('resid_post.2', positions=a tensor [3])",
+        "Edit.mean('z', rows 0 to 2)",
+    ]
+
+
 def test_the_mean_pattern_is_that_of_each_query_and_key_over_rows(tiny: Model) -> None:
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
     clean = tiny.run(ids, capture=["pattern.1"]).cache["pattern.1"]

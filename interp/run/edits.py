@@ -16,6 +16,33 @@ Positions = Sequence[int] | Tensor | None
 Kind = Literal["apply", "zero", "scale", "add", "mean", "resample", "patch"]
 
 
+_FORMS = (
+    "the same positions in every row are a list ([3, 5]), one position a row is a LongTensor [batch], a mask "
+    "is a BoolTensor [batch pos]"
+)
+_FROM_THE_END = (
+    "; each row's last token is positions=batch.mask.sum(1) - 1 where padding is on the right"
+)
+
+
+def _places(positions: Positions) -> Positions:
+    """`positions`, or BadInput where they are none: told when the edit is written, not when it is run."""
+    if positions is None:
+        return None
+    try:
+        given = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):  # a slice, a name, rows of different lengths
+        raise BadInput(f"positions={positions!r} are no positions; {_FORMS}") from None
+    by_row = isinstance(positions, Tensor)
+    mask = given.dtype == torch.bool
+    axes = given.ndim == 2 if mask else given.ndim == 1 if by_row else given.ndim < 2
+    if not axes or (given.numel() and given.is_floating_point()):
+        raise BadInput(
+            f"positions of shape {list(given.shape)} and type {given.dtype} are none; {_FORMS}"
+        )
+    return positions
+
+
 @dataclass(frozen=True)
 class Seen:
     """What an edit's function gets beside the activation.
@@ -85,7 +112,7 @@ class Edit:
                 )
         elif site.head is not None and site.layer is not None:
             heads, site = ((site.layer, site.head),), Site(site.name)
-        return Edit(site, change, heads, positions)
+        return Edit(site, change, heads, _places(positions))
 
     @staticmethod
     def zero(site, heads=None, positions=None) -> Edit:
@@ -101,6 +128,10 @@ class Edit:
     @staticmethod
     def add(site, vector: Tensor, heads=None, positions=None) -> Edit:
         """The activation plus `vector` (broadcast over leading axes)."""
+        if not isinstance(vector, Tensor):
+            raise BadInput(
+                f"a vector to add is a tensor, not a {type(vector).__name__}: torch.as_tensor(vector)"
+            )
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             try:
@@ -160,9 +191,24 @@ class Edit:
 
     @staticmethod
     def patch(site, value: Mapping[int, Tensor] | Tensor, heads=None, positions=None) -> Edit:
-        """`value` in its place: a tensor shaped like the activation, or one a layer."""
+        """`value` in its place: a tensor shaped like the activation, or one a layer.
+
+        One a layer is what `run.cache.by_layer("resid_post")` returns. With heads or positions `value`
+        has all of them still, and is read at these.
+        """
+        layers = value.keys() if isinstance(value, Mapping) else ()
+        if wrong := [layer for layer in layers if not isinstance(layer, int)]:
+            raise BadInput(
+                f"values by layer have numbers for names, not {wrong[0]!r}: "
+                f'run.cache.by_layer("{Site.parse(site).name}")'
+            )
 
         def change(x: Tensor, seen: Seen) -> Tensor:
+            if isinstance(value, Mapping) and seen.layer not in value:
+                raise BadInput(
+                    f"edit of '{site}' has no value for layer {seen.layer}, only for {ranges(value)}; "
+                    f"name the layer in the site, as in '{Site.parse(site).name}.{min(value, default=0)}'"
+                )
             new = value[seen.layer] if isinstance(value, Mapping) else value
             if by_query(Site.parse(site).name) and new.ndim == 4:
                 new = new[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]]
@@ -179,9 +225,27 @@ class Edit:
                 raise BadInput(
                     "a (name, function) pair is no edit; write interp.Edit.apply(name, function)"
                 )
+            if not isinstance(edit, Edit):
+                raise BadInput(
+                    f"edits are interp.Edit, not {type(edit).__name__}: interp.Edit.apply(site, function), "
+                    'or one made already, such as interp.Edit.zero("z.5.1")'
+                )
         if isinstance(edits, Edit):
             raise BadInput("edits is a list: edits=[edit]")
         return edits
+
+    def __repr__(self) -> str:
+        """The constructor and the place; of tensors, their shape."""
+        said = [f"'{self.site}'"]
+        if self.heads is not None:
+            said.append(f"heads={list(self.heads)}")
+        if self.positions is not None:
+            by_row = isinstance(self.positions, Tensor)
+            shown = f"a tensor {list(self.positions.shape)}" if by_row else self.positions
+            said.append(f"positions={shown}")
+        if self.rows is not None:
+            said.append(f"rows {self.rows.start} to {self.rows.stop}")
+        return f"Edit.{self.kind}({', '.join(said)})"
 
     def layers(self, existing: Iterable[int]) -> list[int]:
         """The layers this edit touches, out of the `existing` ones."""
@@ -262,8 +326,19 @@ class Edit:
             if low < 0 or high >= length:
                 raise BadInput(
                     f"edit of '{self.site}' names position {low if low < 0 else high}; "
-                    f"positions are 0 to {length - 1}"
+                    f"positions are 0 to {length - 1}{_FROM_THE_END if low < 0 else ''}"
                 )
+        rows, end = len(x), seen.start + x.shape[axis]
+        by_row = positions.dtype == torch.bool or isinstance(self.positions, Tensor)
+        if by_row and (
+            len(positions) not in (1, rows)
+            or (positions.ndim == 2 and positions.shape[1] < end)
+            or (positions.ndim == 2 and axis == 1 and positions.shape[1] > end)
+        ):
+            raise BadInput(
+                f"edit of '{self.site}' has positions of shape {list(positions.shape)} for {rows} rows of "
+                f"{length} positions; {_FORMS}"
+            )
         if positions.dtype == torch.bool:
             mask = positions[:, seen.start : seen.start + x.shape[axis]]
         elif isinstance(self.positions, Tensor):
