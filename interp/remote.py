@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
+from interp.models.calls import check_kept
 from interp.models.model import Model
 from interp.models.probe import probe_batch
 from interp.models.sources.nnsight_model import is_nnsight
@@ -93,6 +94,7 @@ class RemoteModel(Model):
         if wanted := [name for name, value in refused.items() if value not in (None, False)]:
             self._refuse(f"run(..., {wanted[0]}=)")
         batch = self.as_batch(data)
+        check_kept(logits, batch, tokens=True)
         plan = self._plan(capture, edits, None)
         steps = self._steps(batch, plan)
         if not steps and logits is False:

@@ -140,6 +140,14 @@ _NO_COUNTERPART = {
 """TransformerLens names that are no site here, and where to look instead."""
 
 
+_ELSEWHERE = {
+    "logits": "every run has them: run.logits",
+    "hidden_states": "they are 'resid_pre' (what each block reads) and 'resid_post' (what it returns)",
+    "all": "name what is wanted, each a site of every layer: 'resid_post', 'attn_write', 'mlp_write', 'z', 'pattern'",
+}
+"""Words that are no site, and what to write instead."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A place in the model: all layers, one layer, or one head of one layer.
@@ -161,6 +169,11 @@ class Site:
         """The site that `text` names; a BadInput with the nearest name where there is none."""
         if isinstance(text, Site):
             return text
+        if not isinstance(text, str):
+            written = ".".join(map(str, text)) if isinstance(text, tuple) else "z.5"
+            raise BadInput(f"{text!r} is no site; a site is a text: '{written}'")
+        if text in _ELSEWHERE:
+            raise BadInput(f"no site '{text}'; {_ELSEWHERE[text]}")
         if "hook_" in text:
             return _from_transformer_lens(text)
         name, *numbers = text.split(".")

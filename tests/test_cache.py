@@ -7,6 +7,7 @@ import torch
 
 from interp.errors import BadInput
 from interp.models.model import Model
+from interp.run.batch import Batch
 from interp.run.cache import Cache
 from interp.sites import ATTENTION_SITES, AXES, CROSS_SITES, Site
 
@@ -71,12 +72,26 @@ def test_what_was_not_captured_is_an_error(tiny: Model) -> None:
     assert cache["z"].shape == (2, 5, 1, 4, 8)
     assert "z.0" not in cache
     for text in ("z.0", "pattern", "z.0.1"):
-        with pytest.raises(BadInput, match=f"'{text}' was not captured; captured: resid_post, z"):
+        kept = r"resid_post \(layers 0–1\), z \(layers 1\)"
+        with pytest.raises(BadInput, match=f"'{text}' was not captured; captured: {kept}"):
             cache[text]
     with pytest.raises(BadInput, match="captured: nothing"):
         tiny.run(IDS).cache["z"]
     with pytest.raises(BadInput, match="did you mean 'resid_post'"):
         cache["resid_pst"]
+
+
+def test_a_run_says_what_it_holds_and_prints_no_tensor(tiny: Model) -> None:
+    run = tiny.run(IDS, capture=["pattern.1", "resid_post"])
+    assert repr(run) == (
+        "Run(Batch(input_ids [2, 5]), logits=[2, 5, 97], "
+        "Cache(pattern (layers 1) [batch 2, n_heads 4, query_pos 5, key_pos 5]; "
+        "resid_post (layers 0–1) [batch 2, pos 5, d_model 32]))"
+    )
+    padded = Batch.of_ids(IDS, IDS != 14)
+    assert repr(padded) == (
+        "Batch(input_ids [2, 5], attention_mask [2, 5], position_ids [2, 5], real positions [5, 4])"
+    )
 
 
 def test_layers_of_different_shapes_are_read_singly() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +67,9 @@ def test_batches() -> None:
         (torch.tensor([[5, 97]]), "token id 97 is outside the vocabulary of 97"),
         (torch.tensor([[5, -1]]), "token id -1 is outside the vocabulary of 97"),
         (torch.zeros(1, 65, dtype=torch.long), r"65 tokens.* at most 64 \(n_ctx\)"),
+        (torch.tensor([[5.7, 6.2]]), "whole: ids.long()"),
     ],
-    ids=["empty", "too large an id", "a negative id", "too long"],
+    ids=["empty", "too large an id", "a negative id", "too long", "floating point"],
 )
 def test_bad_ids(ids: Tensor, message: str, tiny: Model) -> None:
     with pytest.raises(BadInput, match=message):
@@ -149,6 +151,54 @@ def test_without_logits_nothing_after_the_last_site_is_run(
     rows = torch.ones(2, 5, dtype=torch.bool)
     first = {"first": Mass(torch.zeros(2, 5, 1, dtype=torch.long), rows)}
     assert blocks_run(model, lambda: model.run(IDS, statistics=first, logits=False)) == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [-1, [0, 1], None, torch.tensor(-1), torch.tensor([True]), torch.tensor([[1], [2]])],
+    ids=str,
+)
+def test_logits_are_not_given_at_other_positions_than_asked(given: Any, tiny: Model) -> None:
+    with pytest.raises(
+        BadInput, match=r"wanted True, False, or a LongTensor .*torch.tensor\(\[-1\]\)"
+    ):
+        tiny.run(IDS, logits=given)
+    with pytest.raises(BadInput, match="the prompts have 5 positions"):
+        tiny.run(IDS, logits=torch.tensor([5]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([5, 6, 7], "token ids are a tensor"),
+        ([[5, 6, 7]], "token ids are a tensor"),
+        (None, "token ids are a tensor"),
+        ({"input_ids": [[5, 6, 7]]}, "return_tensors='pt'"),
+        ({"text": "When Mary"}, "model.run\\(text\\)"),
+    ],
+    ids=str,
+)
+def test_other_forms_of_input_are_told(data: Any, message: str, tiny: Model) -> None:
+    tiny.tokenizer = SimpleNamespace()
+    with pytest.raises(BadInput, match=message):
+        tiny.run(data)
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        (True, "not a bool"),
+        ([("z", 1)], "a site is a text: 'z.1'"),
+        ([5], "a site is a text"),
+        (["logits"], "run.logits"),
+        ("hidden_states", "'resid_pre'"),
+        ("all", "each a site of every layer"),
+    ],
+    ids=str,
+)
+def test_other_forms_of_capture_are_told(capture: Any, message: str, tiny: Model) -> None:
+    with pytest.raises(BadInput, match=message):
+        tiny.run(IDS, capture=capture)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "bert"])
@@ -320,6 +370,11 @@ def test_gradients_need_a_graph(tiny: Model) -> None:
     with pytest.raises(BadInput, match="grad=True"):
         run.gradients(run.logits.sum(), "z")
     assert all(parameter.grad is None for parameter in tiny.module.parameters())
+    other = tiny.run(IDS, capture=["z"], grad=True)
+    with pytest.raises(BadInput, match="'z' of this run has no gradient"):
+        run.gradients(other.logits.sum(), "z")
+    with pytest.raises(BadInput, match=r"shape \[97\], wanted one number"):
+        other.gradients(other.logits[0, -1], "z")
     assert tiny.run(IDS, grad=True).logits.requires_grad
 
 

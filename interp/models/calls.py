@@ -36,6 +36,9 @@ DRAWS = (
 )
 
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def text_config(module: nn.Module) -> Any:
     """The config that describes the token model (a part of the whole for multimodal ones)."""
     config: Any = module.config
@@ -125,10 +128,30 @@ def check_tokens(ids: Tensor, d_vocab: int | None, of: str = "prompt") -> None:
     """BadInput where there are no token ids, or some outside the vocabulary."""
     if ids.numel() == 0:
         raise BadInput(f"the {of} has no tokens: give at least one")
+    if ids.is_floating_point():
+        raise BadInput(
+            f"the {of}'s token ids are {ids.dtype} numbers; token ids are whole: ids.long()"
+        )
     low, high = int(ids.min()), int(ids.max())
     if d_vocab is not None and (high >= d_vocab or low < 0):
         wrong = low if low < 0 else high
         raise BadInput(f"the {of}'s token id {wrong} is outside the vocabulary of {d_vocab} tokens")
+
+
+def check_kept(logits: Any, batch: Batch, tokens: bool) -> None:
+    """BadInput where `logits` of a run is neither True, False nor positions that the batch has."""
+    if isinstance(logits, bool):
+        return
+    if not isinstance(logits, Tensor) or logits.ndim != 1 or logits.dtype not in _WHOLE:
+        given = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else logits
+        raise BadInput(
+            f"logits={given}: wanted True, False, or a LongTensor of positions, the same in every row: "
+            "logits=torch.tensor([-1]). One position a row is picked afterwards: "
+            "run.logits[torch.arange(rows), positions]"
+        )
+    n = batch.ids.shape[1] if tokens else None
+    if n is not None and (beyond := [i for i in logits.tolist() if not -n <= i < n]):
+        raise BadInput(f"logits at position {beyond[0]}: the prompts have {n} positions")
 
 
 def output_tensor(output: Any) -> Tensor:

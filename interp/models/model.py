@@ -18,6 +18,7 @@ from interp.models.attention import Watch, window
 from interp.models.calls import (
     DRAWS,
     call_model,
+    check_kept,
     check_source,
     check_tokens,
     drawing,
@@ -316,7 +317,13 @@ class Model:
             raise BadInput(
                 f"{self.id} was loaded without a tokenizer: pass token ids, or load with tokenizer="
             )
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
+            raise BadInput(
+                f"a {type(prompts).__name__} that is no text or list of texts; token ids are a tensor "
+                "[batch pos]: torch.tensor([[5, 6, 7]])"
+            )
+        texts = list(texts)
         if not texts or not all(texts):
             raise BadInput(
                 f"prompt {texts.index('') if texts else 0} is empty: give at least one token of text"
@@ -443,7 +450,8 @@ class Model:
             statistics: row statistics by name (`interp.run.statistics`), streamed over the pattern.
             stop_at: run only this many blocks; no logits then.
             logits: False skips the unembedding and every block after the last one needed; a
-                LongTensor of positions unembeds only these.
+                LongTensor of positions unembeds only these, the same in every row: [-1] is the last
+                column, which is padding in a shorter row that is padded on the right.
             grad: keep the graph, for `run.gradients`.
 
         Raises:
@@ -568,8 +576,9 @@ class Model:
 
     def _plan(self, capture, edits: Sequence[Edit], statistics) -> Plan:
         plan = Plan()
-        if callable(capture):
-            raise BadInput("capture is a list of sites, not a function: capture=['z', 'pattern.3']")
+        if not isinstance(capture, (str, Site, Iterable)):
+            kind = "function" if callable(capture) else type(capture).__name__
+            raise BadInput(f"capture is a list of sites, not a {kind}: capture=['z', 'pattern.3']")
         for text in [capture] if isinstance(capture, (str, Site)) else capture:
             site = Site.parse(text)
             layers = self._layers_of(site.name)
@@ -609,6 +618,7 @@ class Model:
         logits: bool | Tensor,
         grad: bool = False,
     ) -> Run:
+        check_kept(logits, batch, has_tokens(self.module, batch))
         run = Run(batch, cache=Cache(self.device))
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))

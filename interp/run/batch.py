@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from interp.errors import BadInput
 from interp.sites import AXES
 
 
@@ -48,6 +49,12 @@ class Batch:
     @staticmethod
     def of_inputs(inputs: Mapping[str, Tensor]) -> Batch:
         """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns."""
+        if wrong := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
+            kind = type(inputs[wrong[0]]).__name__
+            raise BadInput(
+                f"'{wrong[0]}' is a {kind}, and inputs by name are tensors; a tokenizer makes them with "
+                "return_tensors='pt'. Text goes in as it is: model.run(text)"
+            )
         if "decoder_input_ids" in inputs:
             return Batch._of_decoder(inputs)
         mask = inputs.get("attention_mask", _own_mask(inputs))
@@ -80,6 +87,13 @@ class Batch:
         mask = self.mask[::times] if self.mask is not None and of_ids else self.mask
         assert mask is None or len(mask) == rows
         return Batch(self.inputs, mask, times)
+
+    def __repr__(self) -> str:
+        """Names and shapes of the inputs, and how many positions of each row are real where some are not."""
+        named = ", ".join(f"{name} {list(x.shape)}" for name, x in self.inputs.items())
+        if self.mask is not None and not bool(self.mask.all()):
+            named += f", real positions {self.mask.sum(1).tolist()}"
+        return f"Batch({named})"
 
     @property
     def has_source(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.errors import BadInput
 from interp.run.batch import Batch
-from interp.sites import Site, head_axis
+from interp.sites import Site, head_axis, ranges
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -80,7 +80,8 @@ class Cache(Mapping[str, Tensor]):
         site = Site.parse(text)
         layers = self.layers(site.name)
         if not layers or (site.layer is not None and site.layer not in layers):
-            raise BadInput(f"'{site}' was not captured; captured: {', '.join(self) or 'nothing'}")
+            kept = [self._place(name) for name in self]
+            raise BadInput(f"'{site}' was not captured; captured: {', '.join(kept) or 'nothing'}")
         if site.layer is not None:
             value = self._stored[site.name, site.layer]
             return value if site.head is None else value.select(head_axis(site.name), site.head)
@@ -92,6 +93,19 @@ class Cache(Mapping[str, Tensor]):
                 f"layers of '{site}' differ in shape; read them singly: '{site}.{layers[0]}'"
             )
         return torch.stack(values, dim=_layer_axis(site))
+
+    def _place(self, name: str) -> str:
+        """A captured site and which layers of it."""
+        return name if name == "embed" else f"{name} (layers {ranges(self.layers(name))})"
+
+    def __repr__(self) -> str:
+        """Every captured site with its layers, and the axes and sizes of the first of them."""
+        lines = []
+        for name in self:
+            shape = self._stored[name, self.layers(name)[0]].shape
+            sizes = [f"{axis} {n}" for axis, n in zip(Site(name).axes, shape, strict=False)]
+            lines.append(f"{self._place(name)} [{', '.join(sizes)}]")
+        return f"Cache({'; '.join(lines)})"
 
     def _as_ours(self, key: tuple[Any, ...]) -> str:
         """TransformerLens' ("z", 5) as a site of ours; a layer counted from the end gets its number."""
@@ -147,6 +161,11 @@ class Run:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[int, tuple] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        logits = None if self.logits is None else list(self.logits.shape)
+        statistics = f", statistics={list(self.statistics)}" * bool(self.statistics)
+        return f"Run({self.batch}, logits={logits}, {self.cache}{statistics})"
+
     def gradients(self, target: Tensor, site: str) -> Tensor:
         """d target / d site, shaped like `cache[site]`; needs `run(..., grad=True)`.
 
@@ -156,7 +175,15 @@ class Run:
         layers = [parsed.layer] if parsed.layer is not None else self.cache.layers(parsed.name)
         if not target.requires_grad:
             raise BadInput("the target has no gradient; make it from a run(..., grad=True)")
+        if target.numel() != 1:
+            raise BadInput(
+                f"the target has shape {list(target.shape)}, wanted one number: target.sum(), or one element"
+            )
         values = [self.cache[Site(parsed.name, layer)] for layer in layers]
+        if not all(value.requires_grad for value in values):
+            raise BadInput(
+                f"'{site}' of this run has no gradient; capture it in a run(..., grad=True)"
+            )
         grads = torch.autograd.grad(target, values, retain_graph=True, allow_unused=True)
         out = Cache()
         for layer, value, grad in zip(layers, values, grads, strict=True):

@@ -240,8 +240,8 @@ class Edit:
         if self.heads is not None:
             said.append(f"heads={list(self.heads)}")
         if self.positions is not None:
-            by_row = isinstance(self.positions, Tensor)
-            shown = f"a tensor {list(self.positions.shape)}" if by_row else self.positions
+            given = self.positions
+            shown = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else given
             said.append(f"positions={shown}")
         if self.rows is not None:
             said.append(f"rows {self.rows.start} to {self.rows.stop}")
