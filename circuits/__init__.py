@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from interp.homes import attribute, names
 
 if TYPE_CHECKING:
     from circuits.attribution import direct_attribution
@@ -20,11 +21,8 @@ __all__ = ["classify_heads", "direct_attribution", "information_flow"]
 
 
 def __getattr__(name: str):
-    """The analyses, imported when first used."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'circuits' has no attribute '{name}'")
+    return attribute("circuits", name, _HOMES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return names("circuits", _HOMES)

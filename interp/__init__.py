@@ -7,8 +7,9 @@ Site(name='z', layer=5, head=1)
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from interp.homes import attribute, names
 
 if TYPE_CHECKING:
     from interp.data.prompts import Prompts
@@ -49,11 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The nouns, imported when first used: torch and transformers take seconds."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'interp' has no attribute '{name}'")
+    return attribute("interp", name, _HOMES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return names("interp", _HOMES)

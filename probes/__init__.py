@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from interp.homes import attribute, names
 
 if TYPE_CHECKING:
     from probes.captured import capture_features
@@ -139,11 +140,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The public names, imported when first used."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'probes' has no attribute '{name}'")
+    return attribute("probes", name, _HOMES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return names("probes", _HOMES)
