@@ -95,7 +95,7 @@ def perform(job: Job) -> None:
             report.save(out)
     except KeyboardInterrupt:
         kept = f"; {KEPT.format(keeping)}" if keeping else ""
-        print(f"interp: stopped{kept}", file=sys.stderr)
+        print(f"interp: stopped{kept or '; no result was written'}", file=sys.stderr)
         raise SystemExit(130) from None
     except SaveFailed as error:
         raise SaveFailed(f"{error}. {KEPT.format(keeping)}" if keeping else str(error)) from error
@@ -324,9 +324,6 @@ def main() -> None:
     except InterpError as error:
         print(f"interp: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interp: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _open(name: str, **options: Any) -> Model:

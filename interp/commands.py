@@ -108,6 +108,14 @@ class _Group(TyperGroup):
                 found[name] = entry
         return dict(sorted(found.items()))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C where it has nothing to keep, such as while a model loads, is one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interp: stopped; no result was written", err=True)
+            raise SystemExit(130) from None
+
     def list_commands(self, ctx: Any) -> list[str]:
         return [*self._entries(), *super().list_commands(ctx)]
 

@@ -191,6 +191,18 @@ def test_interrupted_run_keeps_its_units_and_resumes(run, folder, tmp_path, monk
     pd.testing.assert_frame_equal(interp.Report.load(out).table, interp.Report.load(whole).table)
 
 
+@pytest.mark.parametrize("command", ["inspect", "lens"])
+def test_ctrl_c_while_a_model_loads_is_one_line(run, tmp_path, monkeypatch, command):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("interp.open.load", interrupted)
+    more = ["a prompt", "--out", tmp_path / "out"] if command == "lens" else []
+    code, _, err = run(command, "smollm2-135m", *more)
+    assert code == 130
+    assert_one_line(err, "stopped", "no result was written")
+
+
 def test_a_folder_of_other_files_is_never_emptied(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(interp.InterpError, match="holds other files"):
