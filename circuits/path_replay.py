@@ -25,7 +25,8 @@ from transformers import Cache
 from circuits.measure import Measure
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import at_home, call_model, other_forwards, text_config
+from interp.models.calls import at_home, call_model, text_config
+from interp.models.forwards import other_forwards
 from interp.models.hooks import Stop, with_hidden
 from interp.models.layout import shown
 from interp.models.model import Model
