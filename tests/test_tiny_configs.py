@@ -169,7 +169,11 @@ def test_models_whose_stages_must_fit_are_built_with_divided_widths(
 def test_a_tower_of_another_library_is_its_smallest_and_a_model_s_own_architecture_stays() -> None:
     config: Any = shrunk(default("fast_vlm"), Variant())
     assert config.vision_config.architecture == "test_vit"
-    assert shrunk(default("timm_wrapper"), Variant()).architecture == "resnet50"
+    own: Any = shrunk(default("timm_wrapper"), Variant())
+    backbone: Any = shrunk(
+        default("edgetam_vision_model"), Variant()
+    )  # what the model itself attends with
+    assert own.architecture == backbone.backbone_config.architecture == "resnet50"
 
 
 def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) -> None:

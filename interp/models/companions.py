@@ -1,7 +1,8 @@
 """What a forward needs besides its main input: tokens, an image, sound, boxes or masks, by the names of its parameters.
 
 Parameters that its signature requires are given; of those that it leaves open as few as make it work,
-found by trying. Text alone is tried first, where the forward takes text.
+found by trying. Text alone is tried first, where the forward takes text; images are tried one by one, then
+several a row.
 """
 
 from __future__ import annotations
