@@ -176,9 +176,8 @@ def _with_windows(
 
 def _padded(layer: Layer, key: int | str) -> bool:
     """Whether the attention over pieces of a block is one of more positions than its stream has."""
-    call = layer.attention
-    n_pos = layer.hidden(key).shape[1]
-    return call is not None and call.module in pieces and call.tensors["q"].shape[2] != n_pos
+    call, lengths = layer.attention, (layer.hidden(key).shape[1], layer.output.shape[1])
+    return call is not None and call.module in pieces and call.tensors["q"].shape[2] not in lengths
 
 
 def _queries_and_keys(layers: list[Layer], refused: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from interp.models.calls import call_model, text_config
 from interp.models.forwards import other_forwards
-from interp.models.pairs import leading_to, pairs, rows_of
+from interp.models.pairs import leading_to, pairs, rows_of, value_columns
 from interp.models.pieces import (
     CLOSE,
     Pieces,
@@ -79,7 +79,10 @@ def _understood(
     hidden: Tensor,
     run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]],
 ) -> Pieces | None:
-    """The one attention of this call with a query for each row of `hidden`, whose z is its pattern times v."""
+    """The one attention of this call with a query for each row of `hidden`, whose z is its pattern times v.
+
+    Of an only softmax there may be fewer queries: each is of several rows together.
+    """
     tape = ran[0]
     softmaxes = [step for step in tape.steps if step.name == "softmax"]
     linears = [step for step in tape.steps if step.name == "linear"]
@@ -106,12 +109,19 @@ def _understood(
         before = before and not any(torch.equal(x, hidden) for x in read)
         for after in (False, True):
             own = [i for i in v if rows_of(ran[2][i], before)[1] == hidden.shape[1]]
-            if rows_of(z, after) != rows_of(hidden, False) or not own:
+            n_rows, n_queries = rows_of(z, after)
+            fewer = len(softmaxes) == 1 and not after and n_queries < hidden.shape[1]
+            if n_rows != hidden.shape[0] or not own:
+                continue
+            if n_queries != hidden.shape[1] and not fewer:
                 continue
             order = (own[0], *(i for i in v if i != own[0]))
             seen = _verified(Seen(*ran, replace(of, v=order, turned=(before, after))))
             if seen is not None:
-                found.append(_with_queries(*seen, run, hidden))
+                alone = not seen[
+                    0
+                ].of.columns  # else the layer of values makes queries and keys, too
+                found.append(_with_queries(*seen, run, hidden) if alone else seen[0].of)
                 break
     return found[0] if len(found) == 1 else None
 
@@ -151,7 +161,9 @@ def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
         return None
     seen = replace(seen, of=replace(seen.of, n_heads=known[1]))
     if any(seen.made[i].shape[-1] != width for i in seen.of.v):
-        return None
+        if (columns := value_columns(seen)) is None:
+            return None
+        seen = replace(seen, of=replace(seen.of, columns=columns))
     whole = is_product(seen, known[0]) and is_whole(seen, known[0])
     return (seen, known[0]) if whole else None
 

@@ -89,6 +89,33 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
     return at.where(there, -1), n_heads
 
 
+def value_columns(seen: Seen) -> tuple[int, ...] | None:
+    """Which columns of the one linear layer of values are the channels of z: where each says its number, z does.
+
+    (A row of the pattern sums to one.) None where a channel is of no one column.
+    """
+    if len(seen.of.v) != 1:
+        return None
+    (number,), (z, maker) = seen.of.v, seen.z
+    made, weights = seen.linears[number].outputs[0], seen.weights
+    numbers = torch.arange(made.shape[-1], dtype=torch.float64, device=made.device)
+    sent = {
+        key_of(made, seen.linears[number]): numbers.expand_as(made),
+        key_of(weights, seen.softmax): weights.double() / weights.double().sum(-1, keepdim=True),
+    }
+    try:
+        out = _sent(seen.tape, leading_to(z, maker), sent).get(key_of(z, maker))
+    except (RuntimeError, Refused):  # steps that take no float64, or cannot be done again
+        return None
+    if out is None:
+        return None
+    told = out.flatten(0, -2)
+    columns = told[0].round()
+    if (told - columns).abs().max() > EXACT or len(columns.unique()) < len(columns):
+        return None
+    return tuple(columns.long().tolist())
+
+
 def rows_of(x: Tensor, turned: bool) -> tuple[int, int]:
     """Rows of the batch and positions."""
     return (x.shape[1], x.shape[0]) if turned else (x.shape[0], x.shape[1])

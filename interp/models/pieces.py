@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.pairs import pairs
+from interp.models.pairs import pairs, rows_of
 from interp.models.spec import first_tensor, with_first
 from interp.models.tape import Step, Tape
 
@@ -41,6 +41,7 @@ class Pieces:
     the module returns it. `q` and `k` are () where the scores are not made of the stream through them alone.
     `turned`: whether q, k and v, and whether z, have positions before rows of the batch. `empty`: keys and values
     of which the probe had none. `calls`: the softmaxes and linear layers, in the order of their calls.
+    `columns`: those of the one layer of values that are values, where it makes something else besides.
     """
 
     softmax: int
@@ -52,6 +53,7 @@ class Pieces:
     k: tuple[int, ...] = ()
     empty: tuple[int, ...] = ()
     calls: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
 
 
 pieces: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
@@ -143,9 +145,26 @@ class Seen:
         reader = self.linears[self.of.reader]
         return reader.args[0], reader.made_by.get(id(reader.args[0]))
 
+    @property
+    def n_queries(self) -> int:
+        """Positions that z has: fewer than v has where queries are pooled."""
+        return rows_of(self.z[0], self.of.turned[1])[1]
+
     def shown(self, number: int) -> Tensor:
-        """[batch heads pos d_head] of what a linear layer returned."""
-        return by_head(self.made[number], self.of.turned[0], self.of.n_heads)
+        """[batch heads pos d_head] of what a linear layer returned, or of its columns that are values."""
+        x = self.made[number]
+        if self.of.columns:
+            x = x[..., list(self.of.columns)]
+        return by_head(x, self.of.turned[0], self.of.n_heads)
+
+    def held(self, number: int, x: Tensor) -> Tensor:
+        """The inverse: what a linear layer is to return."""
+        x = as_held(x, self.of.turned[0])
+        if not self.of.columns:
+            return x
+        whole = self.made[number].clone()
+        whole[..., list(self.of.columns)] = x
+        return whole
 
     def joined(self, numbers: Sequence[int]) -> Tensor:
         """The same of several, one behind the other."""
@@ -153,9 +172,9 @@ class Seen:
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v; q and k of no width where the scores are not made of them alone."""
-        v, n_pos = self.joined(self.of.v), self.shown(self.of.v[0]).shape[2]
+        v = self.joined(self.of.v)
         if not self.of.q:
-            return v[:, :, :n_pos, :0], v[..., :0], v
+            return v[:, :, : self.n_queries, :0], v[..., :0], v
         return self.joined(self.of.q), self.joined(self.of.k), v
 
     def spread(
@@ -163,7 +182,7 @@ class Seen:
     ) -> Float[Tensor, "batch heads query key"]:
         """Entries over all pairs of positions, `fill` where a query has no entry for a key."""
         there, v = at >= 0, self.joined(self.of.v)
-        shape = (*v.shape[:2], self.shown(self.of.v[0]).shape[2], v.shape[2])
+        shape = (*v.shape[:2], self.n_queries, v.shape[2])
         whole = x.new_full((torch.Size(shape).numel(),), fill)
         return whole.index_put((at[there],), x[there]).reshape(shape)
 
@@ -205,8 +224,8 @@ def watched(
     for numbers, x, y in zip((of.q, of.k, of.v), given, watch.inputs(*given), strict=True):
         if numbers and _changed(y, x):
             parts = y.split([seen.shown(number).shape[2] for number in numbers], 2)
-            held = (as_held(part, of.turned[0]) for part in parts)
-            new.linear |= dict(zip(numbers, held, strict=True))
+            for number, part in zip(numbers, parts, strict=True):
+                new.linear[number] = seen.held(number, part)
     seen = looked_at() if new.linear else seen
     if watch.needs_rows:
         seen = _show_rows(watch, seen, new, looked_at)

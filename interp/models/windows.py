@@ -281,7 +281,7 @@ def _has_windows(layer: Layer, key: int | str) -> bool:
     if layer.attention is None:
         return False
     n_windows, _, n_rows, _ = layer.attention.tensors["q"].shape
-    return (n_windows, n_rows) != layer.hidden(key).shape[:2]
+    return (n_windows, n_rows) not in (layer.hidden(key).shape[:2], layer.output.shape[:2])
 
 
 @torch.no_grad()

@@ -1,0 +1,168 @@
+"""Hiera: attention within units that lie across positions, of one layer that makes q, k and v, with pooled queries."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from interp.errors import Refused
+from interp.models.model import Model
+from interp.run.edits import Edit
+
+PIXELS = {
+    "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+}
+ROUNDING = 1e-5
+"""A few float32 roundings, four blocks deep."""
+WHOLE, POOLED = (0, 1, 3), 2
+"""Layers with a query for each position, and the one whose queries are of four positions each."""
+
+
+@cache
+def hiera() -> Any:
+    torch.manual_seed(0)
+    config = transformers.HieraConfig(
+        image_size=[32, 32],
+        patch_size=[7, 7],
+        patch_stride=[4, 4],
+        patch_padding=[3, 3],
+        masked_unit_size=[4, 4],
+        depths=[2, 2],
+        num_heads=[2, 4],
+        embed_dim=16,
+        num_query_pool=1,
+        masked_unit_attention=[True, False],
+        drop_path_rate=0.0,
+    )
+    module: Any = transformers.HieraForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return Model(module, id="hiera")
+
+
+def off(got: Any, wanted: Any) -> float:
+    assert got.shape == wanted.shape
+    return float(((got - wanted).abs().max() / wanted.abs().max()).detach())
+
+
+@torch.no_grad()
+def own_patterns() -> list[Tensor]:
+    """What each attention module says that its weights are [batch heads units q k]."""
+    model, found = hiera(), []
+
+    def ask(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        found.append(type(module).forward(module, args[0], output_attentions=True)[1])
+
+    hooks = [block.attn.register_forward_hook(ask, with_kwargs=True) for block in model.blocks]
+    model.module(**PIXELS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_patterns_are_the_models_own_between_positions() -> None:
+    """Position p of the stream is token p // n_units of unit p % n_units."""
+    model = hiera()
+    assert model.n_layers == 4 and model.spec.attention_layers == [0, 1, 2, 3]
+    run = model.run(PIXELS, capture=["pattern", "scores", "v", "z", "attn_out"])
+    with torch.no_grad():
+        assert torch.equal(run.logits, model.module(**PIXELS).logits)
+    for layer, own in enumerate(own_patterns()):
+        n_units, n_queries, n_keys = own.shape[2:]
+        pattern = run.cache[f"pattern.{layer}"]
+        assert pattern.shape[2:] == (n_queries * n_units, n_keys * n_units)
+        assert (n_queries < n_keys) is (layer == POOLED)
+        seen = pattern.unflatten(3, (n_keys, n_units)).unflatten(2, (n_queries, n_units))
+        for query in range(n_units):
+            for key in range(n_units):
+                part = seen[:, :, :, query, :, key]
+                if query == key:
+                    assert off(part, own[:, :, query]) < ROUNDING
+                else:
+                    assert not part.any()
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, run.cache[f"v.{layer}"])
+        assert off(z, run.cache[f"z.{layer}"]) < ROUNDING
+        heads = torch.einsum("bphd,hdm->bpm", z, model.W_O(layer)) + model.b_O(layer)
+        assert off(heads, run.cache[f"attn_out.{layer}"]) < ROUNDING
+
+
+def test_an_empty_edit_changes_nothing() -> None:
+    model = hiera()
+    sites = ["pattern", "scores", "v", "z", "resid_post", "mlp_out"]
+    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
+    assert torch.equal(model.run(PIXELS, edits=same).logits, model.run(PIXELS).logits)
+
+
+@pytest.mark.parametrize("layer", [1, POOLED, 3])
+@pytest.mark.parametrize("site", ["z", "v", "pattern"])
+def test_an_edit_of_a_head_is_a_plain_hook_on_the_module(site: str, layer: int) -> None:
+    model = hiera()
+    attn, of = model.blocks[layer].attn, model.spec.blocks[layer]
+    columns = slice(of.d_head, 2 * of.d_head)  # head 1
+
+    def read(module: nn.Module, args: tuple) -> tuple[Tensor]:
+        x = args[0].clone()
+        x[..., columns] = 0
+        return (x,)
+
+    def returned(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        out = out.clone()
+        start = 2 * attn.hidden_size_output + columns.start
+        out[..., start : start + of.d_head] = 0
+        return out
+
+    hook = (
+        attn.qkv.register_forward_hook(returned)
+        if site == "v"
+        else attn.proj.register_forward_pre_hook(read)
+    )
+    with torch.no_grad():
+        wanted = model.module(**PIXELS).logits
+    hook.remove()
+    edit = Edit.zero(site, heads=[(layer, 1)])
+    run = model.run(PIXELS, capture=["resid_pre"])
+    (replayed,) = model.replay(run, [[edit]], lambda variant: variant.logits)
+    for got in (model.run(PIXELS, edits=[edit]).logits, replayed):
+        assert off(got, wanted) < ROUNDING < off(run.logits, wanted)
+
+
+def test_gradients_are_those_of_small_changes() -> None:
+    model = hiera()
+    run = model.run(PIXELS, capture=["v", "z", "pattern"], grad=True)
+    target = run.logits[:, 1].sum()
+    for site in ("v.1", "z.2", "pattern.2", "pattern.3"):
+        step = torch.randn(run.cache[site].shape, generator=torch.Generator().manual_seed(2))
+        step = step * (run.cache[site] != 0)
+        slope = float((run.gradients(target, site) * step).sum())
+        near = [
+            model.run(PIXELS, edits=[Edit.add(site, by * step)]).logits[:, 1].sum()
+            for by in (-1e-2, 1e-2)
+        ]
+        assert float(near[1] - near[0]) / 2e-2 == pytest.approx(slope, rel=5e-2, abs=1e-3)
+
+
+def test_what_is_pooled_of_one_layer_with_keys_is_refused() -> None:
+    model = hiera()
+    for site in ("q", "k"):
+        with pytest.raises(Refused, match="through queries and keys alone"):
+            model.run(PIXELS, capture=[site])
+    for site in ("attn_write", "mlp_write"):
+        assert model.layers_with(site) == list(WHOLE)
+        with pytest.raises(Refused, match="returns shape"):
+            model.run(PIXELS, capture=[f"{site}.{POOLED}"])
+
+
+@torch.no_grad()
+def test_writes_of_a_stage_sum_to_its_stream() -> None:
+    model = hiera()
+    run = model.run(PIXELS, capture=["resid_pre", "attn_write", "mlp_write", "resid_post"])
+    total = run.cache["resid_pre.0"].double()
+    for layer in (0, 1):
+        total = total + run.cache[f"attn_write.{layer}"] + run.cache[f"mlp_write.{layer}"]
+    assert off(total, run.cache["resid_post.1"]) < ROUNDING
