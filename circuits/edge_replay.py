@@ -37,7 +37,8 @@ from circuits.stream import (
 from interp.data.pairs import Pairs
 from interp.errors import unknown
 from interp.models.attention import Watch, window
-from interp.models.calls import at_home, other_forwards
+from interp.models.calls import at_home
+from interp.models.forwards import other_forwards
 from interp.models.spec import first_tensor, with_first
 
 ABLATIONS = ("resample", "mean", "zero")
