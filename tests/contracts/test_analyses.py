@@ -206,6 +206,8 @@ def test_every_figure_renders_and_the_page_is_whole(made):
         assert report.figure(figure).to_json()
     page = report.to_html()
     assert page.lstrip().lower().startswith("<!doctype html>")
+    policy = page.split('"Content-Security-Policy" content="')[1].split('"')[0]
+    assert policy.startswith("default-src 'none';") and "http" not in policy  # nothing is asked for
     assert "http://" not in page.split("</head>")[0] and 'src="http' not in page
     assert report._repr_html_().startswith("<iframe")
 
