@@ -20,6 +20,7 @@ from circuits.edges_plain import plain_circuit_logits, plain_edge_scores, plain_
 from circuits.graph import Circuit, Graph, Scores
 from circuits.measure import Measure, measure
 from circuits.passes import Parts, Task, task_of
+from circuits.readers import require_heads_alone
 from interp.data.pairs import Pairs
 from interp.errors import Refused, unknown
 from interp.models.model import Model
@@ -155,7 +156,8 @@ def engine(
 
     Raises:
         BadInput: the plain engine is asked for a method that it lacks. Refused: the residual stream is
-        not a sum of known writes; or the fast engine is refused and the plain one lacks the method.
+        not a sum of known writes, or attention reads it by more than q, k and v; or the fast engine is
+        refused and the plain one lacks the method.
 
     >>> job, notes = engine(tiny_model(), "eap", naive=True)
     >>> pairs = Pairs.of([[5, 6, 7]], [[5, 9, 7]], answers=[3], wrong=[4])
@@ -166,6 +168,8 @@ def engine(
     notes = []
     if naive and method is not None:
         check_method(method, 1, naive=True)
+    graph = Graph.of(model)
+    require_heads_alone(model, "edges")
     if not naive:
         try:
             parts = Parts.of(model)
@@ -175,5 +179,4 @@ def engine(
             notes.append(f"the plain engine was used: {refusal}")
         else:
             return lambda pairs, metric: FastJob(task_of(parts, pairs, metric)), [*parts.notes]
-    graph = Graph.of(model)
     return lambda pairs, metric: PlainJob(model, graph, measure(model, pairs, metric)), notes

@@ -36,6 +36,7 @@ from circuits.path_effects import (
     screened_effects,
 )
 from circuits.path_replay import SITES, PathReplay, as_mask, columns_of
+from circuits.readers import require_heads_alone
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused, unknown
@@ -326,7 +327,7 @@ def _check_exists(model: Model, name: str, node: Sender | Receiver) -> None:
 
 
 def _check_model(model: Model) -> None:
-    """Refused where heads are not seen, or something else than heads moves things between positions."""
+    """Refused where heads are not seen or cannot be held, or something else moves things between positions."""
     model.layers_with("z")
     without = [layer for layer, block in enumerate(model.spec.blocks) if block.attention is None]
     if without:
@@ -334,6 +335,7 @@ def _check_model(model: Model) -> None:
             f"layer {without[0]} of {model.id} has no attention heads: what it moves between positions "
             "cannot be held, so a path is not defined; activation patching still works"
         )
+    require_heads_alone(model, "paths")
 
 
 # --- the two runs -----------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import interp
 from circuits import path_effects, path_patching
+from circuits.edges import edge_attribution
 from circuits.graph import Receiver, Sender
 from circuits.ioi_roles import ioi_roles
 from circuits.path_effects import Screen, Senders, screened_effects
 from circuits.path_patching import both_runs, path_patch, plain_effect, z_gradients
 from circuits.path_replay import PathReplay, as_mask
+from circuits.readers import require_heads_alone
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.direction import logit_direction
@@ -535,3 +537,14 @@ def test_the_roles_of_the_default_model_are_those_found_independently(smollm):
     assert moved["S-inhibition", 20, 0] == pytest.approx(0.80, abs=0.05)
     forwards = report.meta["forwards"]
     assert forwards["ours"] < forwards["plain"] / 50
+
+
+def test_heads_that_read_the_stream_besides_are_refused(tiny: Model) -> None:
+    """An indexer picks keys from the stream: with its q, k and v held, a head is not."""
+    model = Model(FAMILIES["deepseek_v32"](), id="deepseek_v32")
+    for naive in (False, True):
+        with pytest.raises(Refused, match="by more than its q, k and v"):
+            path_patch(model, pairs_of(), receiver="logits", naive=naive, progress=False)
+        with pytest.raises(Refused, match="by more than its q, k and v"):
+            edge_attribution(model, pairs_of(), method="eap", naive=naive, progress=False)
+    require_heads_alone(tiny, "paths")
