@@ -311,7 +311,8 @@ def sweep(only: list[str], jobs: int) -> Iterator[Row]:
             process = context.Process(target=_child, args=(theirs, name, kind, classes))
             process.start()
             theirs.close()
-            running[mine] = (process, Row(name, kind, classes[0], "not built"), time.monotonic())
+            unknown = Row(name, kind or _declared(name, classes[0]), classes[0], "not built")
+            running[mine] = (process, unknown, time.monotonic())
         ready = wait(list(running), timeout=1)
         for connection, (process, row, since) in list(running.items()):
             if connection in ready:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -182,3 +183,10 @@ def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(architectures, "BESIDES", {"torch": "torch", "pytest": "pytest"})
     assert architectures.libraries().endswith(f" and pytest {pytest.__version__}")
     assert architectures.libraries() in architectures.markdown([])
+
+
+def test_a_base_model_that_takes_too_long_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "SECONDS", -1)
+    monkeypatch.setattr(architectures, "_child", lambda *_: time.sleep(60))
+    (row,) = architectures.sweep(["sam2_vision_model"], 1)
+    assert (row.kind, row.outcome) == ("vision", "not built") and "took more than" in row.reason
