@@ -29,7 +29,8 @@ from circuits.edge_replay import EdgeReplay, Other, _Run
 from circuits.edge_scores import input_scores
 from circuits.graph import Scores
 from circuits.passes import Parts, Task, run_pass, task_of
-from circuits.stream import float_input, frozen, with_float_input
+from circuits.reads import float_input, with_float_input
+from circuits.stream import frozen
 from circuits.tasks import as_pairs
 from interp.models.model import Model
 from interp.run.edits import Edit

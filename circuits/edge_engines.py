@@ -18,9 +18,9 @@ from circuits.edge_replay import ABLATIONS, EdgeReplay
 from circuits.edge_scores import PLAIN, check_method, n_units, score_edges
 from circuits.edges_plain import plain_circuit_logits, plain_edge_scores, plain_state
 from circuits.graph import Circuit, Graph, Scores
+from circuits.heads_alone import require_heads_alone
 from circuits.measure import Measure, measure
 from circuits.passes import Parts, Task, task_of
-from circuits.readers import require_heads_alone
 from interp.data.pairs import Pairs
 from interp.errors import Refused, unknown
 from interp.models.model import Model

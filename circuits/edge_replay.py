@@ -26,14 +26,8 @@ from circuits.edge_gradients import LAYERS_AT_ONCE
 from circuits.edges_plain import mlp_input
 from circuits.graph import Circuit, Graph
 from circuits.passes import BUFFER_BYTES, Parts, Side, Task, heads_of, run_pass
-from circuits.stream import (
-    KINDS,
-    Writes,
-    float_input,
-    head_bias,
-    head_weights,
-    with_float_input,
-)
+from circuits.reads import float_input, with_float_input
+from circuits.stream import KINDS, Writes, head_bias, head_weights
 from interp.data.pairs import Pairs
 from interp.errors import unknown
 from interp.models.attention import Watch, window

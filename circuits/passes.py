@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from circuits.graph import Graph
 from circuits.measure import METRICS, Measure, measure_of
-from circuits.stream import (
-    HeadWrites,
-    Reads,
-    Writes,
-    find_reads,
-    float_input,
-    frozen,
-    head_writers,
-    with_float_input,
-)
+from circuits.reads import find_reads, float_input, with_float_input
+from circuits.stream import HeadWrites, Reads, Writes, frozen, head_writers
 from interp.data.pairs import Pairs
 from interp.models.attention import Watch, window
 from interp.models.hooks import Stop, hidden_of, with_hidden

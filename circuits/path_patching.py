@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph import Receiver, Sender
+from circuits.heads_alone import require_heads_alone
 from circuits.measure import METRICS, Measure, measure_of
 from circuits.path_effects import (
     Path,
@@ -36,7 +37,6 @@ from circuits.path_effects import (
     screened_effects,
 )
 from circuits.path_replay import SITES, PathReplay, as_mask, columns_of
-from circuits.readers import require_heads_alone
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused, unknown

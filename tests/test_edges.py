@@ -25,7 +25,7 @@ from circuits.edges_plain import (
 from circuits.evaluation import circuit_evaluate
 from circuits.graph import Graph, overlap
 from circuits.passes import Parts, Task, task_of
-from circuits.stream import find_reads
+from circuits.reads import find_reads
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused
 from interp.models.model import Model

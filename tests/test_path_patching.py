@@ -16,11 +16,11 @@ import interp
 from circuits import path_effects, path_patching
 from circuits.edges import edge_attribution
 from circuits.graph import Receiver, Sender
+from circuits.heads_alone import require_heads_alone
 from circuits.ioi_roles import ioi_roles
 from circuits.path_effects import Screen, Senders, screened_effects
 from circuits.path_patching import both_runs, path_patch, plain_effect, z_gradients
 from circuits.path_replay import PathReplay, as_mask
-from circuits.readers import require_heads_alone
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.direction import logit_direction

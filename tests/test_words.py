@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from circuits.words import _line, loudest, word_vectors, words
+from circuits.word_vectors import word_vectors
+from circuits.words import _line, loudest, words
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map

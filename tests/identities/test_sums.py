@@ -15,7 +15,7 @@ from circuits.decomposition import Decomposition
 from circuits.edges import edge_attribution
 from circuits.flow import flow_graph
 from circuits.heads.own_token import written
-from circuits.words import word_vectors
+from circuits.word_vectors import word_vectors
 from interp.data.pairs import Pairs
 from interp.errors import Refused
 from interp.models.model import Model
