@@ -27,7 +27,7 @@ from circuits.edge_engines import Job, Replay, engine
 from circuits.edge_replay import ABLATIONS
 from circuits.edge_scores import METHODS as EDGE_METHODS
 from circuits.edge_scores import check_method
-from circuits.evaluation import faithfulness
+from circuits.faithfulness import faithfulness
 from circuits.graph import Circuit, Graph, Scores
 from circuits.heads.claims import INTERVAL, resampling
 from circuits.measure import METRICS

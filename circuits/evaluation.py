@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 
-from circuits.edge_engines import Replay, engine
+from circuits.edge_engines import engine
 from circuits.edge_replay import ABLATIONS
 from circuits.edge_scores import METHODS, check_method, importance
+from circuits.faithfulness import Judge, areas, node_overlap, sized_circuits, without_nodes
 from circuits.graph import Circuit, Graph, Scores
-from circuits.heads.claims import INTERVAL, resampling
-from circuits.measure import METRICS, Measure
+from circuits.heads.claims import INTERVAL
+from circuits.measure import METRICS
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, unknown
@@ -43,95 +43,6 @@ MOST_NODES = 20
 
 DEEP_SUBSETS = 2
 """Subsets after whose removal each of these nodes is removed as well."""
-
-Values = Float[np.ndarray, "n"]
-
-
-# --- numbers of circuits ---------------------------------------------------------------------------
-
-
-def sized_circuits(
-    graph: Graph, scores: Scores, sizes: Sequence[float], *, absolute: bool = False
-) -> list[Circuit]:
-    """For each size (percent of all edges) the highest-ranked edges, less those on no path through.
-
-    >>> graph = Graph.of(tiny_model())
-    >>> [int(c.sum()) <= n for c, n in zip(sized_circuits(graph, graph.random_scores(), [10, 100]), [11, 110])]
-    [True, True]
-    """
-    return [
-        graph.prune(graph.top_edges(scores, round(size / 100 * graph.n_edges), absolute=absolute))
-        for size in sizes
-    ]
-
-
-def faithfulness(
-    values: Float[np.ndarray, "*circuits n"], whole: Values, empty: Values, weights: Any = None
-) -> np.ndarray:
-    """f = (m(C) − m(∅)) / (m(N) − m(∅)) with m a mean over pairs: a ratio of means.
-
-    Args:
-        values: metric of each circuit and pair. whole, empty: of the model and the empty circuit.
-        weights: [resample n] of bootstrap resamples; the result then has resamples as last axis.
-
-    >>> faithfulness(np.array([[3.0, 1.0]]), np.array([4.0, 4.0]), np.zeros(2))
-    array([0.5])
-    """
-    if weights is None:
-        weights = np.full((1, len(whole)), 1 / len(whole))
-        return faithfulness(values, whole, empty, weights)[..., 0]
-    return ((values - empty) @ weights.T) / ((whole - empty) @ weights.T)
-
-
-def areas(
-    sizes: Sequence[float], f: Float[np.ndarray, "sizes ..."]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(CPR, CMD): the trapezoids under f and under |1 − f| over the share of edges, nothing clipped.
-
-    >>> [round(float(area), 3) for area in areas([0.1, 100.0], np.array([0.5, 1.0]))]
-    [0.749, 0.25]
-    """
-    share = np.asarray(sizes, dtype=float) / 100
-    return np.trapezoid(f, share, axis=0), np.trapezoid(np.abs(1 - f), share, axis=0)
-
-
-def without_nodes(graph: Graph, circuit: Circuit, nodes: Iterable[str]) -> Circuit:
-    """The circuit with every write of these nodes corrupted: their outgoing edges are dropped."""
-    left = circuit.clone()
-    left[[graph.sender(name) for name in nodes]] = False
-    return left
-
-
-def node_overlap(graph: Graph, a: Circuit, b: Circuit) -> dict[str, float]:
-    """How much two circuits share: heads, and edges.
-
-    Returns: heads_a, heads_b, heads_shared; share_of_a (of a's heads, those that b has too, the number
-        Merullo et al. report), jaccard; by_chance (the share_of_a to expect of random sets of these
-        sizes); edges_shared, edge_jaccard. NaN where a circuit has no heads.
-
-    >>> graph = Graph.of(tiny_model())
-    >>> a = graph.node_circuit(["0.1", "1.2"])
-    >>> found = node_overlap(graph, a, graph.node_circuit(["1.2", "1.3"]))
-    >>> found["heads_shared"], found["share_of_a"], found["by_chance"]
-    (1, 0.5, 0.25)
-    """
-    is_head = torch.tensor([sender.kind == "head" for sender in graph.senders])
-    heads_a, heads_b = (graph.prune(c).any(1) & is_head for c in (a, b))
-    shared, union = int((heads_a & heads_b).sum()), int((heads_a | heads_b).sum())
-    n_a, n_b = int(heads_a.sum()), int(heads_b.sum())
-    edges = int((a & b).sum())
-    either = int((a | b).sum())
-    nan = float("nan")
-    return {
-        "heads_a": n_a,
-        "heads_b": n_b,
-        "heads_shared": shared,
-        "share_of_a": shared / n_a if n_a else nan,
-        "jaccard": shared / union if union else nan,
-        "by_chance": n_b / int(is_head.sum()) if n_a else nan,
-        "edges_shared": edges,
-        "edge_jaccard": edges / either if either else nan,
-    }
 
 
 # --- analysis: one circuit -------------------------------------------------------------------------
@@ -290,7 +201,7 @@ def circuit_evaluate(
                 advance = bars.stage("Scoring edges", fit.n_units(scores))
                 found = fit.scores(scores, steps=steps, units=units.part("scores"), advance=advance)
                 found = importance(found, fit.measure)
-        judge = _Judge(whole.replay(ablation), units, seed)
+        judge = Judge(whole.replay(ablation), units, seed)
         curves = _curves(judge, found, circuit, sizes, random, seed, bars)
         own = circuit
         if own is None:
@@ -326,44 +237,8 @@ def circuit_evaluate(
     return Report("circuit_evaluate", tables, {}, meta)
 
 
-class _Judge:
-    """Values of circuits, kept as they come; the two ends of faithfulness and its resamples."""
-
-    def __init__(self, replay: Replay, units: Checkpoint, seed: int):
-        self.replay, self.units, self.graph = replay, units, replay.graph
-        self.measure: Measure = replay.measure
-        self.whole = self.measure.clean.cpu().double().numpy()
-        if replay.ablation == "resample":
-            self.empty = self.measure.corrupted.cpu().double().numpy()
-        else:
-            self.empty = self.values("empty", self.graph.empty, known=False)
-        self.weights = resampling(len(self.whole), seed)
-        gap = float(self.whole.mean() - self.empty.mean())
-        if abs(gap) < 1e-6:
-            raise BadInput(
-                f"{self.measure.metric} is {self.whole.mean():.4f} {self.measure.unit} for the model and for the "
-                f"empty circuit ({replay.ablation} ablation) alike: faithfulness is not defined"
-            )
-
-    def values(self, name: str, circuit: Circuit, *, known: bool = True) -> Values:
-        """The metric of every pair; known without a run for the model and the empty circuit."""
-        if known and not circuit.any():
-            return self.empty
-        if known and bool((circuit == self.graph.allowed).all()):
-            return self.whole
-
-        def unit() -> dict[str, np.ndarray]:
-            return {"values": self.replay.values([circuit])[0].cpu().double().numpy()}
-
-        return self.units.compute(name, unit)["values"]
-
-    def f(self, values: np.ndarray, *, resampled: bool = False) -> np.ndarray:
-        weights = self.weights if resampled else None
-        return faithfulness(values, self.whole, self.empty, weights)
-
-
 def _curves(
-    judge: _Judge,
+    judge: Judge,
     scores: Scores,
     circuit: Circuit | None,
     sizes: Sequence[float],
@@ -410,7 +285,7 @@ def _curves(
     return pd.DataFrame(rows)
 
 
-def _areas(judge: _Judge, curves: pd.DataFrame, sizes: Sequence[float]) -> pd.DataFrame:
+def _areas(judge: Judge, curves: pd.DataFrame, sizes: Sequence[float]) -> pd.DataFrame:
     """CPR and CMD with intervals; of random circuits the mean over draws. Drops the values used."""
     rows = []
     kinds = {name: curves[curves["ranking"] == name] for name in RANKINGS}
@@ -441,7 +316,7 @@ def _told(table: pd.DataFrame) -> str:
 
 
 def _removals(
-    judge: _Judge,
+    judge: Judge,
     circuit: Circuit,
     scores: Scores,
     subsets: int,
@@ -549,7 +424,7 @@ def _not_held_out(scored: Pairs, judged: Pairs) -> list[str]:
     return [f"edges were scored on {which} pairs that circuits are judged on"]
 
 
-def _protocol(judge: _Judge, scores: Any, n: int) -> str:
+def _protocol(judge: Judge, scores: Any, n: int) -> str:
     """Everything that moves such numbers."""
     measured = judge.measure
     carried = {
@@ -674,7 +549,7 @@ def circuit_overlap(
     job_of, notes = engine(model, method, naive=naive)
     graph, names = Graph.of(model), _names(tasks)
     circuits: list[Circuit] = []
-    judges: list[_Judge] = []
+    judges: list[Judge] = []
     with Progress(progress) as bars:
         advance = bars.stage("Scoring edges", len(names))
         for name in names:
@@ -688,7 +563,7 @@ def circuit_overlap(
                     f"none of the {edges} highest edges of '{name}' lie on a path from embedding to logits: "
                     "the circuit is empty; give more edges"
                 )
-            judges.append(_Judge(task.replay(), units.part(name), seed))
+            judges.append(Judge(task.replay(), units.part(name), seed))
             advance(1)
         advance = bars.stage("Running circuits", len(names) ** 2)
         rows = []

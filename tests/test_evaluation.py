@@ -8,10 +8,9 @@ import torch
 
 import interp
 from circuits.edges import edge_attribution
-from circuits.evaluation import (
+from circuits.evaluation import circuit_evaluate, circuit_overlap
+from circuits.faithfulness import (
     areas,
-    circuit_evaluate,
-    circuit_overlap,
     faithfulness,
     node_overlap,
     sized_circuits,
