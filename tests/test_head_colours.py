@@ -9,7 +9,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from circuits.heads.classify import classify_heads
 from circuits.heads.detector import Detector, catalogue
+from interp.figures.page import claims_document
 
 SCRIPT = files("interp.figures").joinpath("head_claims.js").read_text(encoding="utf-8")
 PALETTE = dict(re.findall(r'(\w+): "(#[0-9a-f]{6})"', SCRIPT.split("};")[0]))
@@ -56,6 +58,28 @@ def test_roles_that_can_stand_side_by_side_can_be_told_apart(kind):
 def test_letters_of_roles_are_different(kind):
     letters = [d.letter for d in roles(kind)]
     assert len(set(letters)) == len(letters)
+
+
+def test_a_role_of_ones_own_gets_a_letter_that_no_other_has(hand_built):
+    report = classify_heads(hand_built, prompts=4, progress=False)
+    own = {"name": "idle", "title": "Idle", "letter": "I", "labels": True, "unit": ""}
+    score = {"name": "incline", "title": "Incline", "letter": "I", "labels": False, "unit": ""}
+    report.meta["detectors"] += [own, score]
+    at = report.table.query("layer == 1 and head == 2").index
+    report.table.loc[at, "labels"] = "induction,idle"
+    figure = report.figure("map")
+    told = figure.to_dict()["layout"]["title"]["subtitle"]["text"]
+    assert "I induction" in told and "incline" not in told
+    assert "IE" in str(figure.data[0].text) and "E idle" in told  # D is the duplicate token heads'
+    page = claims_document(report.table, report.meta["detectors"])
+    assert {d["name"]: d["letter"] for d in page["detectors"]} | page["letters"] == {
+        **{d["name"]: d["letter"] for d in report.meta["detectors"] if d["labels"]},
+        "idle": page["letters"]["idle"],
+        **{d["name"]: "" for d in report.meta["detectors"] if not d["labels"]},
+    }
+    assert len(set(page["letters"].values())) == len(page["letters"])
+    alone = claims_document(report.table, [])["letters"]  # a circuit's page, without declarations
+    assert len(set(alone.values())) == len(alone) >= 3
 
 
 def test_no_role_of_the_palette_has_gone():

@@ -55,7 +55,7 @@ function indexHeads() {
     if (d.labels === false) continue;
     roles[d.name] = { ...d, colour: PALETTE[d.name] ?? spare.shift() ?? "#999999" };
   }
-  for (const name of report.labels.flat()) roles[name] ??= { name, title: name, letter: name[0].toUpperCase(), colour: "#999999" };
+  for (const name of report.labels.flat()) roles[name] ??= { name, title: name, letter: report.letters[name], colour: "#999999" };
 }
 
 // --- colour

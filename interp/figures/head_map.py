@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
 from interp.errors import unknown
 from interp.figures.by_head import by_layer, heads_heatmap
+from interp.figures.letters import role_letters
 from interp.report import Report
 
 IN_A_LINE = 6
@@ -25,7 +25,7 @@ def head_map(report: Report, score: str | None = None) -> go.Figure:
     score = str(report.meta["detectors"][0]["name"] if score is None else score)
     if score not in numeric:
         raise unknown("score", score, numeric)
-    letters = {d["name"]: d["letter"] for d in report.meta["detectors"]}
+    letters = role_letters(report.meta["detectors"])
     marks, hovers = [], []
     for row in table.to_dict("records"):
         roles = [role for role in row["labels"].split(",") if role]
@@ -41,16 +41,16 @@ def head_map(report: Report, score: str | None = None) -> go.Figure:
     return by_layer(go.Figure(cells)).update_layout(
         title={
             "text": f"{report.meta['model']['id']}: {score.replace('_', ' ')}",
-            "subtitle": {"text": _key(marks, report.meta["detectors"])},
+            "subtitle": {"text": _key(marks, letters)},
         }
     )
 
 
-def _key(marks: Sequence[str], detectors: Sequence[Mapping[str, Any]]) -> str:
+def _key(marks: Sequence[str], letters: Mapping[str, str]) -> str:
     """What the letters that stand in the map mean, a few to a line."""
     shown = set("".join(marks))
     means = [
-        f"{d['letter']} {d['name'].replace('_', ' ')}" for d in detectors if d["letter"] in shown
+        f"{letter} {name.replace('_', ' ')}" for name, letter in letters.items() if letter in shown
     ]
     lines = range(0, len(means), IN_A_LINE)
     return "<br>".join(", ".join(means[i : i + IN_A_LINE]) for i in lines)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from interp.figures.document import column, document, packed, provenance_lines
+from interp.figures.letters import role_letters
 
 if TYPE_CHECKING:
     from interp.report import Report
@@ -97,14 +98,18 @@ def claims_document(heads: pd.DataFrame, detectors: Sequence[Mapping[str, Any]])
     >>> claims_document(heads, [{"name": "broad"}])["detectors"]
     [{'name': 'broad', 'title': 'broad', 'letter': 'B'}]
     """
+    labels = [_names(text) for text in heads["labels"]] if "labels" in heads else []
+    declared = {d["name"] for d in detectors}
+    others = dict.fromkeys(name for names in labels for name in names if name not in declared)
+    letters = role_letters([*detectors, *({"name": name} for name in others)])
     return {
         "detectors": [
-            dict(d)
-            | {"title": d.get("title", d["name"]), "letter": d.get("letter", d["name"][:1].upper())}
+            dict(d) | {"title": d.get("title", d["name"]), "letter": letters.get(d["name"], "")}
             for d in detectors
         ],
+        "letters": letters,
         "columns": {str(name): column(heads[name]) for name in heads.columns if name != "labels"},
-        "labels": [_names(text) for text in heads["labels"]] if "labels" in heads else [],
+        "labels": labels,
     }
 
 
