@@ -71,7 +71,8 @@ def with_writes(
         )
         for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
     ]
-    _refuse_unexplained(layers, made, key, refused)
+    unexplained = [i for i, (sums, _) in enumerate(found) if sums is None]
+    _refuse_unexplained(layers, made, unexplained, key, refused)
     attending = [block for block in made if block.attention and block.along != HEADS]
     if any(block.repeated for block in made) and all(block.attn_out for block in attending):
         refused.pop("attn_out", None)
@@ -133,7 +134,11 @@ def _by_position(
 
 
 def _refuse_unexplained(
-    layers: list[Layer], made: list[BlockMap], key: int | str, refused: dict[str, str]
+    layers: list[Layer],
+    made: list[BlockMap],
+    unexplained: list[int],
+    key: int | str,
+    refused: dict[str, str],
 ) -> None:
     """Refuse what blocks write that nothing explains: by layer, where others are explained."""
     alone = not any(block.writes for block in made)
@@ -142,9 +147,9 @@ def _refuse_unexplained(
         if block.reshapes_behind and block.mlp_write is None:
             why = f"{_shapes(layer, key)}: what is written behind '{block.reshapes_behind}' was not found"
             sites = MLP_WRITES
-        elif not block.writes and _reshapes(layer, key):
+        elif i in unexplained and _reshapes(layer, key):
             why = f"{_shapes(layer, key)}: what it writes does not add up to that"
-        elif not block.writes:
+        elif i in unexplained:
             why = (
                 f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
                 "norms read (a rescaled stream)"
