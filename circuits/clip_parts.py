@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from circuits.attribution import rows_at
 from interp.errors import BadInput, Refused
+from interp.models.calls import main_input
 from interp.models.model import Model
 from interp.models.spec import first_tensor
 from interp.models.weights import FrozenNorm, linear_map
@@ -79,11 +80,7 @@ def vision_tower(clip: nn.Module, tokenizer: Any = None, id: str = "model") -> M
                 "images and texts, such as a CLIPModel"
             )
     for name, part in clip.named_modules():
-        if (
-            name
-            and getattr(part, "main_input_name", None) == "pixel_values"
-            and hasattr(part, "config")
-        ):
+        if name and hasattr(part, "config") and main_input(part) == "pixel_values":
             return Model(part, tokenizer, id)
     raise Refused(f"{id} ({type(clip).__name__}) has no part of its own that reads pixels")
 

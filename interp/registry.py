@@ -119,9 +119,9 @@ def _checked(function: F, name: str, takes: Takes) -> F:
 
 def require_kind(model: Any, name: str, takes: Takes) -> None:
     """Refused where the analysis called `name`, which takes such models, cannot serve this one."""
-    from interp.models.calls import is_encoder_decoder
+    from interp.models.calls import is_encoder_decoder, main_input
 
-    main = getattr(model.module, "main_input_name", "input_ids")
+    main = main_input(model.module)
     if is_encoder_decoder(model.module):
         given = "is an encoder-decoder: its decoder reads a source besides what it has written"
         instead = (

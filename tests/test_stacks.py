@@ -10,9 +10,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.architectures import runs
+from benchmarks.tiny_configs import tiny_model
+from interp.data.images import reads_images
 from interp.errors import Refused
+from interp.models.calls import main_input
 from interp.models.layout import IMAGE, held, shown
 from interp.models.model import Model
+from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from tests.families import FAMILIES
@@ -23,8 +28,8 @@ ROUNDING = 1e-5
 """A few float32 roundings, two or three blocks deep."""
 
 
-def off(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape
+def off(got: Tensor | None, wanted: Tensor | None) -> float:
+    assert got is not None and wanted is not None and got.shape == wanted.shape
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
@@ -178,3 +183,59 @@ def test_a_part_that_reads_neither_tokens_nor_pixels_is_refused() -> None:
     )
     with pytest.raises(Refused, match="neither tokens nor pixels"):
         Model(transformers.SwinModel(config).eval().encoder.layers[1])
+
+
+# --- parts that a refusal names ---------------------------------------------------------------------
+
+
+def refusal_of(module: nn.Module) -> str:
+    with pytest.raises(Refused, match="stacks of attention blocks") as caught:
+        Model(module)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"), [("owlvit", "OwlViTModel"), ("groupvit", "GroupViTModel")]
+)
+def test_every_part_that_is_named_can_be_loaded(name: str, class_name: str) -> None:
+    """Their image towers inherit "input_ids" from the whole model, or are no pretrained model by class."""
+    module = tiny_model(name, class_name, runs)
+    assert refusal_of(module).endswith(
+        "pass one part of the model: `model.vision_model` or `model.text_model`"
+    )
+    for part, reads in (("vision_model", "pixel_values"), ("text_model", "input_ids")):
+        model = Model(module.get_submodule(part), id=part)
+        assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+        assert main_input(model.module) == reads and reads_images(model) == (part == "vision_model")
+        assert {"heads", "block writes", "writes"} <= {check.name for check in model.spec.checks}
+        batch = probe_batch(model.module)
+        run = model.run(batch, capture=["resid_post", "pattern"])
+        with torch.no_grad():
+            plain = model.module(**batch.inputs).last_hidden_state
+        assert off(run.logits, plain) < ROUNDING
+        (again,) = model.replay(
+            model.run(batch, capture=["resid_pre"]),
+            [[Edit.zero("z", heads=[(1, 0)])]],
+            lambda variant: variant.logits,
+        )
+        rerun = model.run(batch, edits=[Edit.zero("z", heads=[(1, 0)])]).logits
+        assert off(again, rerun) < ROUNDING < off(rerun, plain)
+
+
+def test_stages_with_attention_between_them_are_their_blocks() -> None:
+    """GroupViT: behind a stage its patches are gathered into groups, by attention that is in no block."""
+    module = tiny_model("groupvit", "GroupViTModel", runs).get_submodule("vision_model")
+    spec = Model(module).spec
+    assert spec.stack == ", ".join(f"encoder.stages.{i}.layers" for i in range(3))
+    assert [list(stage) for stage in spec.stages] == [[0, 1], [2, 3], [4, 5]]
+    attends = {name for name, part in module.named_modules() if "Attention" in type(part).__name__}
+    assert {name for name in attends if ".downsample." in name}
+    assert not any(".downsample." in (block.attention or "") for block in spec.blocks)
+
+
+def test_stacks_that_are_in_no_model_of_their_own_are_told() -> None:
+    """BridgeTower's cross-modal blocks read a text and an image that other blocks have read before."""
+    why = refusal_of(tiny_model("bridgetower", "BridgeTowerModel", runs))
+    assert (
+        "`model.text_model` (cross_modal_text_layers, cross_modal_image_layers: in no part" in why
+    )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interp.data.drawn_images import drawn_images
 from interp.errors import BadInput, Refused
+from interp.models.calls import main_input
 from interp.models.model import Model
 from interp.models.probe import probe_batch
 from interp.run.batch import Batch
@@ -119,7 +120,7 @@ class Images:
 
 def reads_images(model: Model) -> bool:
     """Whether a model's input is pixels."""
-    return getattr(model.module, "main_input_name", "input_ids") == "pixel_values"
+    return main_input(model.module) == "pixel_values"
 
 
 def image_prompts(

@@ -103,6 +103,13 @@ def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
     )
 
 
+def main_input(module: nn.Module) -> str:
+    """The name of what a model reads: what its class says, or pixels where that is inherited and it takes them."""
+    name = getattr(module, "main_input_name", "input_ids")
+    taken = inspect.signature(type(module).forward).parameters
+    return "pixel_values" if name not in taken and "pixel_values" in taken else name
+
+
 def _check_main(module: Any, batch: Batch) -> None:
     name = getattr(module, "main_input_name", "input_ids")
     if name not in batch.inputs:

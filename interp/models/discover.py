@@ -15,7 +15,7 @@ import torch
 from interp.models.axes import find_axes, with_axes
 from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
-from interp.models.calls import beside_tokens, has_tokens, text_config
+from interp.models.calls import beside_tokens, has_tokens, main_input, text_config
 from interp.models.ends import with_ends
 from interp.models.find_writes import with_writes
 from interp.models.layout import POSITIONS_FIRST, as_held_inside
@@ -67,7 +67,7 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         )
     else:
         causal = sees_no_later(seen, layers, batch)
-    main = getattr(seen.module, "main_input_name", "input_ids")
+    main = main_input(seen.module)
     if "input_ids" in batch.inputs and main not in ("input_ids", "pixel_values"):
         if not batch.has_source and shapes[0][1] != batch.ids.shape[1]:
             beside_tokens.add(seen.module)

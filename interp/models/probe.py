@@ -6,7 +6,6 @@ name, with the reason.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +15,14 @@ from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models import attention
-from interp.models.calls import call_model, drawing, is_encoder_decoder, output_tensor, text_config
+from interp.models.calls import (
+    call_model,
+    drawing,
+    is_encoder_decoder,
+    main_input,
+    output_tensor,
+    text_config,
+)
 from interp.models.codebooks import with_codebooks
 from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
 from interp.models.discover import discover
@@ -117,10 +123,7 @@ def probe_batch(module: nn.Module) -> Batch:
     target = {}
     if is_encoder_decoder(module):
         target = {"decoder_input_ids": random_ids(module, PROBE_TARGET, seed=1)}
-    kind = getattr(module, "main_input_name", "input_ids")
-    read = inspect.signature(type(module).forward).parameters
-    if kind not in read and "pixel_values" in read:  # a part that inherits another's name
-        kind = "pixel_values"
+    kind = main_input(module)
     if kind not in ("input_ids", "pixel_values"):
         inputs = numbers_taken(module, kind, target)
         if not target:

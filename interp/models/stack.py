@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models.feeding import fed_stack
@@ -19,6 +16,7 @@ from interp.models.layout import PLAIN, shown
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
+from interp.models.towers import alike, parts_named
 from interp.run.batch import Batch
 from interp.sites import AXES, CROSS_SITES, SELF_SITES
 
@@ -89,7 +87,7 @@ def find_stack(
             refused[site] = f"{why}; resid_pre, resid_post and logits still work"
         stack = _largest_chain(seen)
     elif len(placed) > 1 and (why := _not_one_stream(seen, placed, batch)):
-        fed = [] if _alike(seen.module, placed) else fed_stack(seen, placed, batch)
+        fed = [] if alike(seen.module, placed) else fed_stack(seen, placed, batch)
         if not fed or (len(fed) > 1 and _not_one_stream(seen, fed, batch)):
             raise Refused(
                 f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
@@ -248,7 +246,7 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
     single = [level for level in levels if len(level) == 1]
     if single and levels[0] != single[0]:
         if _stages(seen, levels[0]) or _reshapes(seen, single[0][0]):
-            return levels[0], outside
+            return _innermost(levels[0]), outside
     # Two stacks of blocks that are lists: the fewest lists that hold every call.
     whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
     lists = (single or sorted(whole, key=len) or levels or [[]])[0]
@@ -259,6 +257,11 @@ def _place(seen: Recording) -> tuple[list[str], list[str]]:
         if all(inner):
             lists = list(dict.fromkeys(places[0] for places in inner))
     return lists, outside
+
+
+def _innermost(lists: list[str]) -> list[str]:
+    """The lists, less those that hold others of them: attention of theirs stands behind the blocks of a stage."""
+    return [name for name in lists if not any(each.startswith(f"{name}.") for each in lists)]
 
 
 def _lists_around(module: nn.Module, name: str) -> list[str]:
@@ -281,11 +284,11 @@ def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
     """
     layers = layers_of(seen, ", ".join(stacks))
     key = _hidden_key(layers)
-    apart = f"; pass one part of the model{_parts(seen.module, stacks)}"
+    apart = f"; pass one part of the model{parts_named(seen.module, stacks)}"
     if key is None:
         return apart
     lists = [layer.name.rpartition(".")[0] for layer in layers]
-    if len({layer.hidden(key).shape for layer in layers}) > 1 and not _alike(seen.module, lists):
+    if len({layer.hidden(key).shape for layer in layers}) > 1 and not alike(seen.module, lists):
         return apart
     ends = [i for i in range(len(layers) - 1) if lists[i] != lists[i + 1]]
     returned: dict[str, list[Tensor]] = {}
@@ -295,13 +298,6 @@ def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
     again = layers_of(record(seen.module, batch, restored=returned), ", ".join(stacks))
     unmoved = (torch.equal(again[i + 1].hidden(key), layers[i + 1].hidden(key)) for i in ends)
     return apart if any(unmoved) else ""
-
-
-def _alike(module: nn.Module, lists: Iterable[str]) -> bool:
-    """Whether a class of blocks is in all of these lists, as in the stages of one model."""
-    members: list[Any] = [module.get_submodule(name) for name in dict.fromkeys(lists)]
-    classes = [{type(block) for block in blocks} for blocks in members]
-    return bool(set.intersection(*classes))
 
 
 def _stages(seen: Recording, lists: list[str]) -> bool:
@@ -331,24 +327,6 @@ def _reshapes(seen: Recording, stack: str) -> bool:
         call.inputs and call.output is not None and call.inputs[0].shape != call.output.shape
         for call in calls
     )
-
-
-def _parts(module: nn.Module, stacks: list[str]) -> str:
-    """ ", such as `model.text_model` or …": the smallest models inside `module`, with inputs of their own, that
-    hold one stack."""
-    found = []
-    for stack in stacks:
-        parts = stack.split(".")
-        around = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
-        mine = [
-            name
-            for name in around
-            if isinstance(part := module.get_submodule(name), PreTrainedModel)
-            and part.main_input_name in inspect.signature(type(part).forward).parameters
-            and not any(other.startswith(name + ".") for other in stacks if other != stack)
-        ]
-        found += mine[:1]
-    return f", such as {' or '.join(f'`model.{name}`' for name in found)}" if found else ""
 
 
 def _largest_chain(seen: Recording) -> str:

@@ -1,8 +1,14 @@
-"""Models of images and texts side by side: which part reads images."""
+"""Models of several towers side by side: which of their parts are models of their own, and which reads images."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
+
+from interp.models.calls import main_input
 
 
 def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -10,10 +16,44 @@ def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
     if not all(hasattr(module, f"get_{kind}_features") for kind in ("image", "text")):
         return None
     for name, part in module.named_modules():
-        if (
-            name
-            and getattr(part, "main_input_name", "") == "pixel_values"
-            and hasattr(part, "config")
-        ):
+        if name and _reads_itself(part) and main_input(part) == "pixel_values":
             return name, part
     return None
+
+
+def parts_named(module: nn.Module, stacks: list[str]) -> str:
+    """ ": `model.text_model` or …", the smallest models inside `module`, with inputs of their own, that hold a stack
+    of these or the stages of one; and which stacks are in none."""
+    found = {stack: _part(module, stack, stacks) for stack in stacks}
+    names = list(dict.fromkeys(name for name in found.values() if name))
+    if not names:
+        return ""
+    left = [stack for stack, name in found.items() if not name]
+    rest = (
+        f" ({', '.join(left)}: in no part that is a model with inputs of its own)" if left else ""
+    )
+    return f": {' or '.join(f'`model.{name}`' for name in names)}{rest}"
+
+
+def _part(module: nn.Module, stack: str, stacks: list[str]) -> str:
+    """The smallest model inside `module` around this stack, "" if none, or if it holds others that are no stages."""
+    parts = stack.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if _reads_itself(module.get_submodule(name)):
+            inside = [each for each in stacks if each.startswith(f"{name}.")]
+            return name if len(inside) == 1 or alike(module, inside) else ""
+    return ""
+
+
+def _reads_itself(part: nn.Module) -> bool:
+    """Whether it is a model that takes tokens, pixels or sound, no hidden states."""
+    taken = inspect.signature(type(part).forward).parameters
+    return hasattr(part, "config") and main_input(part) in taken
+
+
+def alike(module: nn.Module, lists: Iterable[str]) -> bool:
+    """Whether a class of blocks is in all of these lists, as in the stages of one model."""
+    members: list[Any] = [module.get_submodule(name) for name in dict.fromkeys(lists)]
+    classes = [{type(block) for block in blocks} for blocks in members]
+    return bool(set.intersection(*classes))
