@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interp.devices import float_type
 from interp.errors import BadInput, Refused
+from interp.models.layout import require_tokens_alone
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -407,6 +408,7 @@ def relevance_scores(
     starts from. `attention_flow` is left out without `max_flow`; all but the last where a model shows
     no patterns.
     """
+    require_tokens_alone(model.spec.hidden_axes, "relevance")
     place = target.position
     table = {
         "position": np.arange(batch.ids.shape[1]),

@@ -24,6 +24,8 @@ from transformers.models.videoprism.modeling_videoprism import (
     VideoPrismVisionModel,
 )
 
+import circuits
+from circuits.explain import explain
 from interp.errors import Refused
 from interp.models.attention import implementation
 from interp.models.calls import call_model
@@ -482,6 +484,12 @@ def test_statistics_are_of_the_tokens() -> None:
     for layer in range(2):
         wanted = run.cache[f"pattern.{layer}"][..., :n, :n].diagonal(dim1=-2, dim2=-1).mean(-1)
         assert off(run.statistics["own"][:, layer], wanted) < ROUNDING
+
+
+def test_what_takes_positions_for_tokens_is_refused() -> None:
+    for analysis in (circuits.information_flow, explain):
+        with pytest.raises(Refused, match="puts 5 positions of its own before every text"):
+            analysis(prompted(), WORDS[0])
 
 
 # --- the layout itself -----------------------------------------------------------------------------

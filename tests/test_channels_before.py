@@ -133,6 +133,16 @@ def test_a_replay_skips_blocks_and_the_model_is_as_it_was() -> None:
         assert not part._forward_hooks and not part._forward_pre_hooks
 
 
+@torch.no_grad()
+def test_a_norm_is_held_fixed() -> None:
+    model = squeezed()
+    run = model.run(IDS, capture=["resid_pre.0", "attn_write.0", "resid_mid.0"])
+    norm = model.norm(model.spec.blocks[0].norm_mid)
+    x = run.cache["resid_pre.0"] + run.cache["attn_write.0"]
+    made = norm.gain * norm.centre(x) / norm.scale(x) + norm.bias
+    assert norm.centred and off(made, run.cache["resid_mid.0"]) < ROUNDING
+
+
 def test_padding_changes_nothing_of_the_row() -> None:
     model, row = squeezed(), IDS[1, :5]
     ids, mask = IDS.clone(), torch.ones(2, 9, dtype=torch.bool)

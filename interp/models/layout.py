@@ -75,6 +75,15 @@ def require_rows_first(blocks: Iterable[tuple[str, ...]], what: str) -> None:
             )
 
 
+def require_tokens_alone(axes: tuple[str, ...], what: str) -> None:
+    """Refuse `what`, which takes positions for tokens, where a model puts some of its own before them."""
+    if n := n_ahead(axes):
+        raise Refused(
+            f"the model puts {n} positions of its own before every text, which {what} does not know; model.run with "
+            "captures and edits, lenses and scores of heads work"
+        )
+
+
 def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
     """Names of the axes of a hidden state of this shape, None where they cannot be told."""
     if len(shape) == 3:

@@ -39,7 +39,13 @@ from interp.models.hooks import (
     write_change,
 )
 from interp.models.inputs import check_kind, faults_of_input
-from interp.models.layout import Layout, held_inside, shown_inside
+from interp.models.layout import (
+    CHANNELS_BEFORE,
+    Layout,
+    held_inside,
+    require_tokens_alone,
+    shown_inside,
+)
 from interp.models.packed import by_row
 from interp.models.probe import probe
 from interp.models.readout import unembed
@@ -276,8 +282,12 @@ class Model:
     def norm(self, name: str | None) -> FrozenNorm:
         """The norm of the residual stream that the module called `name` is; the identity for None."""
         module = None if name is None else self.module.get_submodule(name)
-        inside = (b.d_model for b in self.spec.blocks if f"{name}.".startswith(f"{b.name}."))
-        return FrozenNorm(module, next(inside, self.spec.d_model), self.device)
+        around = (b for b in self.spec.blocks if f"{name}.".startswith(f"{b.name}."))
+        block = next(around, None)
+        if block is None:
+            return FrozenNorm(module, self.spec.d_model, self.device)
+        turned = block.axes == CHANNELS_BEFORE
+        return FrozenNorm(module, block.d_model, self.device, turned=turned)
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Logits [... d_vocab] of final residual vectors [... d_model], as the model makes them."""
@@ -289,8 +299,10 @@ class Model:
         """Refuse `what` unless the final residual is embedding plus attention and MLP writes.
 
         Blocks that normalise after adding, write something else besides or scale channels of a write
-        have the sites attn_write and mlp_write all the same; but these do not add up to the residual.
+        have the sites attn_write and mlp_write all the same; but these do not add up to the residual. Nor
+        is it taken apart by token where a model has positions of its own besides.
         """
+        require_tokens_alone(self.spec.hidden_axes, what)
         if reason := self.spec.not_a_sum:
             raise Refused(
                 f"{self.id} cannot be used for {what}, which takes the residual stream for the sum of "

@@ -50,12 +50,19 @@ class FrozenNorm:
 
     Gain, bias and whether the mean is taken out are found by asking the module, so Gemma's
     (1 + weight) or a norm without weights needs no case of its own. With `module=None`: identity.
-    Gain and bias lie on `device`, by default the module's own.
+    Gain and bias lie on `device`, by default the module's own. `turned`: it reads channels before positions.
     """
 
     @torch.no_grad()
-    def __init__(self, module: nn.Module | None, d_model: int, device: torch.device | None = None):
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module | None,
+        d_model: int,
+        device: torch.device | None = None,
+        *,
+        turned: bool = False,
+    ):
+        self.module, self._turned = module, turned
         some = None if module is None else next(module.parameters(), None)
         self._place = torch.device("cpu") if module is None else module_device(module)
         like = torch.ones(d_model, dtype=None if some is None else some.dtype, device=self._place)
@@ -71,15 +78,23 @@ class FrozenNorm:
         # drowns epsilon, and c² is still a number in float16.
         sign = like.clone()
         sign[1::2] = -1
-        plus, minus = module(LARGE * sign[None])[0], module(-LARGE * sign[None])[0]
+        plus, minus = self._normed(LARGE * sign[None])[0], self._normed(-LARGE * sign[None])[0]
         self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
         # A constant vector has nothing left once its mean is taken out.
         self.centred = bool(
             (
-                (module(LARGE * like[None])[0] - self.bias).abs() < 1e-2 * self.gain.abs() + 1e-6
+                (self._normed(LARGE * like[None])[0] - self.bias).abs()
+                < 1e-2 * self.gain.abs() + 1e-6
             ).all()
         )
         self.gain, self.bias = self.gain.to(device), self.bias.to(device)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """What the module makes of vectors [... d_model]."""
+        assert self.module is not None
+        if not self._turned:
+            return self.module(x)
+        return self.module(x.reshape(-1, x.shape[-1])[..., None]).reshape(x.shape)
 
     @torch.no_grad()
     def scale(self, x: Tensor) -> Tensor:
@@ -89,7 +104,7 @@ class FrozenNorm:
         gain = self.gain.to(x.device).float()
         inner = gain * self.centre(x.float())
         out = (
-            self.module(x.to(self._place, self.gain.dtype)).to(x.device).float()
+            self._normed(x.to(self._place, self.gain.dtype)).to(x.device).float()
             - self.bias.to(x.device).float()
         )
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
