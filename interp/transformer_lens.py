@@ -9,6 +9,7 @@ imported when a cache is made.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from interp.errors import BadInput
 from interp.models.model import Model
 from interp.run.cache import Cache
 from interp.run.edits import Edit, Seen
-from interp.sites import AXES, Site, by_query, to_transformer_lens
+from interp.sites import AXES, Site, by_query, ranges, to_transformer_lens
 from interp.transformer_lens_elsewhere import missing_attribute, refuse_options
 from interp.transformer_lens_weights import Weights
 
@@ -95,17 +96,27 @@ class NotCaptured(BadInput, KeyError):
 
 
 class _Named(dict[str, Tensor]):
-    """Activations by hook name; what was not captured is told with the nearest names."""
+    """Activations by hook name; of what was not captured it is told which site captures it."""
 
     def __missing__(self, name: str) -> Tensor:
-        near = difflib.get_close_matches(name, self, n=3)
-        there = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
         sites = list(
             dict.fromkeys(key.removeprefix("blocks.").lstrip("0123456789.") for key in self)
         )
+        captured = f"captured: {', '.join(sites) or 'nothing'}"
+        try:
+            site = Site.parse(name)
+        except BadInput:
+            near = difflib.get_close_matches(name, self, n=3)
+            meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+            raise NotCaptured(f"this cache has no '{name}'{meant} {captured}") from None
+        alike = re.compile(re.escape(name).replace(f"blocks\\.{site.layer}\\.", r"blocks\.(\d+)\."))
+        layers = sorted(int(found[1]) for key in self if (found := alike.fullmatch(key)))
+        if site.layer is not None and layers:
+            raise NotCaptured(
+                f"'{name}' was not captured: of '{site.name}' there are layers {ranges(layers)}; {captured}"
+            )
         raise NotCaptured(
-            f"'{name}' was not captured{there} captured: {', '.join(sites) or 'nothing'}. Name its site in "
-            "model.run(…, capture=[…])"
+            f"'{name}' was not captured; write model.run(…, capture=['{site.name}']); {captured}"
         )
 
 

@@ -117,6 +117,12 @@ class Model:
 
             raise missing_attribute(self, name, View)
 
+        def __call__(self, *given: Any, **options: Any) -> None:
+            raise TypeError(
+                "a Model is not called: model.run(text).logits are its logits; as in TransformerLens: "
+                "interp.transformer_lens.view(model)(text); the Hugging Face module is model.module"
+            )
+
     # --- facts ---------------------------------------------------------------------------------
 
     @property
