@@ -16,8 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 import interp
+from interp.affine_lens import cached_lens
 from interp.data.texts import wikipedia_articles
-from interp.ridge_lens import cached_lens, fit_ridge_lens, held_out_kl
+from interp.ridge_lens import fit_ridge_lens, held_out_kl
 
 CHARACTERS = 60_000
 """Of each text of another kind."""

@@ -18,8 +18,8 @@ import torch
 import interp
 from benchmarks.capture import medians
 from interp.data.prompts import prose
+from interp.lens_text import Parts
 from interp.models.model import Model
-from interp.ridge_lens import Parts
 from probes.lens_training import Inputs, Options, Rows, Start, Training, spread_of
 from probes.lenses import tune_lens
 

@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.affine_lens import AffineLens, cached_lens
 from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
-from interp.ridge_lens import AffineLens, cached_lens, fit_ridge_lens
+from interp.ridge_lens import fit_ridge_lens
 from interp.run.batch import Batch
 from interp.run.cache import Cache
 from interp.sites import Site

@@ -23,10 +23,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import BadInput, Refused
+from interp.lens_text import Parts
 from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.models.weights import linear_map
-from interp.ridge_lens import TOKENS_PER_FORWARD, Parts
+from interp.ridge_lens import TOKENS_PER_FORWARD
 from interp.run.files import check_writable
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding

@@ -20,25 +20,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.affine_lens import (
+    FORMAT,
+    AffineLens,
+    cached_lens,
+    lens_path,
+    load_maps,
+    save_maps,
+)
 from interp.data.texts import documents
 from interp.errors import BadInput, unknown
+from interp.lens_text import Parts, evenly, parts_of
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
-from interp.ridge_lens import (
-    FORMAT,
-    AffineLens,
-    Moments,
-    Parts,
-    cached_lens,
-    check_layers,
-    evenly,
-    fit_ridge_lens,
-    lens_path,
-    load_maps,
-    parts_of,
-    save_maps,
-)
+from interp.ridge_lens import Moments, check_layers, fit_ridge_lens
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
 from probes.lens_training import (

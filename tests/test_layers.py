@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interp.errors", "interp.devices"),
+    ("interp.errors", "interp.devices", "interp.homes"),
     ("interp.sites", "interp.transformer_lens_elsewhere"),
     ("interp.run",),
     ("interp.models",),
@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("interp.remote",),
     ("interp.open",),
+    ("interp.affine_lens", "interp.lens_text"),
     ("interp.generate", "interp.last_token", "interp.ridge_lens", "interp.schemas"),
     ("interp.report",),
     ("interp.figures", "interp.lens"),

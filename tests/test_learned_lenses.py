@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp.affine_lens import AffineLens, cached_lens, load_maps
 from interp.data.prompts import prose
 from interp.errors import BadInput, Refused
 from interp.lens import logit_lens, read
+from interp.lens_text import parts_of
 from interp.metrics import kl
 from interp.models.model import Model
 from interp.report import Report
-from interp.ridge_lens import AffineLens, cached_lens, fit_ridge_lens, load_maps, parts_of
+from interp.ridge_lens import fit_ridge_lens
 from interp.unembedding import Unembedding
 from probes.lens_training import (
     Inputs,
@@ -41,7 +43,7 @@ FAST = {"window": 32, "steps": 24, "checks": 4, "batch_size": 64, "progress": Fa
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lenses that a test keeps go nowhere else."""
-    monkeypatch.setattr("interp.ridge_lens.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("interp.affine_lens.cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +428,7 @@ def test_the_english_at_hand_is_judged_by_kind(
 ) -> None:
     """Without a text: several kinds, and the ridge lens of the same text is not fitted twice."""
     tiny.tokenizer = _Letters()
-    monkeypatch.setattr("interp.ridge_lens.FIT_TOKENS", 6_000)
+    monkeypatch.setattr("interp.lens_text.FIT_TOKENS", 6_000)
     monkeypatch.setattr(
         "interp.ridge_lens.QUIETS", (0.0,)
     )  # least squares leaves something to learn

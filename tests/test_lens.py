@@ -18,25 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp.affine_lens import AffineLens, cached_lens, lens_path
 from interp.data.english import Document, documents, recipe
 from interp.errors import BadInput, Refused
 from interp.figures.lens_map import QUANTITIES, lens_map
 from interp.lens import logit_lens, read
+from interp.lens_text import _held_out_by_document, _windows
 from interp.metrics import kl
 from interp.models.calls import uncapped_logits
 from interp.models.model import Model
 from interp.quiet_direction import quiet_direction
 from interp.report import Report
-from interp.ridge_lens import (
-    AffineLens,
-    Moments,
-    _held_out_by_document,
-    _windows,
-    cached_lens,
-    fit_ridge_lens,
-    held_out_kl,
-    lens_path,
-)
+from interp.ridge_lens import Moments, fit_ridge_lens, held_out_kl
 from interp.run.batch import Batch
 from interp.unembedding import Unembedding
 from tests.families import FAMILIES
@@ -69,7 +62,7 @@ def stacked(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lenses that a test keeps go nowhere else; the default model still comes from the real cache."""
-    monkeypatch.setattr("interp.ridge_lens.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("interp.affine_lens.cache_folder", lambda: tmp_path)
 
 
 # --- identities over families -----------------------------------------------------------------
@@ -468,11 +461,11 @@ def test_the_cache_goes_by_weights_and_text(
     found = cached_lens(tiny)
     assert found is not None and torch.equal(found.A, second.A)
     about = first.about | {"text": first.about["text"] | {"recipe": "at hand today"}}
-    monkeypatch.setattr("interp.ridge_lens.recipe", lambda: "at hand today")
+    monkeypatch.setattr("interp.affine_lens.recipe", lambda: "at hand today")
     AffineLens(first.A, first.b, about).save(lens_path(about["model"]["sha256"], "at hand today"))
     found = cached_lens(tiny)
     assert found is not None and torch.equal(found.A, first.A)
-    monkeypatch.setattr("interp.ridge_lens.recipe", lambda: "at hand tomorrow")
+    monkeypatch.setattr("interp.affine_lens.recipe", lambda: "at hand tomorrow")
     found = cached_lens(tiny)
     assert found is not None and torch.equal(found.A, second.A)
 
