@@ -223,9 +223,18 @@ def test_models_without_a_grid_are_refused_with_the_reason(tiny):
     windows |= {"num_heads": [2, 2], "window_size": 4}
     swin = Model(transformers.Swinv2Model(transformers.Swinv2Config(**windows)).eval())
     with pytest.raises(
-        interp.InterpError, match="no one grid of patches: layer 1 attends over 1 × 16 positions"
+        interp.InterpError,
+        match=r"no one grid of patches: .*in stages, on 64, 16 positions of an image",
     ):
         patch_grid(swin)
+    sizes = {name: value for name, value in IMAGE.items() if name != "image_size"}
+    cut = Model(
+        transformers.Siglip2VisionModel(
+            transformers.Siglip2VisionConfig(**sizes | {"patch_size": 4, "num_patches": 16})
+        ).eval()
+    )
+    with pytest.raises(interp.InterpError, match=r"cut into patches already \(16 of 48 numbers\)"):
+        image_prompts(cut, 2)
     unsaid = Model(FAMILIES["vit"]())
     unsaid.module.config = SimpleNamespace(image_size=32)
     with pytest.raises(interp.InterpError, match="no patch_size"):

@@ -178,6 +178,7 @@ def patch_grid(model: Model) -> Grid:
 def _find_grid(model: Model) -> Grid:
     if not reads_images(model):
         raise Refused(f"{model.id} reads no images: it has no grid of patches")
+    _check_stages(model)
     config: Any = model.module.config
     size: Any = getattr(getattr(config, "vision_config", config), "patch_size", None)
     if (isinstance(size, (tuple, list)) and len(size) > 2) or size is None:
@@ -221,6 +222,23 @@ def _find_grid(model: Model) -> Grid:
     return grid
 
 
+def _check_stages(model: Model) -> None:
+    """Every stage has as many positions of an image: roles of heads are told on one grid for all layers."""
+    stages = model.spec.stages
+    if len(stages) == 1:
+        return
+    batch = probe_batch(model.module)
+    sites = [f"resid_pre.{stage[0]}" for stage in stages]
+    cache = model.run(batch, capture=sites, logits=False).cache
+    lengths = [cache[site].shape[1] for site in sites]
+    if len(set(lengths)) > 1:
+        raise Refused(
+            f"{model.id} has no one grid of patches: its blocks work in stages, on "
+            f"{', '.join(map(str, lengths))} positions of an image one after the other, and the roles of heads "
+            "on images are told on one grid for all layers; model.run gives the patterns of every layer"
+        )
+
+
 def _check_layers(model: Model, pixels: Tensor, grid: Grid) -> None:
     """Every attention layer reads every position of the image, with no pooling; windows may have padding behind."""
     run = model.run(Batch({"pixel_values": pixels}), capture=["z", "k"], logits=False)
@@ -240,6 +258,12 @@ def _check_layers(model: Model, pixels: Tensor, grid: Grid) -> None:
 def _input_shape(model: Model) -> tuple[int, int, int]:
     """Channels, height and width of what the model takes."""
     shape = probe_batch(model.module).inputs["pixel_values"].shape
+    if len(shape) == 3:
+        raise Refused(
+            f"{model.id} reads images that are cut into patches already ({shape[1]} of {shape[2]} numbers), and in "
+            "which order a patch holds its pixels, only its processor knows: no image can be drawn for it. "
+            "model.run takes what its processor makes"
+        )
     if len(shape) != 4:
         raise Refused(f"{model.id} reads no single images: its pixels are {list(shape)}")
     return int(shape[1]), int(shape[2]), int(shape[3])
