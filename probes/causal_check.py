@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,34 @@ from torch import Tensor
 from interp.data.labelled import LabelledTexts, labelled_texts, of, word_span
 from interp.data.prompts import text_windows
 from interp.errors import BadInput, Refused, unknown
-from interp.metrics import kl, logit_diff
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.resampling import INTERVAL, draw_counts
 from interp.run.batch import Batch
-from interp.run.cache import Run
-from interp.run.edits import Edit
 from interp.run.progress import Progress
 from interp.sites import Site
-from probes.captured import Feature, capture_features, features_of, last_token_of
+from probes.captured import capture_features, features_of, last_token_of
 from probes.controls import shuffled_labels
-from probes.erasure import Eraser, leace
+from probes.directions import (
+    DIRECTIONS,
+    RANDOM_FROM,
+    Bench,
+    Direction,
+    Vectors,
+    bench_of,
+    direction_of,
+    interventions,
+    random_directions,
+    with_turned,
+)
 
-DIRECTIONS = ("mean", "ridge", "leace")
-RANDOM_FROM = ("sphere", "data")
 WINDOW = 16
 """Tokens of a control prompt."""
 FEWEST_GROUPS = 6
 SHUFFLES = 5
 BOOTSTRAP = 1000
 
-Vectors = Float[np.ndarray, "items width"]
 Data = LabelledTexts | Mapping[str, Sequence[str]] | str | Path
 
 
@@ -234,10 +239,10 @@ def probe_causal(
         model, texts.rows(train.tolist()), sites, positions=where, progress=progress
     )
     texts_here = texts.rows(test.tolist())
-    here = _bench(model, _batch(model, texts_here, where), features, words)
+    here = bench_of(model, _batch(model, texts_here, where), features, words)
     control = text_windows(model, control_prompts, length=WINDOW, seed=seed).batch
     last = torch.full((control.size,), control.ids.shape[1] - 1)
-    away = _bench(model, (model.as_batch(control), last), features, None)
+    away = bench_of(model, (model.as_batch(control), last), features, None)
     rows: list[dict[str, Any]] = []
     drawn: list[dict[str, Any]] = []
     with Progress(progress) as bars:
@@ -247,7 +252,7 @@ def probe_causal(
             x = found[key].astype(np.float64)
             site = Site(feature.site, feature.layer, feature.head)
             seen, beside = here.vectors(site), away.vectors(site)
-            random = _random(x, y[train], draws, random_from, seed)
+            random = random_directions(x, y[train], draws, random_from, seed)
             for name in directions:
                 direction = direction_of(x, y[train], name)
                 if not np.linalg.norm(direction.step) > 1e-9 * np.abs(x).max():
@@ -255,13 +260,13 @@ def probe_causal(
                         f"both classes have the same mean at {key}: nothing was found there"
                     )
                 told = _told(direction, name, x, seen, texts, y, train, test, seed)
-                made = _interventions(direction, seen, doses)
-                changes = [c for _, _, c in made for c in _with_turned(c, direction, random)]
+                made = interventions(direction, seen, doses)
+                changes = [c for _, _, c in made for c in with_turned(c, direction, random)]
                 effects = here.measured(site, changes, advance)
                 changes = [
                     c
-                    for _, _, made_there in _interventions(direction, beside, doses)
-                    for c in _with_turned(made_there, direction, random)
+                    for _, _, made_there in interventions(direction, beside, doses)
+                    for c in with_turned(made_there, direction, random)
                 ]
                 leaks = away.measured(site, changes, advance)[..., 1].mean(1)
                 for i, (kind, dose, change) in enumerate(made):
@@ -303,83 +308,7 @@ def probe_causal(
     return Report("probe_causal", tables, {}, meta)
 
 
-# --- the direction, and what is done along it --------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """What tells two classes apart: `eraser` is centred midway between their means.
-
-    step: what leads from the first class's mean to the second's along it, [width].
-    """
-
-    eraser: Eraser
-    step: Float[np.ndarray, " width"]
-
-
-def direction_of(x: Vectors, y: np.ndarray, name: str) -> Direction:
-    """The direction that tells items with y from those without, as one of DIRECTIONS finds it.
-
-    "leace" shrinks the covariance as the items ask for (OAS), as they are few for the width.
-
-    >>> x = np.array([[0.0, 1.0], [0.0, 2.0], [4.0, 1.0], [4.0, 2.0]])
-    >>> direction_of(x, np.array([False, False, True, True]), "mean").step.tolist()
-    [4.0, 0.0]
-    """
-    first, second = x[~y].mean(0), x[y].mean(0)
-    centre, apart = torch.as_tensor((first + second) / 2), second - first
-    if name == "leace":
-        eraser = leace(x, y, shrinkage=None)
-        read, write = eraser.read, eraser.write
-    else:
-        along = apart if name == "mean" else _ridge(x, y)
-        unit = torch.as_tensor(along / max(float(np.linalg.norm(along)), 1e-300))
-        read, write = unit[:, None], unit[None]
-    step = torch.as_tensor(apart) @ read @ write
-    return Direction(Eraser(centre, read, write), step.numpy())
-
-
-def _ridge(x: Vectors, y: np.ndarray) -> Float[np.ndarray, " width"]:
-    """Weights of a ridge probe on standardised features, its penalty chosen by leave-one-out error."""
-    from sklearn.linear_model import RidgeCV
-
-    scale = x.std(0)
-    scale[scale == 0] = 1.0
-    probe = RidgeCV(alphas=np.logspace(0, 5, 6)).fit((x - x.mean(0)) / scale, 2.0 * y - 1)
-    return probe.coef_ / scale
-
-
-def _interventions(
-    direction: Direction, x: Vectors, doses: Sequence[float]
-) -> list[tuple[str, float, Vectors]]:
-    """Every intervention: its name, its dose (NaN where it has none), and what it adds to each item."""
-    removed = direction.eraser.removed(torch.as_tensor(x)).numpy()
-    return [
-        ("erase", float("nan"), -removed),
-        ("swap", float("nan"), -2 * removed),
-        *(("add", float(d), np.tile(d * direction.step, (len(x), 1))) for d in doses),
-    ]
-
-
-def _with_turned(
-    change: Vectors, direction: Direction, random: Float[np.ndarray, "draws width"]
-) -> list[Vectors]:
-    """The change, then one as large and of the same sign, item by item, along each random direction."""
-    along = np.sign(change @ direction.step) * np.linalg.norm(change, axis=1)
-    return [change, *(along[:, None] * v for v in random)]
-
-
-def _random(
-    x: Vectors, y: np.ndarray, draws: int, source: str, seed: int
-) -> Float[np.ndarray, "draws width"]:
-    """Unit vectors: of any direction, or as the items vary within their classes."""
-    rng = np.random.default_rng(seed)
-    if source == "sphere":
-        v = rng.normal(size=(draws, x.shape[1]))
-    else:
-        within = np.concatenate([x[y] - x[y].mean(0), x[~y] - x[~y].mean(0)])
-        v = rng.normal(size=(draws, len(x))) @ within
-    return v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-300)
+# --- a row --------------------------------------------------------------------------------------------
 
 
 def _told(
@@ -414,77 +343,11 @@ def _told(
     }
 
 
-# --- what is watched ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """Prompts, their clean run, where each is changed, and the answer tokens (of class 2, of class 1)."""
-
-    model: Model
-    run: Run
-    places: Int[Tensor, " items"]
-    words: tuple[list[int], list[int]] | None
-
-    def vectors(self, site: Site) -> Vectors:
-        """The clean activations that are changed."""
-        x = self.run.cache[site]
-        rows = torch.arange(len(x), device=x.device)
-        return x[rows, self.places.to(x.device)].cpu().double().numpy()
-
-    def odds(self, run: Run) -> Float[Tensor, " items"]:
-        """Log-odds of the answers of class 2 against those of class 1 (zeros without answers)."""
-        logits = _last(run)
-        if self.words is None:
-            return torch.zeros(len(logits), device=logits.device)
-        second, first = (torch.tensor([ids] * len(logits)) for ids in self.words)
-        return logit_diff(logits, second, first)
-
-    def measured(
-        self, site: Site, changes: Sequence[Vectors], advance: Any
-    ) -> Float[np.ndarray, "changes items 2"]:
-        """Log-odds, and KL divergence from the clean run, of every item under every change."""
-        clean = _last(self.run)
-        shape = (len(self.places), 1, 1, -1) if site.head is not None else (len(self.places), 1, -1)
-        variants = [
-            [Edit.add(site, torch.as_tensor(c).float().reshape(shape), positions=self.places)]
-            for c in changes
-        ]
-        values = self.model.replay(
-            self.run,
-            variants,
-            lambda run: torch.stack([self.odds(run), kl(clean, _last(run))], 1).cpu().double(),
-            logits=torch.tensor([self.run.batch.ids.shape[1] - 1]),
-            progress=advance,
-        )
-        return torch.stack(values).numpy()
-
-
-def _bench(
-    model: Model,
-    prompts: tuple[Batch, Int[Tensor, " items"]],
-    features: Mapping[str, Feature],
-    words: tuple[list[int], list[int]] | None,
-) -> _Bench:
-    batch, places = prompts
-    sites = [Site(f.site, f.layer) for f in features.values()]
-    starts = [Site("resid_pre", f.layer) for f in features.values()]
-    read = torch.tensor([batch.ids.shape[1] - 1])
-    run = model.run(batch, capture=[*sites, *starts], logits=read)
-    return _Bench(model, run, places, words)
-
-
-def _last(run: Run) -> Float[Tensor, "items d_vocab"]:
-    """Next-token logits."""
-    assert run.logits is not None
-    return run.logits[:, -1].float()
-
-
 def _row(
     kind: str,
     effects: Float[np.ndarray, "changes items 2"],
     leaks: Float[np.ndarray, " changes"],
-    bench: _Bench,
+    bench: Bench,
     second: np.ndarray,
     groups: Sequence[str],
     seed: int,

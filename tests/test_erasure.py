@@ -20,7 +20,8 @@ from interp.models.model import Model
 from interp.report import Report
 from interp.run.edits import Edit
 from probes.captured import capture_features, last_token_of
-from probes.causal_check import _split, check_options, direction_of, probe_causal, summary
+from probes.causal_check import _split, check_options, probe_causal, summary
+from probes.directions import direction_of
 from probes.erasure import leace
 
 
