@@ -25,9 +25,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from interp.models.chunks import chunk_mask, in_chunks, rows_apart
 from interp.models.own_attention import own, own_attention_shown
 
 IMPLEMENTATION = "interp_window"
+AT_ONCE = "interp_window_flash"
+"""The same function, for modules that call any other once for each row of the batch: transformers hands one whose
+name speaks of flash attention all rows in one call, and tells it where each ends."""
 CHUNK_BYTES = 24 * 2**20
 """Target size of one chunk of scores, all heads of one layer together."""
 
@@ -42,6 +46,8 @@ class Watch:
     """Whether scores or patterns are wanted; if not, SDPA computes z."""
     at_once = False
     """Whether scores and patterns are wanted whole, not a chunk of their rows at a time."""
+    n_rows = 1
+    """How many rows of the batch lie one after the other in what a module of `in_chunks` passes."""
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v to go on with."""
@@ -91,16 +97,23 @@ def _in_need_of_masks(modules: list[nn.Module]) -> set[int | nn.Module]:
 
 @contextmanager
 def implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """The attention function called `name` in all configs of `model`; their own again afterwards."""
+    """The attention function called `name` in all configs of `model`; their own again afterwards.
+
+    Ours is AT_ONCE in configs of modules `in_chunks`.
+    """
     configs: dict[int, Any] = {
         id(config): config
         for module in model.modules()
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
     }
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    whole = {
+        id(getattr(module, "config", None)) for module in model.modules() if module in in_chunks
+    }
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = name
+        for key, config in configs.items():
+            ours = name == IMPLEMENTATION and key in whole
+            config._attn_implementation_internal = AT_ONCE if ours else name
         yield
     finally:
         for key, config in configs.items():
@@ -151,14 +164,20 @@ def attend(
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
     sinks: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """z [batch pos n_heads d_head] of one attention call, shown to whoever watches `module`.
 
     Sink logits are one a head (`s_aux` [n_heads]) or one a query (`sinks` [batch n_heads q 1]).
     `indices` [batch q few] are the keys that an indexer picked for each query: it sees no others.
+    `cu_seq_lens_q` says, of a module `in_chunks`, where the chunks of its one row begin, and where the last ends.
     """
     watch = _listeners[module](module) if module in _listeners else Watch()
+    in_one = cu_seq_lens_q is not None and module in in_chunks
+    if cu_seq_lens_q is not None and in_one:
+        query, key, value = (rows_apart(x, watch.n_rows) for x in (query, key, value))
+        attention_mask = chunk_mask(cu_seq_lens_q, watch.n_rows, causal=bool(is_causal))
     if indices is not None:
         attention_mask = _only_picked(attention_mask, indices, key.shape[2])
     if module in _explicit:
@@ -195,7 +214,8 @@ def attend(
             position_bias=position_bias,
             **kwargs,
         )
-    return watch.z(z), None
+    z = watch.z(z)
+    return z.flatten(0, 1)[None] if in_one else z, None
 
 
 def _kernel(
@@ -318,5 +338,6 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(logits, dim=-1)[..., :-1]
 
 
-AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, window_mask)
+for _name in (IMPLEMENTATION, AT_ONCE):
+    AttentionInterface.register(_name, attend)
+    AttentionMaskInterface.register(_name, window_mask)

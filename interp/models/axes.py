@@ -18,7 +18,9 @@ from interp.models.layout import (
     ACROSS,
     CHANNELS_BEFORE,
     CHANNELS_FIRST,
+    FLAT,
     IMAGE,
+    ONE_AFTER_THE_OTHER,
     PACKED,
     PARTS,
     PLAIN,
@@ -51,7 +53,7 @@ def find_axes(
         Refused: no axes show for every input a row of its own.
     """
     raw = [layer.hidden(key) for layer in layers]
-    if all(x.ndim != 3 or x.shape[0] == batch.size for x in raw):
+    if all(x.ndim > 3 or (x.ndim == 3 and x.shape[0] == batch.size) for x in raw):
         axes = _by_shape(layers, key, batch)
         if axes is None or (axes == CHANNELS_FIRST and not seen.attention):
             raise _refused(seen, layers[0], raw[0], batch)
@@ -113,6 +115,8 @@ def _moved_by(
 
 
 def _possible(shape: torch.Size, batch: Batch) -> list[tuple[str, ...]]:
+    if len(shape) == 2 and shape[0] % batch.size == 0:
+        return [FLAT]
     if len(shape) != 3:
         return []
     if shape[0] == batch.size:
@@ -212,10 +216,10 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
         layer = attention_row_by_row(layer)
 
     def mine(x: Tensor) -> bool:
-        flat = (axes in (POSITIONS_FIRST, PACKED) or n_ahead(axes) > 0) and x.ndim == 2
-        flat = flat and len(x) == raw.shape[:2].numel()
+        one = axes in (POSITIONS_FIRST, *ONE_AFTER_THE_OTHER) or n_ahead(axes) > 0
+        flat = one and x.ndim == 2 and len(x) == raw.shape[:-1].numel()
         same = (0, 2) if axes == CHANNELS_BEFORE else (0, 1)
-        return flat or (x.ndim == 3 and all(x.shape[i] == raw.shape[i] for i in same))
+        return flat or (x.ndim == raw.ndim == 3 and all(x.shape[i] == raw.shape[i] for i in same))
 
     def one(x: Tensor) -> Tensor:
         return shown_inside(x, axes, size) if mine(x) else x

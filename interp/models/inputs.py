@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, call_model, is_encoder_decoder, output_tensor
 from interp.models.companions import as_weights, needed, with_companions
+from interp.models.grids import inputs_known
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -41,6 +42,7 @@ WAVES = (ROWS, SAMPLES)
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
 """Of these the first layer says how many bins it wants; in the second two axes that can be told apart."""
 RETURNS = "returns"
+IN_ONE = "returns all rows in one,"
 
 _known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -64,6 +66,7 @@ def numbers_taken(
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
     tried: dict[tuple[int, ...], str] = {}
     shaped: list[dict[str, Tensor]] = []
+    in_one: list[dict[str, Tensor]] = []
     while waiting:
         shape = waiting.pop(0)
         for masks in _masks(module, name, shape):
@@ -73,6 +76,8 @@ def numbers_taken(
             if not why:
                 _known[module] = made
                 return numbers_taken(module, name, others)
+            if why.startswith(IN_ONE):
+                in_one.append(made)
             if shape not in tried or why.startswith(RETURNS):
                 tried[shape] = why
             if shape in (WAVES, UNKNOWN):
@@ -85,6 +90,9 @@ def numbers_taken(
         if module in needed:
             _known[module] = {given: x for given, x in batch.inputs.items() if given not in others}
             return numbers_taken(module, name, others)
+    if in_one:
+        _known[module] = in_one[0]
+        return numbers_taken(module, name, others)
     shape, why = max(tried.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
@@ -125,10 +133,12 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         yield
     except FAILURES as error:
         name = getattr(module, "main_input_name", "")
-        known = _known.get(module) or needed.get(module) or {}
+        patches = inputs_known(module)
+        known = _known.get(module) or needed.get(module) or patches
         missing = [given for given in known if given not in batch.inputs]
         x = batch.inputs.get(name) if name in known and (module in _known or not missing) else None
-        if (x is None and not missing) or not (why := _wanted(module, batch)[1]):
+        why = _wanted(module, batch)[1] if x is not None or missing or patches else ""
+        if not why or why.startswith(IN_ONE):
             raise
         besides = [f"'{n}' {tuple(m.shape)}" for n, m in known.items() if n != name]
         if x is None:
@@ -223,7 +233,8 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
         for hook in hooks:
             hook.remove()
     if made.ndim < 2 or made.shape[0] != batch.size:
-        return (0, 0), f"{RETURNS} {tuple(made.shape)} for {batch.size} rows"
+        one = made.ndim == 2 and made.shape[0] % batch.size == 0
+        return (0, 0), f"{IN_ONE if one else RETURNS} {tuple(made.shape)} for {batch.size} rows"
     return (0, 0), ""
 
 

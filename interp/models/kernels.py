@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def eager_instead(module: nn.Module, batch: Batch, plain: Tensor, seen: Tensor) 
 def in_float64(module: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     """A copy of the model, and its inputs, in float64."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in batch.inputs.items()}
-    return deepcopy(module).double(), Batch(exact)
+    return deepcopy(module).double(), replace(batch, inputs=exact)
 
 
 def note(module: nn.Module, apart: float) -> tuple[str, ...]:

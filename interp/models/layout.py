@@ -33,8 +33,11 @@ ACROSS = ("batch·pos", "part", "d_model")
 CHANNELS_BEFORE = ("batch", "d_model", "pos")
 PACKED = ("one", "batch·pos", "d_model")
 """All rows of the batch one after the other; a module inside may leave out the first axis."""
+FLAT = ("batch·pos", "d_model")
+"""The same without that axis."""
 
-ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS, PACKED)
+ONE_AFTER_THE_OTHER = (PACKED, FLAT)
+ROWS_ELSEWHERE = (POSITIONS_FIRST, PARTS, ACROSS, *ONE_AFTER_THE_OTHER)
 """Axes whose first is not the batch."""
 AHEAD = " ahead·pos"
 
@@ -117,7 +120,7 @@ def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         return x.roll(-n, 1)
     if axes in (PARTS, ACROSS):
         return layout_of(x, axes, size).positions(x)
-    if axes == PACKED:
+    if axes in ONE_AFTER_THE_OTHER:
         return x.reshape(size, -1, x.shape[-1])
     if axes == IMAGE:
         return x.flatten(1, 2)
@@ -140,7 +143,7 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         return x.roll(n, 1)
     if axes in (IMAGE, PARTS, ACROSS):
         return x.reshape(-1, *like[1:])
-    if axes == PACKED:
+    if axes in ONE_AFTER_THE_OTHER:
         return x.reshape(*like[:-2], -1, like[-1])
     if axes == CHANNELS_FIRST:
         return x.mT.reshape(-1, *like[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,7 @@ from interp.models.calls import (
 )
 from interp.models.codebooks import begun, in_codebooks
 from interp.models.forwards import hooks_called
+from interp.models.grids import named_as_taken, with_images_apart
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
@@ -41,6 +43,7 @@ from interp.models.hooks import (
 from interp.models.inputs import check_kind, faults_of_input
 from interp.models.layout import (
     CHANNELS_BEFORE,
+    ONE_AFTER_THE_OTHER,
     Layout,
     held_inside,
     require_tokens_alone,
@@ -409,6 +412,7 @@ class Model:
 
     def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor]) -> Batch:
         """Any accepted form of input as a checked Batch on the model's device."""
+        data = named_as_taken(self.module, data)
         check_kind(self.module, data)
         if isinstance(data, Batch):
             batch = data
@@ -428,7 +432,11 @@ class Model:
                     "one stack"
                 )
             batch = begun(self.module, batch)
-        batch = in_codebooks(self.module, batch)
+        batch = with_images_apart(self.module, in_codebooks(self.module, batch))
+        if self.spec.blocks[0].axes in ONE_AFTER_THE_OTHER and not has_tokens(self.module, batch):
+            batch = replace(
+                batch, mask=None
+            )  # of frames or pixels: rows are packed without padding
         if has_tokens(self.module, batch):
             self._check_ids(batch.ids)
         if batch.has_source:
@@ -518,7 +526,7 @@ class Model:
             for chunk in (same[i : i + per_forward] for i in range(0, len(same), per_forward)):
                 joint = self._replayed(run, start, [variants[i] for i in chunk], logits, capture)
                 for place, i in enumerate(chunk):
-                    results[i] = metric(_rows(joint, len(chunk), place))
+                    results[i] = metric(_part(joint, run.batch, len(chunk), place))
                 if progress is not None:
                     progress(len(chunk))
         return results
@@ -689,7 +697,7 @@ class Model:
                 layer, prefix, part = next(next_call[module])
                 watching = RunWatch(turns.now if turns else layer, plan, touch, run, prefix, part)
                 place = self.spec.blocks[layer].axes, layouts.get(layer)
-                return in_one_row(watching, *place, run.batch.size)
+                return in_one_row(watching, module, *place, run.batch.size)
 
             stack.enter_context(window(self.module, watch))
         if turns:
@@ -823,16 +831,14 @@ def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _rows(joint: Run, n: int, place: int) -> Run:
-    """One of n variants' part of a joint run; there may be several rows of logits for one of the batch."""
-
-    size = joint.batch.size // n
-    rows, cache = slice(place * size, (place + 1) * size), Cache()
+def _part(joint: Run, batch: Batch, n: int, place: int) -> Run:
+    """One of n variants' part of a joint run, each of this batch; a row may have several rows of logits."""
+    rows, cache = slice(place * batch.size, (place + 1) * batch.size), Cache()
     for name in joint.cache:
         for layer, value in joint.cache.by_layer(name).items():
             cache.put(name, layer, value[rows])
     logits = None if joint.logits is None else joint.logits.tensor_split(n)[place]
-    return Run(joint.batch.rows(rows), logits, cache)
+    return Run(batch, logits, cache)
 
 
 def _to_device(statistic: Statistic, device: torch.device) -> Statistic:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch
 from interp.models.calls import call_model
+from interp.models.chunks import rows_apart
 from interp.models.hooks import RunWatch, Stop, argument
-from interp.models.layout import PACKED, shown
+from interp.models.layout import ONE_AFTER_THE_OTHER, shown
 from interp.models.spec import Spec
 from interp.models.stack import Layer
 from interp.run.batch import Batch
@@ -57,7 +58,7 @@ class RowByRow(Watch):
         self.inner, self.size, self.needs_rows = inner, size, inner.needs_rows
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        new = self.inner.inputs(*(_apart(x, self.size) for x in (q, k, v)))
+        new = self.inner.inputs(*(rows_apart(x, self.size) for x in (q, k, v)))
         q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in new)
         return q, k, v
 
@@ -78,10 +79,6 @@ class RowByRow(Watch):
         return self.inner.z(z[0].unflatten(0, (self.size, -1))).flatten(0, 1)[None]
 
 
-def _apart(x: Float[Tensor, "one heads all d"], size: int) -> Float[Tensor, "batch heads pos d"]:
-    return x[0].unflatten(1, (size, -1)).transpose(0, 1)
-
-
 def _with_blocks(whole: Tensor, blocks: Float[Tensor, "batch heads q k"]) -> Tensor:
     whole = whole.clone()
     diagonal_blocks(whole, len(blocks)).copy_(blocks)
@@ -90,17 +87,19 @@ def _with_blocks(whole: Tensor, blocks: Float[Tensor, "batch heads q k"]) -> Ten
 
 def by_row(output: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
     """A model's output, of `size` inputs, one row each where the last block's stream has all in one."""
-    packed = axes == PACKED and output.ndim == 3 and len(output) == 1
-    return shown(output, axes, size) if packed and output.shape[1] % size == 0 else output
+    packed = axes in ONE_AFTER_THE_OTHER and output.shape[:-2].numel() == 1
+    return shown(output, axes, size) if packed and output.shape[-2] % size == 0 else output
 
 
 @torch.no_grad()
 def require_equal_rows(module: nn.Module, spec: Spec, batch: Batch) -> None:
     """BadInput where rows have different numbers of positions: what the first block reads of each alone.
 
-    Rows of a single tensor are equally long; other inputs may say how much of each row counts.
+    Rows of a single tensor are equally long, and so are those of a batch that is packed itself; other inputs may
+    say how much of each row counts.
     """
-    if batch.size == 1 or len(batch.inputs) == 1 or spec.blocks[0].axes != PACKED:
+    packed = spec.blocks[0].axes in ONE_AFTER_THE_OTHER
+    if batch.size == 1 or len(batch.inputs) == 1 or batch.packed or not packed:
         return
     lengths = list(_lengths(module, spec, batch))
     if len(set(lengths)) > 1:
@@ -114,7 +113,7 @@ def _lengths(module: nn.Module, spec: Spec, batch: Batch) -> Iterator[int]:
     lengths: list[int] = []
 
     def stop(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        lengths.append(argument(args, kwargs, spec.hidden).shape[1])
+        lengths.append(argument(args, kwargs, spec.hidden).shape[-2])
         raise Stop
 
     block = module.get_submodule(spec.blocks[0].name)
@@ -143,7 +142,7 @@ def attention_row_by_row(layer: Layer) -> Layer:
         return layer
     size, rows = layer.inside.n_rows, torch.cat(of.rows, 2)
     require_apart(rows, size, layer.name)
-    tensors = {name: _apart(of.tensors[name], size) for name in "qkv"}
+    tensors = {name: rows_apart(of.tensors[name], size) for name in "qkv"}
     tensors["z"] = of.tensors["z"][0].unflatten(0, (size, -1))
     attention = replace(of, tensors=tensors, rows=[diagonal_blocks(rows, size)])
     others = [attention if call is of else call for call in layer.inside.attention]

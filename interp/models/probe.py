@@ -6,6 +6,8 @@ name, with the reason.
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from interp.errors import Refused
 from interp.models import attention
 from interp.models.calls import (
+    FAILURES,
     call_model,
     drawing,
     is_encoder_decoder,
@@ -23,11 +26,13 @@ from interp.models.calls import (
     output_tensor,
     text_config,
 )
+from interp.models.chunks import in_chunks
 from interp.models.codebooks import with_codebooks
 from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.find_own import find_own
 from interp.models.forwards import find_called
+from interp.models.grids import packed_patches
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.kernels import between_kernels, eager_instead
@@ -55,6 +60,7 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
         seen = record(module, batch)
         if find_called(module, partial(call_model, module, batch), seen.calls):
             seen = record(module, batch)
+        seen = _at_once(module, batch, seen)
         if not seen.attention:
             why = find_own(module, batch)
             seen = replace(seen if why else record(module, batch), without=why)
@@ -83,6 +89,24 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
                     between_kernels=apart,
                 )
         return spec
+
+
+def _at_once(module: nn.Module, batch: Batch, seen: Recording) -> Recording:
+    """The recording with all chunks in one attention call, of modules that attend to them one after the other."""
+    attends = Counter(call.module for call in seen.attention if len(call.tensors["q"]) == 1)
+    chunked = {part for part, n in attends.items() if n > len(seen.calls.get(seen.names[part], []))}
+    in_chunks.update(chunked)
+    if not chunked:
+        return seen
+    with suppress(*FAILURES):
+        again = record(module, batch)
+        apart, _ = relative_error(again.output, seen.output)
+        if len(again.attention) < len(seen.attention) and apart <= relative_tolerance(
+            seen.output.dtype
+        ):
+            return again
+    in_chunks.difference_update(chunked)
+    return seen
 
 
 def _with_masks(module: nn.Module, batch: Batch, seen: Recording, plain: Tensor) -> Recording:
@@ -123,6 +147,8 @@ def probe_batch(module: nn.Module) -> Batch:
     target = {}
     if is_encoder_decoder(module):
         target = {"decoder_input_ids": random_ids(module, PROBE_TARGET, seed=1)}
+    if not target and (patches := packed_patches(module)) is not None:
+        return patches
     kind = main_input(module)
     if kind not in ("input_ids", "pixel_values"):
         inputs = numbers_taken(module, kind, target)

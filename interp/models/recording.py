@@ -50,6 +50,7 @@ class AttentionCall(Watch):
     factor: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
+    n_rows: int = 1
     needs_rows = True
 
     def inputs(self, q, k, v):
@@ -118,7 +119,7 @@ def record(
 
     def listen(attention: nn.Module) -> AttentionCall:
         factor = None if factors is None else factors[len(seen.attention)]
-        seen.attention.append(AttentionCall(attention, order, factor))
+        seen.attention.append(AttentionCall(attention, order, factor, n_rows=batch.size))
         return seen.attention[-1]
 
     def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:

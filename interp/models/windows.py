@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from interp.errors import Refused
 from interp.models.attention import Watch, window
 from interp.models.calls import call_model
+from interp.models.chunks import in_chunks
 from interp.models.hooks import RunWatch
 from interp.models.layout import ACROSS, PACKED, PARTS, Layout, Windows, layout_of, n_ahead
 from interp.models.packed import RowByRow, require_equal_rows
@@ -78,9 +79,12 @@ def _of_heads(layout: Layout, x: Tensor, padding: bool) -> Tensor:
     return layout.positions(x.transpose(1, 2), padding).transpose(1, 2)
 
 
-def in_one_row(watch: RunWatch, axes: tuple[str, ...], layout: Layout | None, size: int) -> Watch:
+def in_one_row(
+    watch: RunWatch, module: nn.Module, axes: tuple[str, ...], layout: Layout | None, size: int
+) -> Watch:
     """A watch that is shown each of `size` inputs in one row of its own: not windows, parts, or all in one."""
-    if axes == PACKED:
+    watch.n_rows = size
+    if axes == PACKED and module not in in_chunks:
         return watch if size == 1 else RowByRow(watch, size)
     if axes in (PARTS, ACROSS) or n_ahead(axes):
         return InWindows(watch, partial(layout_of, axes=axes, size=size))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,8 +18,10 @@ class Batch:
     """Model inputs by name, with a mask of the positions that hold a real token (or patch).
 
     Of an encoder-decoder, `ids` and `mask` are those of the decoder, whose positions the sites have;
-    the encoder's are `inputs["input_ids"]` (or an image, or sound) and `source_mask`. Ids of several
-    codebooks have an axis of their own, or the codebooks of a row as so many rows: `rows_of_ids`.
+    the encoder's are `inputs["input_ids"]` (or an image, or sound) and `source_mask`.
+
+    An input may hold several entries for each row, one row's after the other's: ids the codebooks of a row,
+    images their patches. `packed` names the axis along which they lie, and `n_rows` says how many rows there are.
 
     >>> batch = Batch.of_ids(torch.tensor([[5, 6, 7], [8, 9, 1]]))
     >>> batch.size, batch.repeat(2).ids.shape, bool(batch.padded)
@@ -28,7 +30,8 @@ class Batch:
 
     inputs: dict[str, Tensor]
     mask: Bool[Tensor, "batch pos"] | None = None
-    rows_of_ids: int = 1
+    packed: Mapping[str, int] = field(default_factory=dict)
+    n_rows: int | None = None
 
     @staticmethod
     def of_ids(ids: Int[Tensor, "batch pos ..."], mask: Tensor | None = None) -> Batch:
@@ -86,7 +89,7 @@ class Batch:
         of_ids = self.mask is not None and len(self.mask) == len(self.ids)
         mask = self.mask[::times] if self.mask is not None and of_ids else self.mask
         assert mask is None or len(mask) == rows
-        return Batch(self.inputs, mask, times)
+        return Batch(self.inputs, mask, {self.name_of_ids: 0}, rows)
 
     def __repr__(self) -> str:
         """Names and shapes of the inputs, and how many positions of each row are real where some are not."""
@@ -123,9 +126,10 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of rows."""
-        if self.rows_of_ids > 1:
-            return len(self.ids) // self.rows_of_ids
-        return next(iter(self.inputs.values())).shape[0]
+        if self.n_rows is not None:
+            return self.n_rows
+        first = next(iter(self.inputs.values()))  # patches of images may stand before the ids
+        return self.inputs.get(self.name_of_ids, first).shape[0]
 
     @property
     def padded(self) -> bool:
@@ -134,23 +138,39 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """`times` copies of all rows, one copy after the other."""
-        return self._map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+        return self._map(lambda x: torch.cat([x] * times), self.size * times)
 
     def rows(self, rows: slice) -> Batch:
-        """Some of the rows."""
-        some = self._map(lambda x: x[rows])
-        if self.rows_of_ids > 1:
-            ids = self.ids.unflatten(0, (-1, self.rows_of_ids))[rows].flatten(0, 1)
-            some.inputs[self.name_of_ids] = ids
-        return some
+        """Some of the rows.
+
+        Raises:
+            BadInput: an input has more or fewer entries than there are rows, and which are whose is not known.
+        """
+        for name, x in self.inputs.items():
+            if name not in self.packed and x.shape[0] != self.size:
+                raise BadInput(
+                    f"which of the {x.shape[0]} entries of '{name}' belong to which of {self.size} rows is not known: "
+                    "make a batch of each row"
+                )
+        return self._map(lambda x: x[rows], len(range(self.size)[rows]))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return self._map(lambda x: x.to(device))
+        return self._map(lambda x: x.to(device), self.size)
 
-    def _map(self, change) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor], n_rows: int) -> Batch:
+        """Every tensor with its rows changed, one an entry of the first axis."""
+
+        def changed(name: str, x: Tensor) -> Tensor:
+            if name not in self.packed:
+                return change(x)
+            axis = self.packed[name]
+            rows = x.unflatten(axis, (self.size, -1)).movedim(axis, 0)
+            return change(rows).movedim(0, axis).flatten(axis, axis + 1)
+
         mask = None if self.mask is None else change(self.mask)
-        return Batch({name: change(x) for name, x in self.inputs.items()}, mask, self.rows_of_ids)
+        inputs = {name: changed(name, x) for name, x in self.inputs.items()}
+        return Batch(inputs, mask, self.packed, None if self.n_rows is None else n_rows)
 
 
 def _own_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -115,12 +115,6 @@ def test_what_is_known_follows_the_type_of_the_weights() -> None:
     assert given[0]["input_features_mask"].dtype == torch.long
 
 
-def test_rows_that_are_packed_into_one_are_refused_with_what_is_returned() -> None:
-    module = tiny_model("qwen3_asr_encoder", "Qwen3ASREncoder", runs)
-    with pytest.raises(Refused, match=r"\(2, 128, 200\): returns \(52, 64\) for 2 rows"):
-        Model(module)
-
-
 class Folded(nn.Module):
     """Reads spectrograms [batch frames 48]: a convolution halves the bins, and its channels become one axis."""
 
@@ -135,6 +129,18 @@ class Folded(nn.Module):
         assert bands_mask.shape == bands.shape[:2]
         x = self.conv((bands * bands_mask[..., None])[:, None])
         return (self.out(x.transpose(1, 2).flatten(2)),)
+
+
+class Averaged(Folded):
+    """The same, of all rows together."""
+
+    def forward(self, bands: Tensor, bands_mask: Tensor) -> tuple[Tensor]:
+        return (super().forward(bands, bands_mask)[0].mean(0, keepdim=True),)
+
+
+def test_what_returns_no_row_for_a_row_is_refused_with_what_it_returns() -> None:
+    with pytest.raises(Refused, match=r"\(2, 72, 48\): returns \(1, 36, 5\) for 2 rows"):
+        numbers_taken(Averaged(), "bands", {})
 
 
 def test_bins_behind_a_convolution_and_a_mask_are_found() -> None:
