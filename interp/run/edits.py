@@ -266,8 +266,17 @@ class Edit:
         return sorted(wanted)
 
     def on_rows(self, rows: slice) -> Edit:
-        """The same edit for these rows of a larger batch only."""
-        return replace(self, rows=rows)
+        """The same edit for these rows of a larger batch only; of one that has rows already, for those among them.
+
+        >>> Edit.zero("z").on_rows(slice(-1, None)).on_rows(slice(4, 6)).rows
+        slice(5, 6, 1)
+        """
+        if self.rows is None:
+            return replace(self, rows=rows)
+        if (rows.start or 0) < 0 or rows.stop is None or rows.stop < 0:
+            raise BadInput(f"an edit of rows {self.rows} of {rows}: give the latter counted from 0")
+        mine = range(rows.stop)[rows][self.rows]
+        return replace(self, rows=slice(mine.start, mine.stop, mine.step))
 
     def __call__(self, x: Tensor, seen: Seen) -> Tensor:
         """x after the edit; x itself is not changed."""
