@@ -127,8 +127,8 @@ def patch(
         kind: what is put there: "patch", the source run's activation of the same pair; "resample", of
             another pair; "mean", its mean over the pairs, each position by itself; "zero".
         metric: "logit_diff", "prob_diff", "kl" or "loss", read after the last position.
-        positions: names of the task's positions, each patched by itself; "each" for every one; "all" for
-            all at once. By default all at once, and each for the residual stream, all of which would
+        positions: names of the task's positions or their numbers, each patched by itself; "each" for every
+            one; "all" for all at once. By default all at once, and each for the residual stream, all of which would
             make it the source run. For "pattern" they are query positions.
         n: how many pairs of a shipped task; a file's first n.
         seed: of the shipped pairs, and of resampling.
@@ -201,10 +201,10 @@ def _position_names(pairs: Pairs, site: str, positions: Sequence[str] | None) ->
     """The positions that rows of the table are about, each patched by itself."""
     if positions is None:
         positions = [EACH] if site in RESIDUAL else [ALL]
-    if isinstance(positions, str):
-        positions = [name.strip() for name in positions.split(",")]
+    if isinstance(positions, (str, int)):
+        positions = [name.strip() for name in str(positions).split(",")]
     names = []
-    for name in positions:
+    for name in map(str, positions):
         if name == EACH:
             names += [str(place) for place in range(pairs.length)]
         elif name == ALL:

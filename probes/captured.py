@@ -53,7 +53,8 @@ def position_list(positions: str) -> list[str]:
 def site_list(sites: str | Sequence[str]) -> list[Site]:
     """The sites that are named, all of which give vectors; BadInput for one that does not."""
     texts = sites.split(",") if isinstance(sites, str) else list(sites)
-    found = [Site.parse(text.strip()) for text in texts if text.strip()]
+    texts = [text.strip() if isinstance(text, str) else text for text in texts]
+    found = [Site.parse(text) for text in texts if text != ""]
     if not found:
         raise BadInput("no sites: name at least one, such as resid_post, z or mlp_out.5")
     for site in found:

@@ -27,6 +27,7 @@ from probes.captured import Feature, capture_features, features_of, position_lis
 from probes.controls import control_labels, random_weights, shuffled_labels
 from probes.estimators import METHODS, STRENGTHS, sweep_of
 from probes.mdl import NUMBERS, mdl_table
+from probes.ridge_sweep import NO_INNER_FOLDS
 
 BLOCK = 32
 """Sites of one ridge sweep, which is what a resumed run does not repeat."""
@@ -52,6 +53,8 @@ def check_options(
         raise BadInput(f"method '{method}' has no penalty: leave out alphas")
     if alphas is not None and not (len(alphas) and all(0 < a < np.inf for a in alphas)):
         raise BadInput(f"alphas={list(alphas)}: wanted one or more numbers above 0")
+    if folds == 2 and len(STRENGTHS.get(method, ()) if alphas is None else alphas) > 1:
+        raise BadInput(f"folds=2: {NO_INNER_FOLDS}")
     if mdl < 0:
         raise BadInput(f"mdl={mdl}: give the number of sites whose codes are wanted, or 0")
     site_list(sites)
@@ -158,7 +161,7 @@ def linear_probes(
         method: ridge, logistic, mean_difference or mass_mean.
         position: last (token), word (the last token of the text's word), mean (over tokens), or
             whole numbers such as -1,-2; several with commas between.
-        folds: of the cross-validation, by group.
+        folds: of the cross-validation, by group; two where `alphas` is one number only.
         alphas: strengths of the penalty to choose from (logistic: C = 1 / alpha).
         random_model: probe the architecture with random weights too, which reads the texts again.
         mdl: how many of the best sites get a description length too (`probes.mdl`), beside those of

@@ -31,6 +31,11 @@ ALPHAS = (10.0, 300.0, 10_000.0)
 """Strengths tried, for standardised features and weights of mean 1: of some hundred items, from near
 least squares to near the difference of means."""
 
+NO_INNER_FOLDS = (
+    "outside of a fold there is one fold only, of which none can be left out to choose the penalty's "
+    "strength; give folds=3 or more, or one strength, such as alphas=[300.0]"
+)
+
 BYTES = 1 << 25
 """Memory of one chunk of sites in the moment form."""
 
@@ -93,7 +98,8 @@ def ridge_sweep(
         device: where it is computed, in float64. advance: called with the number of sites done.
 
     Raises:
-        BadInput: shapes that do not fit; one class only; one fold only; an α that is not above 0.
+        BadInput: shapes that do not fit; one class only; one fold only; two folds and several α to choose
+            from; an α that is not above 0.
 
     >>> x = np.random.default_rng(0).normal(size=(3, 40, 5))
     >>> y = (x[1, :, 2] > 0).astype(int)
@@ -103,6 +109,8 @@ def ridge_sweep(
     """
     x = torch.as_tensor(features)
     _check(x.shape, labels, folds, alphas)
+    if given is None and len(alphas) > 1 and folds.max() == 1:
+        raise BadInput(f"alphas={list(alphas)} and two folds: {NO_INNER_FOLDS}")
     problem = _Problem.of(labels, folds, sorted(alphas), device)
     n_sites, n, d = x.shape
     n_labels, outputs = len(labels), problem.targets.shape[-1]

@@ -178,6 +178,9 @@ def test_each_and_named_positions_agree(tiny):
     pairs = random_pairs()
     each = table_of(tiny, pairs, site="resid_pre").set_index(["layer", "position"])["change"]
     named = table_of(tiny, pairs, site="resid_pre", positions=["it", "end"])
+    numbered = table_of(tiny, pairs, site="resid_pre", positions=[2, 6])
+    assert numbered["change"].tolist() == named["change"].tolist()
+    assert numbered["position"].tolist() == ["2", "6"] * tiny.n_layers
     for row in named.to_dict("records"):
         place = {"it": "2", "end": "6"}[row["position"]]
         assert row["change"] == pytest.approx(each[row["layer"], place], abs=ROUNDING)

@@ -249,9 +249,12 @@ def test_a_sweep_says_what_does_not_fit():
         (x, y, 2 * folds, [1.0], "every number used"),
         (x, y, folds, [], "above 0"),
         (x, y, folds, [0.0], "above 0"),
+        (x, y, folds % 2, [1.0, 10.0], "one fold only, of which none can be left out"),
+        (np.repeat(x, 10, -1), y, folds % 2, [1.0, 10.0], "one fold only"),
     ):
         with pytest.raises(BadInput, match=told):
             ridge_sweep(features, labels, held_out, alphas=alphas)
+    assert ridge_sweep(x, y, folds % 2, alphas=[1.0]).alpha.tolist() == [[1.0, 1.0]] * len(x)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -446,6 +449,9 @@ def test_the_word_is_its_last_occurrence():
         ({"position": "-9"}, "position -9 is outside text"),
         ({"position": "word"}, "which word each text is asked about"),
         ({"folds": 1}, "at least 2"),
+        ({"folds": 2}, "folds=2: outside of a fold there is one fold only"),
+        ({"folds": 2, "method": "logistic"}, "or one strength, such as"),
+        ({"sites": [12]}, "12 is no site; a site is a text"),
         ({"folds": 500}, "fewer than folds=500"),
         ({"alphas": []}, "above 0"),
         ({"alphas": [1.0, -1.0]}, "above 0"),
@@ -475,6 +481,7 @@ def test_bad_data_is_told_before_capture(coins, monkeypatch):
         ),
         (of(["a" * 70, *texts], [0, *map(coin, texts)]), "text 1 has 70 tokens"),
         ("sentimnt", "did you mean 'sentiment'"),
+        ((texts, half), r"interp.data.labelled.of\(texts, labels\)"),
     ):
         with pytest.raises(BadInput, match=told):
             linear_probes(model, data, progress=False)

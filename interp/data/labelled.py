@@ -148,6 +148,11 @@ def labelled_texts(name_or_path: str | Path) -> LabelledTexts:
     >>> len(found) >= 200, sorted(set(found.labels))
     (True, ['negative', 'positive'])
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise BadInput(
+            f"a {type(name_or_path).__name__} of labelled texts: make them with "
+            "interp.data.labelled.of(texts, labels), or name a file"
+        )
     path = Path(name_or_path).expanduser()
     if path.suffix.lower() not in SUFFIXES:
         if str(name_or_path) not in LABELLED:
