@@ -37,6 +37,8 @@ ATTRIBUTES = {
     "OV": _CIRCUIT.format(factors="W_V and W_O"),
     "QK_for_attn_layers": _CIRCUIT.format(factors="W_Q and W_K"),
     "OV_for_attn_layers": _CIRCUIT.format(factors="W_V and W_O"),
+    "W_QK": _CIRCUIT.format(factors="W_Q and W_K"),
+    "W_OV": _CIRCUIT.format(factors="W_V and W_O"),
     "all_composition_scores": "circuits.path_patching measures composition on prompts",
     "W_pos": "model.module has the table of learned positions; site 'embed' is the sum of both",
     "W_E_pos": "model.module has the table of learned positions; site 'embed' is the sum of both",
@@ -62,6 +64,11 @@ ATTRIBUTES = {
     "set_use_split_qkv_input": _SWITCH.format(instead="q, k and v are edited each by itself"),
     "set_use_attn_in": _SWITCH.format(instead="heads' inputs are edited as q, k and v"),
     "set_use_hook_mlp_in": _SWITCH.format(instead="what the MLP reads is 'resid_mid'"),
+    "trace": "model.run(text, capture=[…], edits=[…])",
+    "encode": "model.tokenize(text).ids",
+    "decode": "model.tokens(ids) for each token, model.tokenizer.decode(ids) for the text",
+    "layers": "model.blocks",
+    "sites": "interp.sites.AXES has every name and its axes, model.spec.refused those that this model cannot give",
     "original_model": "model.module",
     "config": "model.module.config; what was found in the model is model.spec",
     **{
@@ -82,7 +89,7 @@ ATTRIBUTES = {
         )
     },
 }
-"""Attributes and methods of their models, with what to write instead."""
+"""Attributes and methods of their models, and of nnsight's, with what to write instead."""
 
 OPTIONS = {
     "stop_at_layer": "what is captured decides where the pass ends: names_filter=[…], return_type=None",
@@ -123,8 +130,11 @@ def missing_attribute(owner: Any, name: str, view: type) -> AttributeError:
     on_view = name == "cfg" or (name[:1] != "_" and hasattr(view, name))
     if on_view and not isinstance(owner, view):
         hint = f"; as in TransformerLens: interp.transformer_lens.view(model).{name}"
-    else:
-        hint = f"; here: {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+    elif name in ATTRIBUTES:
+        hint = f"; here: {ATTRIBUTES[name]}"
+    else:  # not yet there while a Model is being made
+        found = name[:1] != "_" and hasattr(vars(owner).get("spec"), name)
+        hint = f"; here: model.spec.{name}" if found else ""
     message = f"{type(owner).__name__} has no '{name}'{hint}"
     return AttributeError(message, name=name, obj=owner)
 

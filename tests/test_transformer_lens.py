@@ -292,6 +292,13 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
         "cache.to_transformer_lens(model).stack_activation",
     ),
     "generate": (lambda model, ids: model.generate("a"), "interp.generate.generate"),
+    "size": (lambda model, ids: model.d_head, "model.spec.d_head"),
+    "circuit": (lambda model, ids: model.W_OV, "view(model).W_V and W_O"),
+    "trace": (lambda model, ids: model.trace("a"), "model.run(text, capture=[…], edits=[…])"),
+    "call": (lambda model, ids: model(ids), "model.run(text).logits"),
+    "run as cache": (lambda model, ids: model.run(ids)["z"], "run.cache['z']"),
+    "site of a run": (lambda model, ids: model.run(ids).resid_post, 'run.cache["resid_post"]'),
+    "loss of a run": (lambda model, ids: model.run(ids).loss, "run.logits[:, :-1], run.batch.ids"),
     "module": (lambda model, ids: model.eval(), "model.module.eval"),
     "standing hook": (
         lambda model, ids: ours_as_theirs.view(model).add_hook("blocks.0.attn.hook_z", print),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.errors import BadInput
 from interp.run.batch import Batch
-from interp.sites import Site, head_axis, ranges
+from interp.sites import AXES, Site, head_axis, ranges
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -142,6 +142,16 @@ def _layer_axis(site: Site) -> int:
     return 1 if site.axes[1] == "n_heads" else 2
 
 
+_NOT_OF_A_RUN = {
+    "loss": "interp.metrics.loss(run.logits[:, :-1], run.batch.ids[:, 1:])",
+    "tokens": "model.tokens(run.batch.ids[0])",
+    "ids": "run.batch.ids",
+    "mask": "run.batch.mask",
+    "probs": "run.logits.softmax(-1)",
+}
+"""What is asked of a Run and stands elsewhere."""
+
+
 @dataclass
 class Run:
     """One forward pass: what went in, and what was kept of it.
@@ -165,6 +175,16 @@ class Run:
         logits = None if self.logits is None else list(self.logits.shape)
         statistics = f", statistics={list(self.statistics)}" * bool(self.statistics)
         return f"Run({self.batch}, logits={logits}, {self.cache}{statistics})"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            elsewhere = f'run.cache["{name}"]' if name in AXES else _NOT_OF_A_RUN.get(name)
+            hint = f"; here: {elsewhere}" if elsewhere else ""
+            raise AttributeError(f"Run has no '{name}'{hint}", name=name, obj=self)
+
+        def __getitem__(self, site: Any) -> Any:
+            raise TypeError(f"a Run is not indexed: run.cache[{site!r}]")
 
     def gradients(self, target: Tensor, site: str) -> Tensor:
         """d target / d site, shaped like `cache[site]`; needs `run(..., grad=True)`.
