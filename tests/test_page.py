@@ -103,6 +103,14 @@ def test_summary_counts_come_from_the_table() -> None:
     assert "6 pass none. Of 2 heads ablated one at a time, L0H0 matters most: +0.50 nats" in text
 
 
+def test_a_pattern_is_drawn_in_square_cells_with_its_weights_on_hover() -> None:
+    report = head_report(2, 2, lengths=(12,))
+    drawn = report.figure("pattern", head=(1, 0))
+    assert drawn.layout.yaxis.scaleanchor == "x" and drawn.layout.yaxis.autorange == "reversed"
+    np.testing.assert_allclose(np.sqrt(drawn.data[0].customdata), drawn.data[0].z)
+    assert len(drawn.data[0].x) == len(drawn.data[0].y) == 12
+
+
 def test_a_large_model_without_patterns_is_quick_to_hold() -> None:
     report = head_report(80, 64, lengths=(), ov=False)
     document = page.head_page(report)

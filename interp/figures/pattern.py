@@ -10,7 +10,7 @@ from interp.report import Report
 
 
 def pattern(report: Report, head: tuple[int, int] = (0, 0), prompt: int = 0) -> go.Figure:
-    """Heat map of √A of head (layer, head): queries down, keys across; the root keeps small weights visible."""
+    """Heat map of √attention of head (layer, head): queries down, keys across; the root keeps small weights visible."""
     if "pattern" not in report.arrays:
         raise BadInput("this report keeps no patterns; make it with evidence=4")
     n_prompts, n_layers, n_heads = report.arrays["pattern"].shape[:3]
@@ -23,6 +23,7 @@ def pattern(report: Report, head: tuple[int, int] = (0, 0), prompt: int = 0) -> 
     shown = report.meta["prompts"][prompt]
     tokens = [f"{i} {visible(token)}" for i, token in enumerate(shown["tokens"])]
     root = report.arrays["pattern"][prompt, layer, index, : len(tokens), : len(tokens)] / 255
+    ticks = {"showticklabels": len(tokens) <= 40}
     figure = go.Figure(
         go.Heatmap(
             z=root,
@@ -33,12 +34,19 @@ def pattern(report: Report, head: tuple[int, int] = (0, 0), prompt: int = 0) -> 
             colorscale="Viridis",
             zmin=0,
             zmax=1,
-            colorbar={"title": "√A"},
+            colorbar={"title": "√attention"},
         )
     )
     return figure.update_layout(
         title=f"L{layer}H{index}, {shown['title']}",
-        xaxis={"title": "key", "showticklabels": len(tokens) <= 40},
-        yaxis={"title": "query", "autorange": "reversed", "showticklabels": len(tokens) <= 40},
+        xaxis={"title": "key", "constrain": "domain", **ticks},
+        # square cells: a diagonal at 45° is an offset
+        yaxis={
+            "title": "query",
+            "autorange": "reversed",
+            "scaleanchor": "x",
+            "constrain": "domain",
+            **ticks,
+        },
         template="plotly_white",
     )
