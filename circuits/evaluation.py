@@ -88,7 +88,7 @@ def check_options(
 
 def _method(scores: Any) -> str | None:
     """The method that edges are to be scored by, if any."""
-    return scores if scores in METHODS else None
+    return scores if isinstance(scores, str) and scores in METHODS else None
 
 
 @analysis(
@@ -105,7 +105,7 @@ def circuit_evaluate(
     model: Model,
     task: Pairs | str,
     *,
-    scores: str = "eap-ig",
+    scores: str | Report = "eap-ig",
     sizes: Sequence[float] = SIZES,
     at: float = 2.0,
     steps: int = 5,
@@ -131,8 +131,8 @@ def circuit_evaluate(
 
     Args:
         task: a task's name (ioi, greater_than, …), a file of pairs, or Pairs.
-        scores: eap-ig, eap, eap-ig-activations, atp or random; or the folder of a saved report of
-            `interp edges` or `interp circuit find`.
+        scores: eap-ig, eap, eap-ig-activations, atp or random; or a report of `interp edges` or
+            `interp circuit find`: its folder, or itself.
         sizes: circuit sizes in percent of all edges. at: the size (percent, signed ranking) that
             completeness and minimality are about.
         steps: of eap-ig. metric: logit_diff, prob_diff, kl or loss.
@@ -161,8 +161,10 @@ def circuit_evaluate(
     1.0
     """
     started = time.perf_counter()
+    saved = scores if isinstance(scores, Report) else None
+    scores = f"the report '{scores.analysis}'" if isinstance(scores, Report) else str(scores)
     options: dict[str, Any] = {
-        "scores": str(scores),
+        "scores": scores,
         "sizes": [float(size) for size in sizes],
         "at": at,
         "steps": steps,
@@ -172,14 +174,16 @@ def circuit_evaluate(
         "subsets": subsets,
         "naive": naive,
     }
-    check_options(**{**options, "scores": scores, "n": n})
+    check_options(**{**options, "scores": saved or scores, "n": n})
     graph = Graph.of(model)
     pairs = as_pairs(model, task, n=n, seed=seed)
     if len(pairs) < 2:
         raise BadInput("one pair has no interval: give at least two")
     options |= {"task": pairs.name, "n": len(pairs)}
     source = provenance(model, options=options, seed=seed)
-    given = _saved(Path(scores), graph, source) if Path(scores).is_dir() else None
+    if saved is None and Path(scores).is_dir():
+        saved = Report.load(scores)
+    given = None if saved is None else _saved(saved, scores, graph, source)
     key = {"model": source["model"], "options": options, "seed": seed, "pairs": pairs.digest}
     if given is not None:
         key["edges"] = _digest(given[0], given[1])
@@ -365,18 +369,17 @@ def _removals(
 
 
 def _saved(
-    folder: Path, graph: Graph, source: dict[str, Any]
+    report: Report, called: str, graph: Graph, source: dict[str, Any]
 ) -> tuple[Scores, Circuit | None, list[str]]:
     """Importances (and circuit) of a saved report of `edges` or `circuit_find`, and what to say of it."""
-    report = Report.load(folder)
     if report.analysis not in ("edges", "circuit_find") or "scores" not in report.arrays:
         raise BadInput(
-            f"{folder} is a report of '{report.analysis}'; give one of `interp edges` or `interp circuit find`"
+            f"{called} is a report of '{report.analysis}'; give one of `interp edges` or `interp circuit find`"
         )
     names = [report.meta.get("senders"), report.meta.get("receivers")]
     if names != [graph.sender_names, graph.receiver_names]:
         raise BadInput(
-            f"{folder} was made on {report.meta['model']['id']}, whose graph is another than this model's"
+            f"{called} was made on {report.meta['model']['id']}, whose graph is another than this model's"
         )
     notes = []
     if report.meta["model"]["sha256"] != source["model"]["sha256"]:
@@ -393,7 +396,7 @@ def _saved(
         circuit = torch.from_numpy(report.arrays["mask"]).bool()
         if not graph.prune(circuit).any():
             raise BadInput(
-                f"the circuit in {folder} has no edge on a path from embedding to logits: nothing to judge"
+                f"the circuit in {called} has no edge on a path from embedding to logits: nothing to judge"
             )
     same = [report.meta.get("options", {}).get("task"), report.meta.get("seed")]
     if same == [source["options"]["task"], source["seed"]]:

@@ -136,6 +136,13 @@ def test_a_saved_report_is_judged_like_its_scores(induction, tmp_path):
     for row, other in zip(told.table[columns].values, fresh.table[columns].values, strict=True):
         assert list(row[:3]) == list(other[:3]) and row[3] == pytest.approx(other[3], abs=1e-5)
     assert any("same" in note for note in told.meta["notes"])
+    unsaved = circuit_evaluate(induction, pairs, scores=edges, **QUICK)
+    assert unsaved.table.equals(told.table)
+    assert unsaved.meta["options"]["scores"] == "the report 'edges'"
+    with pytest.raises(
+        BadInput, match="is a report of 'circuit_evaluate'; give one of `interp edges`"
+    ):
+        circuit_evaluate(induction, pairs, scores=told, **QUICK)
 
 
 def test_a_saved_circuit_is_a_point_of_its_own(induction, tmp_path):
