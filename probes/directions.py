@@ -64,9 +64,14 @@ def _ridge(x: Vectors, y: np.ndarray) -> Float[np.ndarray, " width"]:
     from sklearn.linear_model import RidgeCV
 
     scale = x.std(0)
-    scale[scale == 0] = 1.0
-    probe = RidgeCV(alphas=np.logspace(0, 5, 6)).fit((x - x.mean(0)) / scale, 2.0 * y - 1)
-    return probe.coef_ / scale
+    # What differs by float rounding alone is constant: dividing by it would make noise a feature.
+    varies = scale > 1e-6 * np.abs(x).max(0, initial=0.0)
+    weights = np.zeros_like(scale)
+    if varies.any():
+        standard = (x - x.mean(0))[:, varies] / scale[varies]
+        probe = RidgeCV(alphas=np.logspace(0, 5, 6)).fit(standard, 2.0 * y - 1)
+        weights[varies] = probe.coef_ / scale[varies]
+    return weights
 
 
 def interventions(

@@ -328,6 +328,18 @@ def test_the_table_is_what_plain_runs_give(tiny_model, planted):
             assert row["low"] <= row["effect"] <= row["high"]
 
 
+def test_features_that_differ_by_rounding_alone_are_no_direction() -> None:
+    """Divided by its deviation, what float32 rounds of a large constant would outweigh everything."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 2 == 1
+    x = rng.normal(size=(60, 40)) + 2.0 * y[:, None] * (np.arange(40) == 0)
+    steps = np.spacing(np.float32(5000)) * rng.integers(0, 2, size=(60, 8))
+    more = np.concatenate([x, 5000 + steps], 1).astype(np.float32).astype(np.float64)
+    wanted, found = direction_of(x, y, "ridge"), direction_of(more, y, "ridge")
+    assert np.abs(found.eraser.read[40:, 0].numpy()).max() == 0
+    assert np.allclose(found.step[:40], wanted.step, atol=1e-4)
+
+
 def test_random_directions_are_matched_and_seeded(planted):
     options = {"sites": ["resid_post.1"], "answers": ANSWERS, "doses": [1], "draws": 5}
     options |= {"control_prompts": 2, "progress": False}
