@@ -374,6 +374,14 @@ def test_a_model_that_reads_both_ways_is_refused():
         recall(Model(module, tokenizer(), id="bert"), facts=FACTS, template=TEMPLATE)
 
 
+def test_a_model_of_which_one_block_is_no_sum_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    module = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_hidden_layers=3, **sizes))
+    module.model.layers[1].register_forward_hook(lambda module, args, out: out.tanh())
+    with pytest.raises(Refused, match=r"layer 1 of bent writes is not known: no outputs inside"):
+        recall(Model(module.eval(), tokenizer(), id="bent"), facts=FACTS, template=TEMPLATE)
+
+
 # --- the default model ---------------------------------------------------------------------------
 
 
