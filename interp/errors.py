@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LISTED = 60
+"""Names that a message lists: all detectors or analyses, not every head of a model."""
+
 
 class InterpError(Exception):
     """Something the user can mend; the command line prints its message as one line."""
@@ -47,8 +50,11 @@ def unknown(what: str, got: str, known: Iterable[str]) -> BadInput:
 
     >>> str(unknown("site", "resid_pst", ["resid_post", "z"]))
     "no site 'resid_pst'; did you mean 'resid_post'? known: resid_post, z"
+    >>> str(unknown("head", "99.0", [f"{layer}.{head}" for layer in range(30) for head in range(9)]))[-29:]
+    '6.3, 6.4, 6.5, … (270 in all)'
     """
     names = list(known)
     near = difflib.get_close_matches(got, names, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
-    return BadInput(f"no {what} '{got}'{hint} known: {', '.join(names)}")
+    more = f", … ({len(names)} in all)" if len(names) > LISTED else ""
+    return BadInput(f"no {what} '{got}'{hint} known: {', '.join(names[:LISTED])}{more}")
