@@ -23,6 +23,7 @@ from interp.data.images import image_prompts
 from interp.errors import BadInput
 from interp.registry import analysis
 from interp.report import Report, provenance
+from interp.run.files import read_utf8
 from interp.run.progress import Progress
 
 LAYERS, TEXTS, IMAGES, EXTREMES = 4, 8, 64, 3
@@ -163,7 +164,7 @@ def text_bank(texts: Sequence[str] | str | None) -> list[str]:
                 f"no file of texts '{path}'; give texts, or a {SUFFIX} file with one a line"
             )
         else:
-            found += [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            found += [line.strip() for line in read_utf8(path).splitlines()]
     found = [text for text in dict.fromkeys(found) if text]
     if not found:
         raise BadInput("no texts to choose from: give at least one")

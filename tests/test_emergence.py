@@ -552,6 +552,9 @@ def test_bad_series_are_told_before_a_model_is_opened(short, tmp_path, monkeypat
             emergence([str(model) for model in given], progress=False)
     with pytest.raises(BadInput, match="no file"):
         emergence([str(short)], text=tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BadInput, match=r"latin\.txt' is no UTF-8 text \(byte 3\)"):
+        emergence([str(short)], text=tmp_path / "latin.txt")
     with pytest.raises(BadInput, match="did you mean 'induction'"):
         emergence([str(short)], detectors=["inductoin"])
     with pytest.raises(BadInput, match="prompts=2"):

@@ -26,6 +26,7 @@ from interp.models.model import Model
 from interp.registry import analysis, require_kind
 from interp.report import Report, combined_provenance
 from interp.resampling import INTERVAL
+from interp.run.files import read_utf8
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 
@@ -134,7 +135,7 @@ def emergence(
     check_options(detectors=detectors, prompts=prompts, tokens=tokens, text=text)
     found = find_series(series)
     chosen = choose(detectors or DETECTORS)
-    given = None if text is None else Path(text).read_text(encoding="utf-8")
+    given = None if text is None else read_utf8(Path(text))
     options = {
         "detectors": [d.name for d in chosen],
         "prompts": prompts,

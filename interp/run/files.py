@@ -7,7 +7,18 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from interp.errors import SaveFailed
+from interp.errors import BadInput, SaveFailed
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file; BadInput where it is no UTF-8, with the place."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"'{path}' is no UTF-8 text (byte {error.start}): save it as UTF-8, such as with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
