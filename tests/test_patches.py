@@ -1,8 +1,9 @@
 """Towers that read the patches of all images in one, with a grid: every site must be each image's own.
 
 Of each form in which blocks hold them: [batch·pos, d_model] (Qwen2-VL), in the order of windows (Qwen2.5-VL), [1,
-batch·pos, d_model] (HunYuan), with a class token before each image's patches (Inkling), or pixels in a strip and a
-stream that is shortened behind a block (MiniCPM). Tolerance: float32, a few blocks deep.
+batch·pos, d_model] (HunYuan), of pixels in one row (PaddleOCR), with a class token before each image's patches
+(Inkling), or of pixels in a strip and with a stream that is shortened behind a block (MiniCPM). Tolerance: float32, a
+few blocks deep.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import (
     HunYuanVLVisionTransformer,
     Inkling2VisionModel,
     MiniCPMOcrVisionModel,
+    PaddleOCRVisionModel,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -58,6 +60,10 @@ TOWERS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "packed": (
         HunYuanVLVisionTransformer,
         {"hidden_size": 32, "num_hidden_layers": 3, "num_key_value_heads": 4},
+    ),
+    "one row": (
+        PaddleOCRVisionModel,
+        {"hidden_size": 32, "num_hidden_layers": 3, "image_size": 32},
     ),
     "class token": (Inkling2VisionModel, {"hidden_size": 32, "num_hidden_layers": 3}),
     "strip": (
@@ -339,6 +345,14 @@ def test_a_tower_whose_images_see_each_other_is_refused(monkeypatch: pytest.Monk
     module = randomised(of(of.config_class(**{**SIZES, **sizes})))
     with pytest.raises(Refused, match="depends on the image beside it"):
         Model(module)
+
+
+def test_a_tower_that_works_with_no_patches_is_refused_with_why() -> None:
+    of, sizes = TOWERS["windows"]
+    assert of.config_class is not None
+    none_in_one = of.config_class(**{**SIZES, **sizes, "window_size": 4})
+    with pytest.raises(Refused, match=r"none of the \d+ shapes .* modulo by zero"):
+        Model(randomised(of(none_in_one)))
 
 
 def test_rows_of_packed_inputs() -> None:

@@ -168,6 +168,7 @@ def _shapes(config: Any, n: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         for t in dict.fromkeys(times):
             yield 0, 1, (n, c * t * side**2)
         yield 0, 1, (n, c, side, side)
+        yield 1, 1, (1, n, c, side, side)
         for m in dict.fromkeys([*_sizes(config, MERGED), 1]):
             yield 0, 1, (n, m * side, m * side, c)
         yield 3, side, (1, c, side, n * side)
@@ -187,7 +188,7 @@ def _refuted(module: nn.Module, batch: Batch) -> str:
                 output_tensor(call_model(module, each.to(module_device(module)))).double()
                 for each in (batch, copies)
             ]
-    except FAILURES as error:
+    except (*FAILURES, ArithmeticError) as error:  # a config's window may be smaller than a patch
         return " ".join(str(error).split())[:120] or type(error).__name__
     shape = made[0].shape
     if shape[0] != batch.size and (shape[:-2].numel() > 1 or shape[-2] % batch.size):
