@@ -545,7 +545,7 @@ def test_bad_series_are_told_before_a_model_is_opened(short, tmp_path, monkeypat
         ([short / "step-4", short / "step-2"], "do not increase"),
         ([short / "step-2", short / "step-2"], "do not increase"),
         ([short / "step-2"], "one checkpoint"),
-        (["org/name"], "org/name@step1000"),
+        (["org/name"], "no folder 'org/name' here.*org/name@step1000"),
         (["org/name@main", "org/name@dev"], "names no step"),
     ):
         with pytest.raises(BadInput, match=told):

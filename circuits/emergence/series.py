@@ -128,7 +128,8 @@ def _checkpoints(text: str) -> Iterator[tuple[str, Path | None, CheckpointAt]]:
         if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
             raise BadInput(f"no folder '{text}': give a folder of step-<n> folders")
         raise BadInput(
-            f"'{text}' is one checkpoint of unknown step: give its revisions, such as {text}@step1000"
+            f"no folder '{text}' here: give a folder of step-<n> folders; of a hub id, its revisions, such as "
+            f"{text}@step1000"
         )
     yield source, None, CheckpointAt(source, _step(revision), revision)
 
