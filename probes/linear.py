@@ -402,9 +402,24 @@ class _Held:
             return None
 
     def _read(self, model: Model) -> dict[str, np.ndarray]:
-        return capture_features(
+        found = capture_features(
             model, self.data, self.sites, positions=self.position, progress=self.bars
         )
+        return {key: without_rounding(x) for key, x in found.items()}
+
+
+def without_rounding(x: Float[np.ndarray, "items width"]) -> Float[np.ndarray, "items width"]:
+    """The features, those that differ between items by float32 rounding alone made the same for all.
+
+    Divided by its deviation, as probes have it, such a feature would be noise as loud as any other, and the
+    direction's largest coordinate.
+
+    >>> without_rounding(np.array([[5000.0, 1.0], [np.nextafter(np.float32(5000), 0), 2.0]])).tolist()
+    [[5000.0, 1.0], [5000.0, 2.0]]
+    """
+    with np.errstate(invalid="ignore"):  # what is not finite is told by check_features
+        constant = x.std(0, dtype=np.float64) <= 1e-6 * np.abs(x).max(0, initial=0.0)
+    return np.where(constant, x[:1], x)
 
 
 def check_features(found: Mapping[str, Float[np.ndarray, "items width"]], name: str) -> None:

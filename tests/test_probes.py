@@ -30,6 +30,7 @@ from probes.linear import (
     folds_by_group,
     group_interval,
     linear_probes,
+    without_rounding,
 )
 from probes.ridge_sweep import ridge_sweep
 from tests.families import FAMILIES
@@ -495,6 +496,18 @@ def test_a_site_that_the_model_lacks_is_refused(coins):
     with pytest.raises(Refused, match="'z'"):
         linear_probes(model_of("mamba"), coins, sites="z", progress=False)
     assert len(features_of(model_of("mamba"), "resid_post")) == 3
+
+
+def test_features_that_differ_by_rounding_alone_are_not_in_the_direction() -> None:
+    rng = np.random.default_rng(0)
+    y, folds = np.arange(60) % 2, np.arange(60) // 12
+    x = rng.normal(size=(60, 40)) + 2.0 * y[:, None] * (np.arange(40) == 0)
+    steps = np.spacing(np.float32(5000)) * rng.integers(0, 2, size=(60, 8))
+    more = np.concatenate([x, 5000 + steps], 1).astype(np.float32)
+    noisy = ridge_sweep(more[None], y[None], folds, refit=True).directions[0, 0]
+    assert np.abs(noisy[40:]).max() > np.abs(noisy[:40]).max()
+    clean = ridge_sweep(without_rounding(more)[None], y[None], folds, refit=True).directions[0, 0]
+    assert np.abs(clean[40:]).max() < 1e-6 and np.abs(clean[:40]).max() > 1e-2
 
 
 def test_constant_features_are_told_with_their_site():
