@@ -140,8 +140,8 @@ class Batch:
         """`times` copies of all rows, one copy after the other."""
         return self._map(lambda x: torch.cat([x] * times), self.size * times)
 
-    def rows(self, rows: slice) -> Batch:
-        """Some of the rows.
+    def rows(self, rows: slice | Tensor) -> Batch:
+        """Some of the rows: a slice of them, or their numbers.
 
         Raises:
             BadInput: an input has more or fewer entries than there are rows, and which are whose is not known.
@@ -152,7 +152,8 @@ class Batch:
                     f"which of the {x.shape[0]} entries of '{name}' belong to which of {self.size} rows is not known: "
                     "make a batch of each row"
                 )
-        return self._map(lambda x: x[rows], len(range(self.size)[rows]))
+        kept = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
+        return self._map(lambda x: x[rows], kept)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

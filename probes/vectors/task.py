@@ -175,7 +175,7 @@ class _Batch:
 def _rows(asked: Asked, rows: np.ndarray) -> Asked:
     """Some of the prompts."""
     index = torch.from_numpy(np.sort(rows)).to(asked.answers.device)
-    return Asked(asked.batch.rows(index), asked.answers[index])  # type: ignore[arg-type]
+    return Asked(asked.batch.rows(index), asked.answers[index])
 
 
 # --- the analysis -----------------------------------------------------------------------------------
