@@ -75,9 +75,10 @@ FORMS = pytest.mark.parametrize("form", TOWERS)
 WITHOUT_STAGES = pytest.mark.parametrize("form", [name for name in TOWERS if name != "strip"])
 
 
-def randomised(module: PreTrainedModel) -> PreTrainedModel:
+def randomised(of: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        module = of(config)
         for parameter in module.parameters():
             noise = torch.randn_like(parameter)
             parameter.add_(0.1 * noise) if parameter.ndim < 2 else parameter.copy_(0.2 * noise)
@@ -89,7 +90,7 @@ def model(form: str) -> Model:
     of, sizes = TOWERS[form]
     small = {"out_hidden_size": 40, "text_hidden_size": 40, "projection_hidden_dim": 48}
     assert of.config_class is not None
-    return Model(randomised(of(of.config_class(**{**SIZES, **small, **sizes}))), id=form)
+    return Model(randomised(of, of.config_class(**{**SIZES, **small, **sizes})), id=form)
 
 
 def images(form: str, n: int = 2) -> Batch:
@@ -205,12 +206,14 @@ def test_an_edit_of_a_row_is_of_that_image_alone(form: str, site: str) -> None:
     both = of.run(batch, edits=[edit], capture=["resid_post"])
     one = of.run(batch, edits=[edit.on_rows(slice(1, 2))], capture=["resid_post"])
     alone = of.run(rows(form, batch, slice(1, 2)), edits=[edit], capture=["resid_post"])
+    # An edit of resid_mid is carried by a write, and Inkling's are scaled: divided again, they round.
+    allowed = ROUNDING if (form, site) == ("class token", "resid_mid") else 0
     for layer, x in one.cache.by_layer("resid_post").items():
-        assert torch.equal(x[0], clean.cache[Site("resid_post", layer)][0])
+        assert off(x[0], clean.cache[Site("resid_post", layer)][0]) <= allowed
         assert torch.equal(x[1], both.cache[Site("resid_post", layer)][1])
         assert off(x[1:], alone.cache[Site("resid_post", layer)]) < ROUNDING
     assert one.logits is not None and clean.logits is not None
-    assert torch.equal(one.logits[0], clean.logits[0])
+    assert off(one.logits[0], clean.logits[0]) <= allowed
     assert off(one.logits[1], clean.logits[1]) > 100 * ROUNDING
 
 
@@ -342,7 +345,7 @@ def test_a_tower_whose_images_see_each_other_is_refused(monkeypatch: pytest.Monk
     )
     of, sizes = TOWERS["flat"]
     assert of.config_class is not None
-    module = randomised(of(of.config_class(**{**SIZES, **sizes})))
+    module = randomised(of, of.config_class(**{**SIZES, **sizes}))
     with pytest.raises(Refused, match="depends on the image beside it"):
         Model(module)
 
@@ -352,7 +355,7 @@ def test_a_tower_that_works_with_no_patches_is_refused_with_why() -> None:
     assert of.config_class is not None
     none_in_one = of.config_class(**{**SIZES, **sizes, "window_size": 4})
     with pytest.raises(Refused, match=r"none of the \d+ shapes .* modulo by zero"):
-        Model(randomised(of(none_in_one)))
+        Model(randomised(of, none_in_one))
 
 
 def test_rows_of_packed_inputs() -> None:
@@ -384,7 +387,7 @@ def test_images_beside_tokens_belong_to_the_rows_of_tokens() -> None:
     }
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=110)
-    module = randomised(Qwen2VLForConditionalGeneration(config))
+    module = randomised(Qwen2VLForConditionalGeneration, config)
     of, generator = Model(module), torch.Generator().manual_seed(3)
     words = torch.randint(5, 100, (2, 10), generator=generator)
     words[:, 1:5] = 110
@@ -432,7 +435,7 @@ def sound() -> Model:
         downsample_hidden_size=8,
         n_window_infer=200,
     )
-    return Model(randomised(Qwen3ASREncoder(config)), id="sound")
+    return Model(randomised(Qwen3ASREncoder, config), id="sound")
 
 
 def spectrograms(lengths: list[int]) -> dict[str, Tensor]:
