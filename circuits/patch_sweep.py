@@ -158,12 +158,35 @@ class Sweep:
                 advance(count)
 
             def unit(here: list[Place] = here) -> dict[str, np.ndarray]:
-                found = self._naive(here, step) if self.naive else self._replayed(here, step)
+                found = self._naive(here, step) if self.naive else self._moved(here, step)
                 return {"values": torch.stack(found).float().cpu().numpy()}
 
             out[mine] = units.compute(f"layer {layer}: {here}", unit)["values"]
             advance(len(here) - done)
         return out
+
+    def _moved(self, places: Sequence[Place], advance: Callable[[int], None]) -> list[Tensor]:
+        """Replays of the places whose activation changes; elsewhere the metric is the base run's.
+
+        Before the first token in which two prompts differ, all their activations are the same.
+        """
+        moving = [i for i, place in enumerate(places) if self._changes(place)]
+        out = [self.base_values] * len(places)
+        advance(len(places) - len(moving))
+        found = self._replayed([places[i] for i in moving], advance) if moving else []
+        for i, values in zip(moving, found, strict=True):
+            out[i] = values
+        return out
+
+    def _changes(self, place: Place) -> bool:
+        """Whether what is put in at a place differs, in any bit, from what the base run has there."""
+        new = self.replacements[place.position]
+        old = self.base.cache[Site(new.site, place.layer)]
+        change = _here(new.values[place.layer].to(old) != old, new.where)
+        if place.unit is None:
+            return bool(change.any())
+        unit = change[..., place.unit] if self.site == NEURONS else change[..., place.unit, :]
+        return bool(unit.any())
 
     def _replayed(self, places: Sequence[Place], advance: Callable[[int], None]) -> list[Tensor]:
         return self.model.replay(
@@ -206,7 +229,7 @@ class Sweep:
         for name, new in self.replacements.items():
             for layer, values in new.values.items():
                 change = gradients[layer] * (values - self.base.cache[Site(site, layer)])
-                change = change.float().mean(0) if new.where is None else _at(change, new.where)
+                change = _here(change, new.where).float().mean(0)
                 # What is left of [pos, unit, d] is the unit; of [pos, d_mlp] the neuron.
                 by_unit = change.sum(0) if site == NEURONS else change.sum((0, -1))
                 sums[layer, name] = by_unit.cpu()
@@ -327,12 +350,14 @@ def where_of(pairs: Pairs, name: str) -> Tensor | list[int] | None:
     return [int(name)] if name.isdigit() else pairs.position(name)
 
 
-def _at(x: Tensor, where: Tensor | list[int]) -> Tensor:
-    """Mean over rows of x [n pos …] at one position of each, as [1 …]."""
+def _here(x: Tensor, where: Tensor | list[int] | None) -> Tensor:
+    """x [n pos …] at the positions asked for, as [n 1 …] where it is one of each row."""
+    if where is None:
+        return x
     if isinstance(where, list):
-        return x[:, where].float().mean(0)
+        return x[:, where]
     rows = torch.arange(len(x), device=x.device)
-    return x[rows, where.to(x.device)].float().mean(0)[None]
+    return x[rows, where.to(x.device)][:, None]
 
 
 def _units(site: str, values: Tensor) -> Iterable[int | None]:

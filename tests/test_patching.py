@@ -189,6 +189,25 @@ def test_each_and_named_positions_agree(tiny):
     assert same.drop(["2", "4"]).abs().max() < ROUNDING
 
 
+def test_places_where_the_prompts_agree_are_not_replayed(tiny, monkeypatch):
+    """Before the first token that differs every activation is the base run's own."""
+    clean, corrupted = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]], [[5, 6, 3, 8, 9], [9, 8, 2, 6, 5]]
+    pairs = Pairs.of(clean, corrupted, answers=[3, 11], wrong=[4, 12])
+    replayed = []
+    replay = tiny.replay
+
+    def counted(base, variants, *args, **options):
+        replayed.append(len(variants))
+        return replay(base, variants, *args, **options)
+
+    monkeypatch.setattr(tiny, "replay", counted)
+    table = patch(tiny, pairs, site="resid_pre", progress=False).table
+    assert replayed == [1, 1, 3]  # the check that replay is exact, then layer by layer
+    moved = [(0, "2"), (1, "2"), (1, "3"), (1, "4")]
+    for row in table.to_dict("records"):
+        assert (row["change"] != 0) == ((row["layer"], row["position"]) in moved)
+
+
 def test_noise_is_denoise_of_the_pairs_exchanged(tiny):
     pairs = random_pairs()
     noise = table_of(tiny, pairs, direction="noise")
