@@ -267,7 +267,10 @@ def _kind(module: nn.Module) -> str:
 
 def _declared(model_type: str, name: str) -> str:
     """Of a base model that could not be built: "vision" where its class says that it reads images alone."""
-    main = getattr(getattr(transformers, name, None), "main_input_name", "")
+    try:
+        main = getattr(getattr(transformers, name, None), "main_input_name", "")
+    except ImportError:  # of a class that needs a library that is not here, nothing can be asked
+        return ""
     parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
     of_parts = {"vision_config", "text_config"} & set(parts)
     return "vision" if main == "pixel_values" and not of_parts else ""
