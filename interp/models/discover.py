@@ -7,7 +7,7 @@ member of the ModuleList that holds the attention module; what a block writes is
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -153,6 +153,7 @@ def _with_windows(
         in_order(layer, windows[i].layout) if i in windows else layer
         for i, layer in enumerate(layers)
     ]
+    unseen: dict[int, str] = {}
     for i, layer in enumerate(layers):
         rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
@@ -168,9 +169,11 @@ def _with_windows(
             why = f"'{layer.name}' has queries of {q.shape[2]} of its {n_pos} positions where its attention is seen"
         else:
             continue
-        for site in (*SELF_SITES, "attn_out"):
-            refused.setdefault(site, why)
+        unseen[i] = why
         layers[i] = replace(layer, attention=None)
+    alone = any(layer.attention for layer in layers)
+    for (i, why), site in product(unseen.items(), (*SELF_SITES, "attn_out")):
+        refused.setdefault(f"{site}.{i}" if alone else site, why)
     return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
 
 
