@@ -171,7 +171,7 @@ AFTER = """
 after = state()
 for was, now in zip(before[:2], after[:2]):
     assert {name: now[name] for name in was} == was
-    assert set(now) - set(was) == {"interp_window"}
+    assert set(now) - set(was) == {"interp_window", "interp_window_flash"}
 assert before[2:] == after[2:]
 found = {"transformer_lens", "nnsight", "sae_lens"} & set(sys.modules)
 assert not found, found

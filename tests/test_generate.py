@@ -162,7 +162,7 @@ def test_the_model_is_left_as_it_was(tiny):
         generate(tiny, IDS, edits=[Edit.zero("z", heads=[(0, 9)])])
     for module in tiny.module.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-    assert tiny.module.config._attn_implementation != "interp_window"
+    assert not tiny.module.config._attn_implementation.startswith("interp_window")
 
 
 @pytest.mark.parametrize(
