@@ -338,9 +338,10 @@ def test_windows_whose_keys_lie_in_another_order_are_refused_by_name() -> None:
     module: Any = randomised(_rows_and_columns())
     module.layers[0].attention.k_proj = Rolled(module.layers[0].attention.k_proj)
     model = Model(module, id="rolled")
-    for site in ("z", "pattern", "attn_out"):
+    for site in ("z.0", "pattern.0", "attn_out.0"):
         with pytest.raises(Refused, match=r"'layers.0' attends in windows \(8 of 16 positions"):
             model.run(images(32), capture=[site])
+    assert any("heads of layers 0 are not seen" in note for note in model.notes)
     batch = images(32)
     run = model.run(batch, capture=["resid_pre"])
     edit = Edit.zero("resid_post.0", positions=[3])
@@ -376,9 +377,7 @@ def test_heads_in_windows_are_classified_on_the_grid_of_patches() -> None:
 
 
 def test_stages_have_no_one_grid_and_say_so() -> None:
-    with pytest.raises(
-        Refused, match="layer 2 attends over 1 × 64 positions of an image that has 256"
-    ):
+    with pytest.raises(Refused, match="in stages, on 256, 64 positions of an image"):
         patch_grid(shifted())
 
 

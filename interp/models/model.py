@@ -102,6 +102,7 @@ class Model:
         if self.module in drawing:
             self.notes += (DRAWS,)
         self.notes += kernels.note(self.module, self.spec.between_kernels)
+        self.notes += (self.spec.unseen,) if self.spec.unseen else ()
         self._windows = Layouts(self.module, self.spec)
         # Positions are an index into the last hidden state, which may lie on another device than they.
         self._keeps_logits = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.layout import PLAIN, Windows
+from interp.sites import ranges
 
 
 @dataclass(frozen=True)
@@ -371,6 +372,16 @@ class Spec:
     def attention_layers(self) -> list[int]:
         """Layers whose attention is seen through the window."""
         return [layer for layer, block in enumerate(self.blocks) if block.attention]
+
+    @property
+    def unseen(self) -> str:
+        """Which layers attend unseen where others are seen, and why; "" where there are none."""
+        layers = [i for i in range(self.n_layers) if f"z.{i}" in self.refused]
+        if not layers:
+            return ""
+        return (
+            f"the heads of layers {ranges(layers)} are not seen: {self.refused[f'z.{layers[0]}']}"
+        )
 
     @property
     def heads(self) -> list[tuple[int, int]]:
