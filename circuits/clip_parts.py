@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from circuits.attribution import rows_at
 from interp.errors import BadInput, Refused
-from interp.models.calls import main_input
 from interp.models.model import Model
 from interp.models.spec import first_tensor
+from interp.models.towers import image_part
 from interp.models.weights import FrozenNorm, linear_map
 from interp.run.batch import Batch
 
@@ -79,10 +79,10 @@ def vision_tower(clip: nn.Module, tokenizer: Any = None, id: str = "model") -> M
                 f"{id} is a {type(clip).__name__}, which has no {name}: wanted a model that embeds both "
                 "images and texts, such as a CLIPModel"
             )
-    for name, part in clip.named_modules():
-        if name and hasattr(part, "config") and main_input(part) == "pixel_values":
-            return Model(part, tokenizer, id)
-    raise Refused(f"{id} ({type(clip).__name__}) has no part of its own that reads pixels")
+    found = image_part(clip)
+    if found is None:
+        raise Refused(f"{id} ({type(clip).__name__}) has no part of its own that reads pixels")
+    return Model(found[1], tokenizer, id)
 
 
 def embedding_of(output: Any) -> Float[Tensor, "n d_embed"]:

@@ -181,12 +181,12 @@ class Sweep:
     def _changes(self, place: Place) -> bool:
         """Whether what is put in at a place differs, in any bit, from what the base run has there."""
         new = self.replacements[place.position]
-        old = self.base.cache[Site(new.site, place.layer)]
-        change = _here(new.values[place.layer].to(old) != old, new.where)
-        if place.unit is None:
-            return bool(change.any())
-        unit = change[..., place.unit] if self.site == NEURONS else change[..., place.unit, :]
-        return bool(unit.any())
+        pair = (self.base.cache[Site(new.site, place.layer)], new.values[place.layer])
+        old, put = (_here(x, new.where) for x in pair)
+        if place.unit is not None:
+            last = (place.unit,) if self.site == NEURONS else (place.unit, slice(None))
+            old, put = old[(..., *last)], put[(..., *last)]
+        return not torch.equal(put.to(old), old)
 
     def _replayed(self, places: Sequence[Place], advance: Callable[[int], None]) -> list[Tensor]:
         return self.model.replay(

@@ -72,8 +72,7 @@ class AffineLens:
 
     def save(self, path: Path) -> None:
         """Write the lens as one safetensors file, whole or not at all."""
-        tensors = {"A": self.A, "b": self.b, "U": self.U, "V": self.V}
-        save_maps(path, {name: x for name, x in tensors.items() if x is not None}, self.about)
+        save_maps(path, {"A": self.A, "b": self.b, "U": self.U, "V": self.V}, self.about)
 
     @staticmethod
     def load(path: Path, model: Model, sha256: str | None = None) -> AffineLens:
@@ -86,9 +85,9 @@ class AffineLens:
         return AffineLens(tensors.get("A"), tensors["b"], about, tensors.get("U"), tensors.get("V"))
 
 
-def save_maps(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a lens's tensors and what is known about them as one safetensors file, or nothing."""
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+def save_maps(path: Path, tensors: Mapping[str, Tensor | None], about: Mapping[str, Any]) -> None:
+    """Write what a lens has of these and what is known about it as one safetensors file, or nothing."""
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
     write_atomically(path, save(plain, {"about": json.dumps(about)}))
 
 

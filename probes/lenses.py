@@ -110,8 +110,7 @@ class HeadLens:
 
     def save(self, path: Path) -> None:
         """Write the lens as one safetensors file, whole or not at all."""
-        tensors = {"A": self.A, "b": self.b, "U": self.U, "V": self.V}
-        save_maps(path, {name: x for name, x in tensors.items() if x is not None}, self.about)
+        save_maps(path, {"A": self.A, "b": self.b, "U": self.U, "V": self.V}, self.about)
 
     @staticmethod
     def load(path: Path, model: Model) -> HeadLens:

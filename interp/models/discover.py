@@ -76,8 +76,8 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     text = text_config(seen.module) if config is not None else None
     n_ctx = getattr(text, "max_position_embeddings", None)
     anew = [
-        restarts(block) and layer.output.shape == shape  # another shape is another stage's stream
-        for block, layer, shape in zip(blocks, layers, shapes, strict=True)
+        restarts(block) and not layer.reshapes(key)  # another shape is another stage's stream
+        for block, layer in zip(blocks, layers, strict=True)
     ]
     spec = Spec(
         family=getattr(config, "model_type", type(seen.module).__name__),

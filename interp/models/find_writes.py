@@ -42,7 +42,7 @@ def with_writes(
     layers, blocks = list(layers), list(blocks)
     found: list[tuple[Sums | None, list[Candidate]]] = []
     for i, layer in enumerate(layers):
-        if _reshapes(layer, key):
+        if layer.reshapes(key):
             if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
                 refused["resid_post"] = _shapes(layer, key)
             found.append(as_it_returns(layer, blocks[i]))
@@ -51,7 +51,7 @@ def with_writes(
         found.append((sums, candidates))
     found = _with_restarts(seen, layers, found, batch, key)
     for i, layer in enumerate(layers):
-        if found[i][0] is None and _reshapes(layer, key):
+        if found[i][0] is None and layer.reshapes(key):
             found[i] = before_the_shape_changes(layer, blocks[i], key)
     hybrid = any(
         sums is not None
@@ -101,11 +101,6 @@ def _taken_apart(
     return layer, block, None, candidates
 
 
-def _reshapes(layer: Layer, key: int | str) -> bool:
-    """Whether a block returns a stream of another width or length than it reads."""
-    return layer.output.shape != layer.hidden(key).shape
-
-
 def _shapes(layer: Layer, key: int | str) -> str:
     return (
         f"'{layer.name}' returns shape {tuple(layer.output.shape)}, "
@@ -147,7 +142,7 @@ def _refuse_unexplained(
         if block.reshapes_behind and block.mlp_write is None:
             why = f"{_shapes(layer, key)}: what is written behind '{block.reshapes_behind}' was not found"
             sites = MLP_WRITES
-        elif i in unexplained and _reshapes(layer, key):
+        elif i in unexplained and layer.reshapes(key):
             why = f"{_shapes(layer, key)}: what it writes does not add up to that"
         elif i in unexplained:
             why = (

@@ -435,9 +435,8 @@ class Model:
             batch = begun(self.module, batch)
         batch = with_images_apart(self.module, in_codebooks(self.module, batch))
         if self.spec.blocks[0].axes in ONE_AFTER_THE_OTHER and not has_tokens(self.module, batch):
-            batch = replace(
-                batch, mask=None
-            )  # of frames or pixels: rows are packed without padding
+            # A mask of frames or pixels: rows are packed without padding.
+            batch = replace(batch, mask=None)
         if has_tokens(self.module, batch):
             self._check_ids(batch.ids)
         if batch.has_source:

@@ -64,9 +64,8 @@ def _returning(
         if output is None:
             return forward(*args, **kwargs)
         layer, resid, rest = output
-        if spec.blocks[
-            layer
-        ].members:  # this is the last, whose output code outside may change in place
+        if spec.blocks[layer].members:
+            # This is the last of them, whose output code outside may change in place.
             return args[0] if resid is None else resid.clone()
         if resid is not None:
             args, kwargs = with_hidden(args, kwargs, resid, spec, layer)  # as a block holds it

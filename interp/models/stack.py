@@ -45,6 +45,10 @@ class Layer:
         x = self.call.inputs[self.call.keys.index(key)]
         return shown(x, self.axes, self.inside.n_rows)
 
+    def reshapes(self, key: int | str) -> bool:
+        """Whether it returns a stream of another width or length than it reads."""
+        return self.output.shape != self.hidden(key).shape
+
     @property
     def output(self) -> Tensor:
         """The hidden state it returned [batch pos d_model]."""

@@ -223,7 +223,7 @@ def _check_writes(
     sites = ("attn_write", "mlp_write", "resid_mid")
     if any(block.cross for block in spec.blocks):
         sites += ("cross_write",)
-    having = [i for i in told if not _reshapes(layers[i], spec)]
+    having = [i for i in told if not layers[i].reshapes(spec.hidden)]
     passed = _check_reshaping([i for i in told if i not in having], spec, layers, check, sites)
     if not having:
         return passed
@@ -283,10 +283,6 @@ def _check_writes(
     which = "" if len(having) == spec.n_layers else f" (layers {ranges(having)})"
     detail = f"each block's writes, through its norms and carries, give what it returns{which}"
     return check("writes", made, wanted, detail, sites) and passed
-
-
-def _reshapes(layer: Layer, spec: Spec) -> bool:
-    return layer.output.shape != layer.hidden(spec.hidden).shape
 
 
 def _runs(which: Sequence[int], spec: Spec) -> list[list[int]]:
