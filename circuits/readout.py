@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.cache import Run
+
+AT_ONCE = 32
+"""Nodes whose writes at a position are held at once."""
 
 
 @dataclass(frozen=True)
@@ -229,27 +233,32 @@ def tables(
     shown: int = 4,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables "readout" and "words" of some nodes (see `readout`)."""
-    model, pairs = writes.model, writes.pairs
+    model, pairs, n = writes.model, writes.pairs, len(writes.pairs)
+    both = torch.stack([pairs.answers[:, 0], pairs.wrong[:, 0]], dim=1)
     rows, words = [], []
-    for position in positions:
-        for name in nodes:
-            here = writes.at(name, position)
-            answer = read(model, here.vectors, targets=pairs.answers[:, 0], top_k=top_k)
-            wrong = read(model, here.vectors, targets=pairs.wrong[:, 0], top_k=1)
-            assert answer.target_ranks is not None and wrong.target_ranks is not None
-            first = (answer.top_ids[:, :1] == pairs.answers).any(1)
+    for position, start in product(positions, range(0, len(nodes), AT_ONCE)):
+        names = nodes[start : start + AT_ONCE]
+        reads = [writes.at(name, position) for name in names]
+        # One product with the unembedding for all of them: most of the time goes there.
+        vectors = torch.cat([here.vectors for here in reads])
+        found = read(model, vectors, targets=both.repeat(len(names), 1), top_k=top_k)
+        assert found.target_ranks is not None
+        for place, (name, here) in enumerate(zip(names, reads, strict=True)):
+            own = slice(place * n, (place + 1) * n)
+            answer_ranks, wrong_ranks = found.target_ranks[own].unbind(1)
+            first = (found.top_ids[own, :1] == pairs.answers).any(1)
             rows.append(
                 {
                     "node": name,
                     "position": position,
                     "contribution": _mean(here.contribution),
-                    "answer_rank": float(np.median(answer.target_ranks.numpy())),
-                    "wrong_rank": float(np.median(wrong.target_ranks.numpy())),
+                    "answer_rank": float(np.median(answer_ranks.numpy())),
+                    "wrong_rank": float(np.median(wrong_ranks.numpy())),
                     "answer_first": float(first.float().mean()),
                 }
             )
-            for pair in range(min(shown, len(pairs))):
-                ids = answer.top_ids[pair].tolist()
+            for pair in range(min(shown, n)):
+                ids = found.top_ids[own][pair].tolist()
                 words += [
                     {
                         "pair": pair,
@@ -257,7 +266,7 @@ def tables(
                         "position": position,
                         "place": place,
                         "token": token,
-                        "probability": float(answer.top_probabilities[pair, place]),
+                        "probability": float(found.top_probabilities[own][pair, place]),
                     }
                     for place, token in enumerate(model.tokens(ids))
                 ]

