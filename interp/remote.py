@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from interp.errors import BadInput, Refused
 from interp.models.calls import check_kept
 from interp.models.model import Model
+from interp.models.plan import Plan, planned
 from interp.models.probe import probe_batch
 from interp.models.sources.nnsight_model import is_nnsight
 from interp.models.sources.pretrained import one_line, with_padding
@@ -95,7 +96,7 @@ class RemoteModel(Model):
             self._refuse(f"run(..., {wanted[0]}=)")
         batch = self.as_batch(data)
         check_kept(logits, batch, tokens=True)
-        plan = self._plan(capture, edits, None)
+        plan = planned(self._offered, capture, edits)
         steps = self._steps(batch, plan)
         if not steps and logits is False:
             raise BadInput("nothing to do: name sites to capture, or ask for logits")
@@ -123,7 +124,7 @@ class RemoteModel(Model):
         run.cache = wanted_sites
         return run
 
-    def _steps(self, batch: Batch, plan: Any) -> list[tuple]:
+    def _steps(self, batch: Batch, plan: Plan) -> list[tuple]:
         """What to do at each module boundary, as plain numbers and tensors, in the order of the forward."""
         keep = set(plan.capture)
         for name, layer in plan.capture:

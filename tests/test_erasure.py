@@ -17,6 +17,7 @@ from interp.errors import BadInput, InterpError
 from interp.metrics import kl
 from interp.models.load import weights_sha256
 from interp.models.model import Model
+from interp.models.passes import Passes
 from interp.report import Report
 from interp.run.edits import Edit
 from probes.captured import capture_features, last_token_of
@@ -400,13 +401,13 @@ def test_bad_options_are_told_before_a_forward(planted, monkeypatch, options, me
     def no_forward(*args, **kwargs):
         raise AssertionError("a forward was run")
 
-    monkeypatch.setattr(Model, "_forward", no_forward)
+    monkeypatch.setattr(Passes, "forward", no_forward)
     with pytest.raises(BadInput, match=message):
         probe_causal(planted, words_by(USED), progress=False, **options)
 
 
 def test_bad_data_are_told_before_a_forward(planted, monkeypatch):
-    monkeypatch.setattr(Model, "_forward", None)
+    monkeypatch.setattr(Passes, "forward", None)
     of_three = of(["so", "it", "is"] * 4, ["a", "b", "c"] * 4)
     few = of(["so", "it", "is", "no"], ["a", "b", "a", "b"])
     lone = of(

@@ -1,9 +1,11 @@
-"""The hooks of one pass: what is captured and edited where, and where the pass may stop."""
+"""What each hook of a pass does: it shows one call's tensors to what captures and edits them, or stops the pass.
+
+`hooked` puts them on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,48 +13,16 @@ from torch import Tensor, nn
 
 from interp.models.attention import Watch
 from interp.models.layout import held, require_rows_first, shown
+from interp.models.plan import Plan
 from interp.models.several import HEADS, Part
 from interp.models.spec import Carry, Spec, first_tensor, with_first
 from interp.run.cache import Run
-from interp.run.edits import Edit, Seen
-from interp.run.statistics import RowStatistics
+from interp.run.edits import Seen
 from interp.sites import Site
 
 
 class Stop(Exception):
     """Raised inside a forward when nothing after this point is needed."""
-
-
-@dataclass
-class Plan:
-    """What one pass captures and edits, by (site name, layer)."""
-
-    capture: set[tuple[str, int]] = field(default_factory=set)
-    edits: dict[tuple[str, int], list[Edit]] = field(default_factory=dict)
-    statistics: RowStatistics | None = None
-    statistics_until: int = -1
-    grad: bool = False
-
-    @property
-    def sites(self) -> set[tuple[str, int]]:
-        return self.capture | set(self.edits)
-
-    def wants(self, name: str, layer: int) -> bool:
-        return (name, layer) in self.capture or (name, layer) in self.edits
-
-    def kept(self, x: Tensor) -> Tensor:
-        """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place."""
-        return x.detach().requires_grad_() if self.grad and not x.requires_grad else x
-
-    def wants_any(self, names: Iterable[str], layer: int) -> bool:
-        return any(self.wants(name, layer) for name in names)
-
-    def layers_of(self, *names: str) -> set[int]:
-        return {layer for name, layer in self.sites if name in names}
-
-    @property
-    def last_layer(self) -> int:
-        return max([layer for _, layer in self.sites] + [self.statistics_until], default=-1)
 
 
 class RunWatch(Watch):

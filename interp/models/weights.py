@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.layout import CHANNELS_BEFORE
+from interp.models.offered import Offered
 from interp.models.spec import first_tensor, module_device
 
 
@@ -120,3 +124,86 @@ class FrozenNorm:
     def centre(self, x: Tensor) -> Tensor:
         """x less its mean, where the norm takes it out."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model's layers and ends, on `device`; `Model`'s W_O, W_V, W_U … are these."""
+
+    module: nn.Module
+    offered: Offered
+    device: torch.device
+
+    def attention_output(self, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
+        """Output projection [n_heads d_head d_model] and bias [d_model] of a layer's attention, or cross-attention."""
+        self.offered.layers_to_see("cross_out" if cross else "attn_out")
+        block, id = self.offered.spec.blocks[layer], self.offered.id
+        of = block.cross if cross else block
+        if of is None or of.W_O is None:
+            raise Refused(f"layer {layer} of {id} has no attention output projection")
+        if block.between and not cross:
+            what = "times a gate" if block.between == "gate" else "only through a function of it"
+            raise Refused(
+                f"layer {layer} of {id}: '{block.W_O}' reads z {what}, so no head has a linear "
+                "map from z to its output; sites z and attn_out are there"
+            )
+        W, b = self._linear_map(of.W_O, of.n_heads * of.d_head)
+        return W.reshape(of.n_heads, of.d_head, -1), b
+
+    def mlp_output(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Linear layer from neurons [d_mlp d_model], and its bias [d_model]."""
+        self.offered.layers_with("mlp_post")
+        block = self.offered.spec.blocks[layer]
+        if block.W_out is None:
+            raise Refused(
+                f"layer {layer} of {self.offered.id} has no one linear layer from neurons"
+            )
+        return self._linear_map(block.W_out, block.d_mlp)
+
+    def values(self, layer: int) -> Tensor:
+        """Value projection [n_kv_heads d_model d_head] with its norm's gain."""
+        block, id = self.offered.spec.blocks[layer], self.offered.id
+        if block.v is None:
+            raise Refused(f"layer {layer} of {id}: no linear layer whose outputs are v was found")
+        if not block.v.input or self.offered.spec.n_streams > 1:
+            raise Refused(f"layer {layer} of {id}: v is not read from the normed residual stream")
+        W, _ = self._linear_map(block.v.module, block.d_model)
+        if W.shape[0] != block.d_model:
+            raise Refused(f"layer {layer} of {id}: v is read from a latent of width {W.shape[0]}")
+        gain = torch.ones(block.d_model)
+        if block.v.input != "resid_pre":
+            gain = self.norm(block.v.input).gain
+        columns = block.v.columns.to(W.device)
+        return (gain.to(W)[:, None, None] * W[:, columns]).permute(1, 0, 2)
+
+    def norm(self, name: str | None) -> FrozenNorm:
+        """The norm of the residual stream that the module called `name` is; the identity for None."""
+        spec, module = self.offered.spec, None if name is None else self.module.get_submodule(name)
+        around = (b for b in spec.blocks if f"{name}.".startswith(f"{b.name}."))
+        block = next(around, None)
+        if block is None:
+            return FrozenNorm(module, spec.d_model, self.device)
+        turned = block.axes == CHANNELS_BEFORE
+        return FrozenNorm(module, block.d_model, self.device, turned=turned)
+
+    def embedding(self) -> Tensor:
+        """Token embedding [d_vocab d_model]."""
+        if self.offered.spec.embedding is None:
+            raise Refused(f"{self.offered.id} has no token embedding")
+        return self.module.get_submodule(self.offered.spec.embedding).weight  # type: ignore[return-value]
+
+    def unembedding(self) -> Tensor:
+        """Unembedding [d_model d_vocab], without the final norm's gain."""
+        self.require_unembedding()
+        W, _ = self._linear_map(self.offered.spec.unembedding or "", self.offered.spec.d_model)
+        return W
+
+    def require_unembedding(self) -> None:
+        """Refused where the model has no unembedding, or one that was not verified."""
+        spec = self.offered.spec
+        if spec.unembedding is None or "unembedding" in spec.refused:
+            reason = spec.refused.get("unembedding", "it has no language-model head")
+            raise Refused(f"{self.offered.id} cannot be unembedded: {reason}")
+
+    def _linear_map(self, name: str, d_in: int) -> tuple[Tensor, Tensor]:
+        return linear_map(self.module.get_submodule(name), d_in, self.device)

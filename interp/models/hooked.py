@@ -1,0 +1,246 @@
+"""Hooks on every module that one pass looks at: which they are follows from the plan and the verified map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from interp.errors import BadInput
+from interp.models.attention import Watch, window
+from interp.models.hooks import BlockInput, BlockOutput, Middle, RunWatch, Turns, write_change
+from interp.models.layout import Layout, held_inside, shown_inside
+from interp.models.plan import Plan
+from interp.models.repeated import CallsOnStream
+from interp.models.several import Part, attention_calls
+from interp.models.spec import Spec, first_tensor, with_first
+from interp.models.turned import channels_first, channels_last
+from interp.models.windows import in_one_row
+from interp.run.cache import Run
+from interp.run.edits import Seen
+from interp.sites import ATTENTION_SITES
+
+Change = Callable[[Tensor], Tensor]
+
+
+def parts_of(module: nn.Module, spec: Spec) -> list[list[nn.Module]]:
+    """The modules of each layer: one block, in most models, or several called one after the other."""
+    names = [[member.name for member in block.members] or [block.name] for block in spec.blocks]
+    return [[module.get_submodule(name) for name in each] for each in names]
+
+
+@contextmanager
+def hooked(
+    module: nn.Module,
+    spec: Spec,
+    layouts: Mapping[int, Layout],
+    run: Run,
+    plan: Plan,
+    *,
+    stop_at: int | None = None,
+    grad: bool = False,
+) -> Iterator[None]:
+    """Inside, a forward of `module` on the batch of `run` carries out the plan; what it captures is in the Run's cache.
+
+    Args:
+        layouts: those of the layers that attend within windows, for inputs of this shape.
+        stop_at: the layer before which it raises `hooks.Stop`; None: it runs through.
+        grad: gradients are wanted of what is captured.
+
+    Raises:
+        BadInput: a stop before the first block, with nothing to capture there.
+    """
+    plan.grad = grad
+    if stop_at == 0 and not plan.layers_of("embed", "resid_pre"):
+        raise BadInput("stop_at=0 runs no block: nothing to capture")
+    turns = Turns([block.name for block in spec.blocks]) if spec.shared else None
+    with ExitStack() as stack:
+        this = _Pass(module, spec, layouts, run, plan, turns, stack)
+        _hook_attention(this)
+        _hook_turns(this)
+        for layer, parts in enumerate(parts_of(module, spec)):
+            if stop_at is not None and layer > stop_at:
+                break
+            _LayerHooks(this, layer).put(parts, stop_at, grad)
+        yield
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass; `stack` takes its hooks off."""
+
+    module: nn.Module
+    spec: Spec
+    layouts: Mapping[int, Layout]
+    run: Run
+    plan: Plan
+    turns: Turns | None
+    stack: ExitStack
+
+    def touch(self, name: str, layer: int, x: Tensor, start: int = 0) -> Tensor:
+        """A site's activation after the edits there, kept if it is captured."""
+        for edit in self.plan.edits.get((name, layer), ()):
+            x = edit(x, Seen(layer, start, self.run.batch.mask_of(name)))
+        if (name, layer) in self.plan.capture:
+            x = self.run.cache.put(name, layer, self.plan.kept(x))
+        return x
+
+
+def _hook_attention(this: _Pass) -> None:
+    """The window, where something of attention is wanted: each call is shown as that of its layer."""
+    plan = this.plan
+    if not any(name in ATTENTION_SITES for name, _ in plan.sites) and plan.statistics is None:
+        return
+    places: dict[nn.Module, list[tuple[int, str, Part | None]]] = {}
+    for layer, block in enumerate(this.spec.blocks):
+        for name, prefix, part in attention_calls(block):
+            places.setdefault(this.module.get_submodule(name), []).append((layer, prefix, part))
+    next_call = {module: cycle(calls) for module, calls in places.items()}
+
+    def watch(module: nn.Module) -> Watch:
+        if module not in next_call:
+            return Watch()
+        layer, prefix, part = next(next_call[module])
+        now = this.turns.now if this.turns else layer
+        watching = RunWatch(now, plan, this.touch, this.run, prefix, part)
+        place = this.spec.blocks[layer].axes, this.layouts.get(layer)
+        return in_one_row(watching, module, *place, this.run.batch.size)
+
+    this.stack.enter_context(window(this.module, watch))
+
+
+def _hook_turns(this: _Pass) -> None:
+    """What tells which layer is running, where layers share modules."""
+    for name in this.turns.layers if this.turns else ():
+        enter = partial(lambda of, name, module, args: of.enter(name), this.turns, name)
+        block = this.module.get_submodule(name)
+        this.stack.callback(block.register_forward_pre_hook(enter).remove)
+
+
+class _LayerHooks:
+    """The hooks of one pass on one layer's modules."""
+
+    def __init__(self, this: _Pass, layer: int):
+        self.this, self.layer = this, layer
+        self.module, self.spec = this.module, this.spec
+        self.block, self.layout = this.spec.blocks[layer], this.layouts.get(layer)
+        self.calls = CallsOnStream(self.block, this.spec.hidden)
+        self.touch = this.touch
+        self.on = partial(this.turns.only, layer) if this.turns else _as_it_is
+
+    def put(self, parts: list[nn.Module], stop_at: int | None, grad: bool) -> None:
+        """Put them on the layer's modules, the first and last of which are among `parts`."""
+        this, layer, block, on = self.this, self.layer, self.block, self.on
+        pre = BlockInput(
+            *(layer, self.touch, this.plan, this.run, self.spec),
+            stop=stop_at == layer,
+            grad=grad and layer == 0,
+        )
+        if pre.needed:
+            self._until_done(parts[0].register_forward_pre_hook(on(pre), with_kwargs=True))
+        if block.repeated:
+            begin = on(self.calls.begin)
+            self._until_done(parts[0].register_forward_pre_hook(begin, with_kwargs=True))
+        if block.W_out and self._wants("mlp_post"):
+            self._on_input(block.W_out, partial(self.touch, "mlp_post", layer))
+        for name, module, factor in self._outputs():
+            if self._wants(name):
+                self._on_output(module, write_change(name, layer, factor, self.touch))
+        if block.before_mid and self._wants("resid_mid"):
+            self._on_middle(pre)
+        last = stop_at == layer + 1 == self.spec.n_layers
+        post = BlockOutput(layer, self.touch, this.run, this.plan, block.axes, stop=last)
+        if post.needed or self.spec.tuple_blocks:
+            self._until_done(parts[-1].register_forward_hook(on(post)))
+
+    def _wants(self, name: str) -> bool:
+        return self.this.plan.wants(name, self.layer)
+
+    def _until_done(self, hook: RemovableHandle) -> None:
+        self.this.stack.callback(hook.remove)
+
+    def _outputs(self) -> Iterator[tuple[str, str, float | Tensor]]:
+        """(site, module, factor) of the sites that are a module's output times a factor."""
+        block, cross = self.block, self.block.cross
+        outs = [("attn_out", block.attn_out), ("mlp_out", block.mlp_out)]
+        outs += [("cross_out", cross.out)] if cross else []
+        for name, module in outs:
+            if module is not None:
+                yield name, module, 1.0
+        writes = [("attn_write", block.attn_write), ("mlp_write", block.mlp_write)]
+        writes += [("cross_write", cross.write)] if cross else []
+        for name, write in writes:
+            if write is not None:
+                yield name, write.module, write.factor(self.module)
+
+    def _on_middle(self, pre: BlockInput) -> None:
+        """Hooks for resid_mid: on the norm that returns it, or on the writes that make it."""
+        block = self.block
+        if block.norm_mid is not None:
+            change = write_change("resid_mid", self.layer, 1.0, self.touch)
+            self._on_output(block.norm_mid, change)
+            return
+        factors = [write.factor(self.module) for write in block.before_mid]
+        middle = Middle(self.layer, factors, self.touch, pre, block.carry_mid)
+        if block.norm_pre is not None:
+            self._on_output(block.norm_pre, middle.keep_normed)
+        for write in block.before_mid[:-1]:
+            self._on_output(write.module, middle.keep)
+        self._on_output(block.before_mid[-1].module, middle.change)
+
+    def _on_input(self, name: str, change: Change) -> None:
+        """Hook a module's input, seen as [batch pos width] even where the block flattened it."""
+        axes, size = self.block.axes, self.this.run.batch.size
+
+        def hook(module: nn.Module, args: tuple) -> Any:
+            x = args[0]
+            if not self.calls.has(name, x, change):
+                return None
+            new = change(shown_inside(x, axes, size))
+            return None if new is x else (held_inside(new, axes, x.shape), *args[1:])
+
+        self._until_done(self.module.get_submodule(name).register_forward_pre_hook(self.on(hook)))
+
+    def _on_output(self, name: str, change: Change) -> None:
+        """Hook a module's output, seen as [batch pos d_model] even where the block flattened or cut it."""
+        block, layout, size = self.block, self.layout, self.this.run.batch.size
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            x = first_tensor(output)
+            assert x is not None
+            if not self.calls.has(name, x, change):
+                return None
+            cut = layout is not None and layout.holds(name, x, size)
+            if layout is not None and cut:
+                seen = layout.positions(x.flatten(1, -2))
+            elif name in block.turned:
+                seen = channels_last(x)
+            else:
+                seen = shown_inside(x, block.axes, size)
+            if name in self.spec.copies:  # the block changes this tensor in place later on
+                seen = seen.clone()
+            new = change(seen)
+            if new is x or (new is seen and cut and not torch.is_grad_enabled()):
+                return None
+            # A view or a copy goes on in place of x, so that what is captured has a gradient; where
+            # the block writes into it, it gets a copy of its own.
+            new = new.clone() if name in self.spec.copies else new
+            if layout is not None and cut:
+                new = layout.windows(new, x.flatten(1, -2))
+                return with_first(output, new.reshape(x.shape))
+            if name in block.turned:
+                return with_first(output, channels_first(new, x.shape))
+            return with_first(output, held_inside(new, block.axes, x.shape))
+
+        self._until_done(self.module.get_submodule(name).register_forward_hook(self.on(hook)))
+
+
+def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
