@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from circuits.heads.evidence import Evidence, evidence_patterns
 from interp.errors import Refused
+from interp.models.draft import Draft
 from interp.models.layout import PLAIN, STREAMS, axes_of, held, shown
 from interp.models.mixed import mixed_blocks
 from interp.models.model import Model
@@ -226,9 +227,8 @@ def found_in(module: nn.Module) -> tuple[list[BlockMap], dict[str, str], float]:
     seen = record(module, batch)
     layers = layers_of(seen, "layers", STREAMS[0])
     refused: dict[str, str] = {}
-    blocks = mixed_blocks(
-        seen, layers, [BlockMap(layer.name) for layer in layers], 0, batch, refused
-    )
+    plain = [BlockMap(layer.name) for layer in layers]
+    blocks = mixed_blocks(Draft(seen, batch, 0, layers, plain, refused))
     error, _ = relative_error(combined(layers[1], 0, blocks[1].mixed), layers[1].output)
     return blocks, refused, error
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from interp.models.draft import Draft
 from interp.models.feeding import is_attention
 from interp.models.in_parts import AND
 from interp.models.layout import PLAIN
@@ -54,27 +55,22 @@ def with_ahead(
     ]
 
 
-def with_attention_ahead(
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> list[BlockMap]:
+def with_attention_ahead(draft: Draft) -> list[BlockMap]:
     """The blocks with the attention before them, where that is so of every one; its sites refused otherwise."""
     made = []
-    for i, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
+    for i, (layer, block) in enumerate(draft.pairs):
         if layer.ahead is None:
             made.append(block)
             continue
-        cross = _attention_ahead(layers[i - 1] if i else None, layer, key, batch)
+        before = draft.layers[i - 1] if i else None
+        cross = _attention_ahead(before, layer, draft.key, draft.batch)
         if cross is None:
             why = (
                 f"'{layer.ahead.name}' stands between blocks, and what '{layer.name}' reads is not a multiple "
                 "of the stream plus what the heads of that attention write"
             )
-            refused |= dict.fromkeys(CROSS_SITES, why)
-            return blocks
+            draft.refused.update(dict.fromkeys(CROSS_SITES, why))
+            return draft.blocks
         made.append(replace(block, cross=cross))
     return made
 

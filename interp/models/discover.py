@@ -16,6 +16,7 @@ from interp.models.axes import find_axes, with_axes
 from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, main_input, text_config
+from interp.models.draft import Draft
 from interp.models.ends import with_ends
 from interp.models.find_writes import with_writes
 from interp.models.layout import POSITIONS_FIRST, as_held_inside
@@ -58,9 +59,10 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     ]
     absent: set[str] = set()
     if any(layer.attention for layer in layers):
-        layers, blocks = _with_windows(seen, layers, blocks, key, batch, refused)
-        _queries_and_keys(layers, refused)
-        layers, blocks = _with_parts(seen, layers, blocks, key, batch, refused)
+        draft = _with_windows(Draft(seen, batch, key, layers, blocks, refused))
+        _queries_and_keys(draft)
+        draft = _with_parts(draft)
+        layers, blocks, refused = draft.layers, draft.blocks, draft.refused
         absent = _absent(blocks, refused)
         causal = any(layer.attention for layer in layers) and all(
             _causal(layer.attention) for layer in layers if layer.attention
@@ -104,28 +106,25 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     return with_ends(spec, seen, layers, batch)
 
 
-def _with_parts(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> tuple[list[Layer], list[BlockMap]]:
+def _with_parts(draft: Draft) -> Draft:
     """Attention and writes of every block; of several streams in a row where one stream does not explain any."""
-    before = dict(refused)
-    made = _with_attention(seen, layers, blocks, key, batch, refused)
-    made = with_writes(seen, layers, made, key, batch, refused)
-    n = 1 if any(block.writes or block.mixed for block in made) else streams_in_a_row(layers)
+    one = _with_attention_and_writes(draft)
+    if any(block.writes or block.mixed for block in one.blocks):
+        return one
+    n = streams_in_a_row(draft.layers)
     if n > 1:
-        side_by_side = [replace(layer, in_a_row=n) for layer in layers]
-        again = _with_attention(seen, side_by_side, blocks, key, batch, before)
-        again = with_writes(seen, side_by_side, again, key, batch, before)
-        if all(block.mixed for block in again):
-            refused.clear()
-            refused.update(before)
-            return side_by_side, again
-    return layers, made
+        several = [replace(layer, in_a_row=n) for layer in draft.layers]
+        again = _with_attention_and_writes(replace(draft, layers=several))
+        if all(block.mixed for block in again.blocks):
+            return again
+    return one
+
+
+def _with_attention_and_writes(draft: Draft) -> Draft:
+    """The draft with both, and with what they refuse; the given one stays as it is."""
+    draft = replace(draft, refused=dict(draft.refused))
+    draft = replace(draft, blocks=_with_attention(draft))
+    return replace(draft, blocks=with_writes(draft))
 
 
 def _anew(block: BlockMap) -> str:
@@ -139,19 +138,13 @@ def _causal(attention: AttentionCall) -> bool:
     return n_keys >= n_queries and not bool(rows.triu(1).any())
 
 
-def _with_windows(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> tuple[list[Layer], list[BlockMap]]:
+def _with_windows(draft: Draft) -> Draft:
     """Attention within windows in the order of positions; refused where it is not known how they are cut."""
-    windows = find_windows(seen, layers, key, batch)
+    key = draft.key
+    windows = find_windows(draft.seen, draft.layers, key, draft.batch)
     layers = [
         in_order(layer, windows[i].layout) if i in windows else layer
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(draft.layers)
     ]
     unseen: dict[int, str] = {}
     for i, layer in enumerate(layers):
@@ -173,8 +166,9 @@ def _with_windows(
         layers[i] = replace(layer, attention=None)
     alone = any(layer.attention for layer in layers)
     for (i, why), site in product(unseen.items(), (*SELF_SITES, "attn_out")):
-        refused.setdefault(f"{site}.{i}" if alone else site, why)
-    return layers, [replace(block, windows=windows.get(i)) for i, block in enumerate(blocks)]
+        draft.refuse(f"{site}.{i}" if alone else site, why)
+    blocks = [replace(block, windows=windows.get(i)) for i, block in enumerate(draft.blocks)]
+    return replace(draft, layers=layers, blocks=blocks)
 
 
 def _padded(layer: Layer, key: int | str) -> bool:
@@ -183,28 +177,22 @@ def _padded(layer: Layer, key: int | str) -> bool:
     return call is not None and call.module in pieces and call.tensors["q"].shape[2] not in lengths
 
 
-def _queries_and_keys(layers: list[Layer], refused: dict[str, str]) -> None:
+def _queries_and_keys(draft: Draft) -> None:
     """Refuse q and k where the scores are not made through them alone: they are shown without a width."""
-    for layer in layers:
+    for layer in draft.layers:
         for call, prefix in ((layer.attention, ""), (layer.cross, CROSS)):
             if call is not None and call.tensors["q"].shape[-1] == 0:
                 why = f"the scores of '{layer.name}' are not made of the residual stream through queries and keys alone"
-                refused.setdefault(prefix + "q", why)
-                refused.setdefault(prefix + "k", why)
+                draft.refuse(prefix + "q", why)
+                draft.refuse(prefix + "k", why)
 
 
-def _with_attention(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> list[BlockMap]:
+def _with_attention(draft: Draft) -> list[BlockMap]:
     """Heads and W_O of every layer that attends; a trial where something stands between z and W_O."""
+    seen, layers, key, batch = draft.seen, draft.layers, draft.key, draft.batch
     blocks = [
         attention_map(layer, block, key, batch) if layer.attention else block
-        for layer, block in zip(layers, blocks, strict=True)
+        for layer, block in draft.pairs
     ]
     if any(map(_with_something_between, blocks)):
         changed, factors = scaled_z(seen, layers, batch)
@@ -227,13 +215,13 @@ def _with_attention(
         else block
         for layer, block in zip(layers, blocks, strict=True)
     ]
-    blocks = with_attention_ahead(layers, blocks, key, batch, refused)
+    blocks = with_attention_ahead(replace(draft, blocks=blocks))
     for block in blocks:
         if block.cross and block.cross.out is None:
             why = f"no module of '{block.name}' returns the output of '{block.cross.attention}'"
-            refused.setdefault("cross_out", why)
+            draft.refuse("cross_out", why)
         if block.attention and block.attn_out is None and block.along != HEADS:
-            refused.setdefault(
+            draft.refuse(
                 "attn_out", f"no module of '{block.name}' returns the output of '{block.attention}'"
             )
     return blocks

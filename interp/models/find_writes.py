@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from interp.models.draft import Draft
 from interp.models.mixed import mixed_blocks
-from interp.models.recording import Recording
 from interp.models.repeated import on_the_stream
 from interp.models.rescaled import rescaled
 from interp.models.reshaped import as_it_returns, before_the_shape_changes
@@ -21,27 +21,22 @@ from interp.models.thrice import three_norms, with_middle
 from interp.models.trials import works_by_position
 from interp.models.turned import channels_behind
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
-from interp.run.batch import Batch
 
 ATTENTION_WRITES = ("attn_write",)
 MLP_WRITES = ("mlp_write", "mlp_out", "mlp_post")
 WRITE_SITES = (*ATTENTION_WRITES, *MLP_WRITES, "resid_mid")
+Found = tuple[Sums | None, list[Candidate]]
+"""How a block is taken apart, None where nothing explains it, and all that it might be made of."""
 
 
-def with_writes(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> list[BlockMap]:
+def with_writes(draft: Draft) -> list[BlockMap]:
     """Writes of every block; in stacks of several kinds of layer a trial tells MLPs from mixers."""
-    if layers[0].n_streams > 1:
-        return mixed_blocks(seen, layers, blocks, key, batch, refused)
-    layers, blocks = list(layers), list(blocks)
-    found: list[tuple[Sums | None, list[Candidate]]] = []
-    for i, layer in enumerate(layers):
+    if draft.layers[0].n_streams > 1:
+        return mixed_blocks(draft)
+    key, refused = draft.key, draft.refused
+    layers, blocks = list(draft.layers), list(draft.blocks)
+    found: list[Found] = []
+    for i, layer in enumerate(draft.layers):
         if layer.reshapes(key):
             if i + 1 == len(layers) or layers[i + 1].hidden(key).shape != layer.output.shape:
                 refused["resid_post"] = _shapes(layer, key)
@@ -49,7 +44,8 @@ def with_writes(
             continue
         layers[i], blocks[i], sums, candidates = _taken_apart(layer, blocks[i], key)
         found.append((sums, candidates))
-    found = _with_restarts(seen, layers, found, batch, key)
+    draft = replace(draft, layers=layers, blocks=blocks)
+    found = _with_restarts(draft, found)
     for i, layer in enumerate(layers):
         if found[i][0] is None and layer.reshapes(key):
             found[i] = before_the_shape_changes(layer, blocks[i], key)
@@ -60,7 +56,7 @@ def with_writes(
     ) or not all(layer.attention for layer in layers)
     by_position: set[str] | None = None
     if hybrid:
-        by_position = _by_position(seen, layers, blocks, found, batch, key)
+        by_position = _by_position(draft, found)
     made = [
         block
         if sums is None
@@ -69,10 +65,10 @@ def with_writes(
             write_map(layer, block, sums, candidates, by_position, key, refused),
             refused,
         )
-        for layer, block, (sums, candidates) in zip(layers, blocks, found, strict=True)
+        for (layer, block), (sums, candidates) in zip(draft.pairs, found, strict=True)
     ]
     unexplained = [i for i, (sums, _) in enumerate(found) if sums is None]
-    _refuse_unexplained(layers, made, unexplained, key, refused)
+    _refuse_unexplained(replace(draft, blocks=made), unexplained)
     attending = [block for block in made if block.attention and block.along != HEADS]
     if any(block.repeated for block in made) and all(block.attn_out for block in attending):
         refused.pop("attn_out", None)
@@ -108,36 +104,24 @@ def _shapes(layer: Layer, key: int | str) -> str:
     )
 
 
-def _by_position(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    found: list[tuple[Sums | None, list[Candidate]]],
-    batch: Batch,
-    key: int | str,
-) -> set[str]:
+def _by_position(draft: Draft, found: list[Found]) -> set[str]:
     """Those of the branches that write to the stream which work position by position."""
+    seen, layers, batch, key = draft.seen, draft.layers, draft.batch, draft.key
     branches = {
         branch_of(layer.name, candidate, layer, candidates)
         for layer, (sums, candidates) in zip(layers, found, strict=True)
         if sums is not None
         for candidate, _ in sums.writes
     }
-    turned = branches & {name for block in blocks for name in block.turned}
+    turned = branches & {name for block in draft.blocks for name in block.turned}
     plain = works_by_position(seen, layers, sorted(branches - turned), batch, key)
     return plain | works_by_position(seen, layers, sorted(turned), batch, key, turned=True)
 
 
-def _refuse_unexplained(
-    layers: list[Layer],
-    made: list[BlockMap],
-    unexplained: list[int],
-    key: int | str,
-    refused: dict[str, str],
-) -> None:
+def _refuse_unexplained(draft: Draft, unexplained: list[int]) -> None:
     """Refuse what blocks write that nothing explains: by layer, where others are explained."""
-    alone = not any(block.writes for block in made)
-    for i, (layer, block) in enumerate(zip(layers, made, strict=True)):
+    key, alone = draft.key, not any(block.writes for block in draft.blocks)
+    for i, (layer, block) in enumerate(draft.pairs):
         why, sites = "", WRITE_SITES
         if block.reshapes_behind and block.mlp_write is None:
             why = f"{_shapes(layer, key)}: what is written behind '{block.reshapes_behind}' was not found"
@@ -150,17 +134,12 @@ def _refuse_unexplained(
                 "norms read (a rescaled stream)"
             )
         for site in (*sites, *(["cross_write"] if layer.cross else [])) if why else ():
-            refused.setdefault(site if alone else f"{site}.{i}", why)
+            draft.refuse(site if alone else f"{site}.{i}", why)
 
 
-def _with_restarts(
-    seen: Recording,
-    layers: list[Layer],
-    found: list[tuple[Sums | None, list[Candidate]]],
-    batch: Batch,
-    key: int | str,
-) -> list[tuple[Sums | None, list[Candidate]]]:
+def _with_restarts(draft: Draft, found: list[Found]) -> list[Found]:
     """What was found, and the sums of blocks that start the stream anew where none was."""
+    layers = draft.layers
     anew = {
         i: sums
         for i, (layer, (known, candidates)) in enumerate(zip(layers, found, strict=True))
@@ -170,7 +149,7 @@ def _with_restarts(
         and (sums := restarted(layer, candidates)) is not None
     }
     names = {layers[i].name for i in anew}
-    names = follow_no_input(seen, names, batch, key) if names else names
+    names = follow_no_input(draft.seen, names, draft.batch, draft.key) if names else names
     return [
         (anew[i], candidates) if i in anew and layers[i].name in names else (sums, candidates)
         for i, (sums, candidates) in enumerate(found)

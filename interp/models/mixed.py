@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
+from interp.models.draft import Draft
 from interp.models.projections import elementwise
-from interp.models.recording import Recording
 from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 from interp.models.trials import works_by_position
@@ -30,7 +30,6 @@ from interp.models.writes import (
     downstream,
     neurons,
 )
-from interp.run.batch import Batch
 
 WHY = (
     "the block mixes several residual streams, with weights that depend on the token: what attention and "
@@ -42,15 +41,9 @@ AS_GOOD = 2
 """Times what all outputs together leave over (at least one rounding), fewer may leave."""
 
 
-def mixed_blocks(
-    seen: Recording,
-    layers: list[Layer],
-    blocks: list[BlockMap],
-    key: int | str,
-    batch: Batch,
-    refused: dict[str, str],
-) -> list[BlockMap]:
+def mixed_blocks(draft: Draft) -> list[BlockMap]:
     """The blocks with the modules that they mix into their streams, and the MLP among these."""
+    layers, key = draft.layers, draft.key
     candidates = [candidates_of(layer.inside, _shape(layer, key)) for layer in layers]
     chosen = [
         _smallest_span(layer, some, key) for layer, some in zip(layers, candidates, strict=True)
@@ -60,15 +53,15 @@ def mixed_blocks(
         for layer, some, few in zip(layers, candidates, chosen, strict=True)
     ]
     tried = sorted({name for branch in branches for name in branch.values()})
-    by_position = works_by_position(seen, layers, tried, batch, key)
+    by_position = works_by_position(draft.seen, layers, tried, draft.batch, key)
     made = []
-    for layer, block, some, few, branch in zip(
-        layers, blocks, candidates, chosen, branches, strict=True
+    for (layer, block), some, few, branch in zip(
+        draft.pairs, candidates, chosen, branches, strict=True
     ):
         if few is None:
             why = f"no outputs inside '{block.name}' make its residual streams of those it read"
-            refused.setdefault("mlp_out", why)
-            refused.setdefault("mlp_post", why)
+            draft.refuse("mlp_out", why)
+            draft.refuse("mlp_post", why)
             made.append(block)
             continue
         block = replace(block, mixed=tuple(c.modules[0] for c in few))
