@@ -13,7 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from interp.models import attention
 from interp.models.attention import implementation
+from interp.models.calls import output_tensor
 from interp.models.model import Model
+from tests.families import FAMILIES
 
 WIDTH, N_HEADS = 32, 4
 
@@ -154,3 +156,15 @@ def test_attentions_that_compute_different_things_are_not_taken_for_each_other(
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sharper)
     model = Model(chooser(chooses=False))
     assert "equal the model's own" in model.spec.refused["pattern"] and not model.notes
+
+
+@pytest.mark.parametrize("name", ["gemma2", "splinter"])
+def test_eager_attention_in_float64_is_seen_with_its_softmax_in_float32(name: str) -> None:
+    """Transformers' eager attention has its softmax in float32 whatever the scores are in."""
+    module = FAMILIES[name]().double()
+    model, ids = Model(module), torch.arange(10, 20)[None]
+    assert not set(model.spec.refused) - model.spec.absent
+    with torch.no_grad():
+        own = output_tensor(module(ids))
+    for capture in ([], ["pattern"]):
+        assert float((model.run(ids, capture=capture).logits - own).abs().max()) < 1e-14

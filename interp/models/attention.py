@@ -75,6 +75,8 @@ _explicit: set[int | nn.Module] = set()
 that they are causal: they are used to a mask that hides what is hidden, and get one."""
 needs_masks: WeakSet[nn.Module] = WeakSet()
 """Models that were wrong without such a mask on their probe: they make something of it (more keys, say)."""
+softmax_in_float32: WeakSet[nn.Module] = WeakSet()
+"""Models in float64 that were wrong on their probe but with the softmax in float32, as most eager attention has it."""
 
 
 def window_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
@@ -174,6 +176,7 @@ def attend(
     `cu_seq_lens_q` says, of a module `in_chunks`, where the chunks of its one row begin, and where the last ends.
     """
     watch = _listeners[module](module) if module in _listeners else Watch()
+    narrow = query.dtype == torch.float64 and module in softmax_in_float32
     in_one = cu_seq_lens_q is not None and module in in_chunks
     if cu_seq_lens_q is not None and in_one:
         query, key, value = (rows_apart(x, watch.n_rows) for x in (query, key, value))
@@ -184,7 +187,7 @@ def attend(
         is_causal = False
     query, key, value = watch.inputs(query, key, value)
     sinks = s_aux.reshape(1, -1, 1, 1) if s_aux is not None else sinks
-    if watch.needs_rows or softcap is not None or sinks is not None:
+    if watch.needs_rows or softcap is not None or sinks is not None or narrow:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1
         scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
@@ -200,6 +203,7 @@ def attend(
             sinks=sinks,
             bias=position_bias,
             dropout=dropout if module.training else 0.0,
+            narrow=narrow,
         )
     else:
         z, _ = sdpa_attention_forward(
@@ -265,8 +269,12 @@ def _attend_in_chunks(
     sinks: Tensor | None,
     bias: Tensor | None,
     dropout: float,
+    narrow: bool = False,
 ) -> Tensor:
-    """z computed row chunk by row chunk, each chunk's scores and pattern passing through `watch`."""
+    """z computed row chunk by row chunk, each chunk's scores and pattern passing through `watch`.
+
+    `narrow`: the softmax is one of float32 also where scores are in float64.
+    """
     n_queries, n_keys = query.shape[2], key.shape[2]
     outputs = []
     chunks = row_chunks(query.shape[0] * query.shape[1], n_queries, n_keys)
@@ -291,7 +299,7 @@ def _attend_in_chunks(
             scores = scores + mask[:, :, start:stop, :keys]
         scores = watch.scores(scores, start)
         few = sinks if sinks is None or sinks.shape[2] == 1 else sinks[:, :, start:stop]
-        pattern = _softmax(scores, few).to(query.dtype)
+        pattern = _softmax(scores.float() if narrow else scores, few).to(query.dtype)
         pattern = watch.pattern(pattern, start)
         weights = nn.functional.dropout(pattern, p=dropout) if dropout else pattern
         outputs.append(_grouped(weights, value[:, :, :keys]))

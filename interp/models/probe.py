@@ -10,10 +10,10 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from interp.errors import Refused
 from interp.models import attention
@@ -64,8 +64,10 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
         if not seen.attention:
             why = find_own(module, batch)
             seen = replace(seen if why else record(module, batch), without=why)
-        if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
-            seen = _with_masks(module, batch, seen, plain)
+        # Masks as eager attention gets them, and its softmax: the first that is what the model was wrong without.
+        for apart in (attention.needs_masks, attention.softmax_in_float32):
+            if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
+                seen = _told_apart(apart, module, batch, seen, plain)
         mapped = discover(seen, batch)
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
@@ -109,14 +111,16 @@ def _at_once(module: nn.Module, batch: Batch, seen: Recording) -> Recording:
     return seen
 
 
-def _with_masks(module: nn.Module, batch: Batch, seen: Recording, plain: Tensor) -> Recording:
-    """The recording with masks as eager attention gets them, if that is what the model was wrong without."""
-    parts = {part for part in module.modules() if isinstance(part, PreTrainedModel)}
-    attention.needs_masks.update(parts)
+def _told_apart(
+    apart: WeakSet[nn.Module], module: nn.Module, batch: Batch, seen: Recording, plain: Tensor
+) -> Recording:
+    """The recording with the model among those `apart`, if that is what it was wrong without."""
+    parts = set(module.modules()) - set(apart)
+    apart.update(parts)
     again = record(module, batch)
     if relative_error(again.output, plain)[0] < relative_error(seen.output, plain)[0] / 10:
         return again
-    attention.needs_masks.difference_update(parts)
+    apart.difference_update(parts)
     return seen
 
 
