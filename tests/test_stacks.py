@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.data.images import reads_images
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.calls import main_input
 from interp.models.layout import IMAGE, held, shown
 from interp.models.model import Model
@@ -220,6 +220,18 @@ def test_every_part_that_is_named_can_be_loaded(name: str, class_name: str) -> N
         )
         rerun = model.run(batch, edits=[Edit.zero("z", heads=[(1, 0)])]).logits
         assert off(again, rerun) < ROUNDING < off(rerun, plain)
+    with pytest.raises(BadInput, match="reads 'pixel_values' and was given input_ids"):
+        Model(module.vision_model).run(IDS)
+
+
+def test_of_several_main_inputs_the_first_is_what_a_model_reads() -> None:
+    class Segments(nn.Module):
+        main_input_name = ["pixel_values", "task_inputs"]  # noqa: RUF012 - as transformers' OneFormer
+
+        def forward(self, pixel_values: Tensor, task_inputs: Tensor) -> Tensor:
+            return pixel_values
+
+    assert main_input(Segments()) == "pixel_values"
 
 
 def test_stages_with_attention_between_them_are_their_blocks() -> None:

@@ -104,14 +104,15 @@ def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
 
 
 def main_input(module: nn.Module) -> str:
-    """The name of what a model reads: what its class says, or pixels where that is inherited and it takes them."""
-    name = getattr(module, "main_input_name", "input_ids")
+    """The name of what a model reads: the first its class names; pixels where that is inherited and it takes them."""
+    named: str | list[str] = getattr(module, "main_input_name", "input_ids")  # type: ignore[assignment]
+    name = named if isinstance(named, str) else named[0]
     taken = inspect.signature(type(module).forward).parameters
     return "pixel_values" if name not in taken and "pixel_values" in taken else name
 
 
 def _check_main(module: Any, batch: Batch) -> None:
-    name = getattr(module, "main_input_name", "input_ids")
+    name = main_input(module)
     if name not in batch.inputs:
         raise BadInput(
             f"{type(module).__name__} reads '{name}' as its source; given: {', '.join(batch.inputs)}"

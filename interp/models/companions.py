@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import FAILURES, call_model, output_tensor, text_config
+from interp.models.calls import FAILURES, call_model, main_input, output_tensor, text_config
 from interp.models.images import random_images
 from interp.models.spec import module_device
 from interp.run.batch import Batch
@@ -81,7 +81,7 @@ def _trials(
     module: nn.Module, batch: Batch, required: list[str], optional: list[str]
 ) -> Iterator[dict[str, Tensor]]:
     """Inputs to try: text alone, then the main input with the required ones and as few others as may be."""
-    main = getattr(module, "main_input_name", "input_ids")
+    main = main_input(module)
     parameter = inspect.signature(type(module).forward).parameters.get(main)
     if "input_ids" in optional and parameter is not None and parameter.default is None:
         yield {"input_ids": random_ids(module, PROBE_LENGTH)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import has_tokens, is_encoder_decoder, text_config
+from interp.models.calls import has_tokens, is_encoder_decoder, main_input, text_config
 from interp.models.layout import as_held_inside, n_ahead, shown
 from interp.models.projections import same
 from interp.models.readout import WHOLE, of_tokens, rest_of_model
@@ -220,7 +220,7 @@ def _path(seen: Recording, after: dict[str, ModuleCall], residual: Tensor) -> tu
 
 def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     """Whether the model's own code after its blocks makes the same logits of a residual at any position."""
-    sound = is_encoder_decoder(seen.module) and seen.module.main_input_name != "input_ids"
+    sound = is_encoder_decoder(seen.module) and main_input(seen.module) != "input_ids"
     of_tokens = spec.d_vocab is not None and not sound
     in_parts = any(block.members for block in spec.blocks) or n_ahead(spec.hidden_axes)
     if spec.tuple_blocks or in_parts or not of_tokens or seen.output.ndim != residual.ndim:

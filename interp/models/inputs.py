@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import FAILURES, call_model, is_encoder_decoder, output_tensor
+from interp.models.calls import FAILURES, call_model, is_encoder_decoder, main_input, output_tensor
 from interp.models.companions import as_weights, needed, with_companions
 from interp.models.grids import inputs_known
 from interp.models.spec import module_device
@@ -102,7 +102,7 @@ def numbers_taken(
 
 def check_kind(module: nn.Module, data: Any) -> None:
     """BadInput where a model of sound, images or video is given something else, or numbers of other axes."""
-    main = getattr(module, "main_input_name", "input_ids")
+    main = main_input(module)
     if main == "input_ids":
         return
     named = data.inputs if isinstance(data, Batch) else data
@@ -132,7 +132,7 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        name = getattr(module, "main_input_name", "")
+        name = main_input(module)
         patches = inputs_known(module)
         known = _known.get(module) or needed.get(module) or patches
         missing = [given for given in known if given not in batch.inputs]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import call_model, output_tensor
+from interp.models.calls import call_model, main_input, output_tensor
 from interp.models.probe import probe_batch
 from interp.models.sources.base import Loaded
 from interp.models.sources.pretrained import with_padding
@@ -125,9 +125,9 @@ HOOK_TABLES = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward
 @torch.no_grad()
 def _difference(bridge: Any, module: nn.Module) -> str | None:
     """How far `module` is from the bridge on random tokens; None where that is rounding."""
-    if getattr(module, "main_input_name", "input_ids") != "input_ids":
+    if (main := main_input(module)) != "input_ids":
         raise Refused(
-            f"{type(module).__name__} takes '{module.main_input_name}': pass its text or vision part, "
+            f"{type(module).__name__} takes '{main}': pass its text or vision part, "
             "or the Hugging Face model itself"
         )
     batch = probe_batch(module).to(next(module.parameters()).device)
