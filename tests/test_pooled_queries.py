@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.model import Model
+from interp.models.pooling import Pooling
 from interp.run.edits import Edit
 
 PIXELS = {
@@ -19,8 +20,8 @@ PIXELS = {
 }
 ROUNDING = 1e-5
 """A few float32 roundings, four blocks deep."""
-WHOLE, POOLED = (0, 1, 3), 2
-"""Layers with a query for each position, and the one whose queries are of four positions each."""
+POOLED = 2
+"""The layer whose queries are of four positions each; the others have one for each."""
 
 
 @cache
@@ -152,10 +153,24 @@ def test_what_is_pooled_of_one_layer_with_keys_is_refused() -> None:
     for site in ("q", "k"):
         with pytest.raises(Refused, match="through queries and keys alone"):
             model.run(PIXELS, capture=[site])
-    for site in ("attn_write", "mlp_write"):
-        assert model.layers_with(site) == list(WHOLE)
-        with pytest.raises(Refused, match="returns shape"):
-            model.run(PIXELS, capture=[f"{site}.{POOLED}"])
+
+
+@torch.no_grad()
+def test_what_begins_a_stage_is_pooled_and_what_is_written_adds_to_it() -> None:
+    model = hiera()
+    block: Any = model.blocks[POOLED]
+    sites = ("resid_pre", "attn_write", "resid_mid", "mlp_write", "resid_post")
+    of = {site: model.run(PIXELS, [f"{site}.{POOLED}"]).cache[f"{site}.{POOLED}"] for site in sites}
+    (shortcut,) = model.spec.blocks[POOLED].others
+    assert shortcut.pooling == Pooling("max", "across", (4,))
+    begun = block.proj(block.layernorm_before(of["resid_pre"])).unflatten(1, (4, -1)).amax(1)
+    assert off(begun + of["attn_write"], of["resid_mid"]) < ROUNDING
+    assert off(of["resid_mid"] + of["mlp_write"], of["resid_post"]) < ROUNDING
+    step = torch.randn(of["resid_mid"].shape, generator=torch.Generator().manual_seed(3))
+    edited = model.run(PIXELS, ["resid_post"], [Edit.add(f"resid_mid.{POOLED}", step)])
+    mid = of["resid_mid"] + step
+    wanted = mid + block.mlp(block.layernorm_after(mid))
+    assert off(edited.cache[f"resid_post.{POOLED}"], wanted) < ROUNDING
 
 
 @torch.no_grad()

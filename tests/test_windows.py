@@ -379,39 +379,3 @@ def test_heads_in_windows_are_classified_on_the_grid_of_patches() -> None:
 def test_stages_have_no_one_grid_and_say_so() -> None:
     with pytest.raises(Refused, match="in stages, on 256, 64 positions of an image"):
         patch_grid(shifted())
-
-
-@torch.no_grad()
-def test_a_layer_whose_windows_pool_their_queries_is_refused_alone() -> None:
-    """SAM 2's: fewer queries than keys in a window, at the start of a stage; the other layers are given."""
-    torch.manual_seed(0)
-    config = transformers.Sam2HieraDetConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        image_size=[64, 64],
-        embed_dim_per_stage=[16, 32],
-        num_attention_heads_per_stage=[2, 4],
-        blocks_per_stage=[2, 2],
-        window_size_per_stage=[4, 2],
-        global_attention_blocks=[3],
-        window_positional_embedding_background_size=[4, 4],
-        num_query_pool_stages=1,
-    )
-    module: Any = transformers.Sam2HieraDetModel(config).eval()
-    model = Model(module, id="sam2")
-    batch = Batch({"pixel_values": torch.randn(2, 3, 64, 64)}, None)
-    with pytest.raises(Refused, match=r"'z\.2'.*windows"):
-        model.run(batch, capture=["z.2"])
-    run = model.run(batch, capture=["z"])
-    assert run.cache.layers("z") == [0, 1, 3]
-
-    def without_the_second_head(_: nn.Module, args: tuple) -> tuple:
-        return (args[0].index_fill(-1, torch.arange(8, 16), 0.0),)
-
-    hook = module.blocks[0].attn.proj.register_forward_pre_hook(without_the_second_head)
-    wanted = module(**batch.inputs)[0]
-    hook.remove()
-    assert run.logits is not None
-    logits = model.run(batch, edits=[Edit.zero("z", heads=[(0, 1)])]).logits
-    assert logits is not None and off(logits.reshape(wanted.shape), wanted) < 1e-6
-    assert off(run.logits.reshape(wanted.shape), wanted) > 1e-4

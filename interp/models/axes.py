@@ -36,7 +36,7 @@ from interp.models.layout import (
 )
 from interp.models.packed import attention_row_by_row
 from interp.models.recording import ModuleCall, Recording, record
-from interp.models.stack import Layer, calls_of
+from interp.models.stack import Layer, calls_of, outputs_of
 from interp.models.windows import attention_in_order
 from interp.run.batch import Batch
 
@@ -175,10 +175,7 @@ def _in_one_order(
             continue
         half = torch.rand(stream.shape[1], generator=torch.Generator().manual_seed(0)) < 0.5
         changed = torch.where(half[:, None], stream.flip(-1), stream)
-        returned: dict[str, list[Tensor]] = {}
-        for layer in layers[:i]:
-            assert layer.call.output is not None
-            returned.setdefault(layer.returns, []).append(layer.call.output)
+        returned = outputs_of(layers[:i])
         returned[layers[i - 1].returns][-1] = held(changed, axes[i - 1], out.shape)
         call = calls_of(record(seen.module, batch, restored=_padded(returned, seen)), layers)[i]
         moved = call.inputs[call.keys.index(key)] - raw

@@ -18,6 +18,7 @@ from interp.models.attention import Watch, window
 from interp.models.hooks import BlockInput, BlockOutput, Middle, RunWatch, Turns, write_change
 from interp.models.layout import Layout, held_inside, shown_inside
 from interp.models.plan import Plan
+from interp.models.pooling import Pooling
 from interp.models.repeated import CallsOnStream
 from interp.models.several import Part, attention_calls
 from interp.models.spec import Spec, first_tensor, with_first
@@ -192,7 +193,7 @@ class _LayerHooks:
         if block.norm_pre is not None:
             self._on_output(block.norm_pre, middle.keep_normed)
         for write in block.before_mid[:-1]:
-            self._on_output(write.module, middle.keep)
+            self._on_output(write.module, middle.keep, write.pooling)
         self._on_output(block.before_mid[-1].module, middle.change)
 
     def _on_input(self, name: str, change: Change) -> None:
@@ -208,8 +209,11 @@ class _LayerHooks:
 
         self._until_done(self.module.get_submodule(name).register_forward_pre_hook(self.on(hook)))
 
-    def _on_output(self, name: str, change: Change) -> None:
-        """Hook a module's output, seen as [batch pos d_model] even where the block flattened or cut it."""
+    def _on_output(self, name: str, change: Change, pooling: Pooling | None = None) -> None:
+        """Hook a module's output, seen as [batch pos d_model] even where the block flattened or cut it.
+
+        What it writes once that is pooled is read alone.
+        """
         block, layout, size = self.block, self.layout, self.this.run.batch.size
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -217,23 +221,26 @@ class _LayerHooks:
             assert x is not None
             if not self.calls.has(name, x, change):
                 return None
-            cut = layout is not None and layout.holds(name, x, size)
-            if layout is not None and cut:
-                seen = layout.positions(x.flatten(1, -2))
+            cut = None if layout is None else layout.holding(name, x, size)
+            if cut is not None:
+                seen = cut.positions(x.flatten(1, -2))
             elif name in block.turned:
                 seen = channels_last(x)
             else:
                 seen = shown_inside(x, block.axes, size)
+            if pooling is not None:
+                change(pooling(x if cut is None else seen))
+                return None
             if name in self.spec.copies:  # the block changes this tensor in place later on
                 seen = seen.clone()
             new = change(seen)
-            if new is x or (new is seen and cut and not torch.is_grad_enabled()):
+            if new is x or (new is seen and cut is not None and not torch.is_grad_enabled()):
                 return None
             # A view or a copy goes on in place of x, so that what is captured has a gradient; where
             # the block writes into it, it gets a copy of its own.
             new = new.clone() if name in self.spec.copies else new
-            if layout is not None and cut:
-                new = layout.windows(new, x.flatten(1, -2))
+            if cut is not None:
+                new = cut.windows(new, x.flatten(1, -2))
                 return with_first(output, new.reshape(x.shape))
             if name in block.turned:
                 return with_first(output, channels_first(new, x.shape))

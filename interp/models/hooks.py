@@ -142,6 +142,7 @@ class BlockInput:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         axes, held_as = self.spec.blocks[self.layer].axes, argument(args, kwargs, self.spec.hidden)
+        self.run.held[self.layer] = held_as.shape
         x = given = shown(held_as, axes, self.run.batch.size)
         if self.grad and not x.requires_grad:
             x = x.detach().requires_grad_()
@@ -294,11 +295,17 @@ def hidden_of(args: tuple, kwargs: dict, spec: Spec, layer: int) -> Tensor:
 
 
 def with_hidden(
-    args: tuple, kwargs: dict, hidden: Tensor, spec: Spec, layer: int
+    args: tuple,
+    kwargs: dict,
+    hidden: Tensor,
+    spec: Spec,
+    layer: int,
+    like: torch.Size | None = None,
 ) -> tuple[tuple, dict]:
-    """A block's arguments with another hidden state [batch pos d_model] at `spec.hidden`."""
+    """A block's arguments with another hidden state [batch pos d_model] at `spec.hidden`, held as in shape `like`."""
     key = spec.hidden
-    hidden = held(hidden, spec.blocks[layer].axes, argument(args, kwargs, key).shape)
+    like = argument(args, kwargs, key).shape if like is None else like
+    hidden = held(hidden, spec.blocks[layer].axes, like)
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}

@@ -156,7 +156,8 @@ class Layout:
     """Which position every row of every window holds; numbers from `n_pos` on are padding, each its own.
 
     `of` is the attention module, whose parts return windows. Keys of a single window that are none of its rows'
-    (global ones) stand behind all rows.
+    (global ones) stand behind all rows. `queries`: where a window has other queries than keys (pooled ones), their
+    layout: which position of what the block returns every row of q, pattern and z is.
 
     >>> layout = Layout(torch.tensor([[1, 2], [0, 3]]), 3)
     >>> windows = torch.tensor([[10, 20], [0, -1]])  # one image
@@ -170,9 +171,19 @@ class Layout:
     at: Int[Tensor, "windows rows"]
     n_pos: int
     of: str = ""
+    queries: Layout | None = None
 
-    def holds(self, name: str, x: Tensor, size: int) -> bool:
-        """Whether what a module read or returned is of the windows of `size` images."""
+    @property
+    def of_queries(self) -> Layout:
+        """The layout of queries: that of keys, in most models."""
+        return self.queries or self
+
+    def holding(self, name: str, x: Tensor, size: int) -> Layout | None:
+        """The layout, of keys or of queries, of what a module holds for `size` images; None if of neither."""
+        kinds = (self, self.of_queries)
+        return next((kind for kind in kinds if kind._holds(name, x, size)), None)
+
+    def _holds(self, name: str, x: Tensor, size: int) -> bool:
         n_windows, n_rows = self.at.shape
         if (n_windows, n_rows) == (1, self.n_pos) and not f"{name}.".startswith(f"{self.of}."):
             return False  # nothing but the order tells one window from the stream
@@ -196,22 +207,23 @@ class Layout:
     def rows(self, x: Float[Tensor, "windows heads q k"], fill: float) -> Tensor:
         """Scores or patterns as [batch heads query_pos key_pos], `fill` between windows; keys with padding."""
         queries, keys = self._pairs(x)
-        sizes = (self.at.numel(), keys.numel())
+        sizes = (queries.numel(), keys.numel())
         x = x.unflatten(0, (-1, len(self.at))).transpose(1, 2)
         whole = x.new_full((*x.shape[:2], *sizes), fill)
         whole[:, :, queries, keys] = x
-        return whole[:, :, : self.n_pos]
+        return whole[:, :, : self.of_queries.n_pos]
 
     def rows_of_windows(self, x: Tensor, before: Tensor) -> Float[Tensor, "windows heads q k"]:
         """The inverse; queries that are padding keep their rows of `before`."""
         queries, keys = self._pairs(before)
-        x = x[:, :, queries.clamp_max(self.n_pos - 1), keys].transpose(1, 2).flatten(0, 1)
-        padding = (queries >= self.n_pos).repeat(len(before) // len(self.at), 1, 1)
+        n_pos = self.of_queries.n_pos
+        x = x[:, :, queries.clamp_max(n_pos - 1), keys].transpose(1, 2).flatten(0, 1)
+        padding = (queries >= n_pos).repeat(len(before) // len(self.at), 1, 1)
         return torch.where(padding[:, None], before, x)
 
     def _pairs(self, x: Float[Tensor, "windows heads q k"]) -> tuple[Tensor, Tensor]:
-        at, keys = self.at.to(x.device), self._with_others(x.shape[3]).to(x.device)
-        return at[:, :, None], keys[:, None, :]
+        queries, keys = self.of_queries.at.to(x.device), self._with_others(x.shape[3]).to(x.device)
+        return queries[:, :, None], keys[:, None, :]
 
     def _with_others(self, n: int) -> Int[Tensor, "windows keys"]:
         """`at`, and what of n keys is none of the rows'."""
@@ -254,18 +266,24 @@ def held_inside(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor
     return x.reshape(tuple(like))
 
 
+Address = tuple[str, str, str, str]
+"""What it takes to read a layout: (cut, read, attention module, back)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Where a block cuts positions into windows: `cut` returns what is cut, `read` reads the windows.
 
+    `back` returns positions again, where windows have queries of their own: "" where these are their keys' positions.
     `layout` is that of the probe; an input of another shape has another.
     """
 
     cut: str
     read: str
     layout: Layout
+    back: str = ""
 
     @property
-    def address(self) -> tuple[str, str, str]:
-        """What it takes to read another layout: (cut, read, attention module)."""
-        return self.cut, self.read, self.layout.of
+    def address(self) -> Address:
+        """What it takes to read another layout."""
+        return self.cut, self.read, self.layout.of, self.back

@@ -81,5 +81,5 @@ class Passes:
     def resumed(self, clean: Run, start: int, times: int) -> Iterator[None]:
         """Inside, blocks before `start` are not computed again, on `times` copies of the batch of a clean run."""
         resid = clean.cache[Site("resid_pre", start)].repeat(times, 1, 1)
-        with skipping(self.module, self.spec, start, resid, clean.extras, times):
+        with skipping(self.module, self.spec, start, resid, clean, times):
             yield

@@ -1,6 +1,7 @@
 """Blocks that return a stream of another width or length than they read.
 
-Nothing of what they read can go on as it is. Some begin the new stream with what they compute themselves:
+Nothing of what they read can go on as it is. Some begin the new stream with what they compute themselves, pooled
+where it has the positions of what they read:
 
     resid_post = Σ writes
 
@@ -12,6 +13,7 @@ what a norm reads last in the shape of the block's input; what is written behind
 
 from __future__ import annotations
 
+from interp.models.pooling import poolings
 from interp.models.projections import same
 from interp.models.spec import BlockMap, Carry
 from interp.models.stack import Layer
@@ -27,7 +29,24 @@ def as_it_returns(layer: Layer, block: BlockMap) -> tuple[Sums | None, list[Cand
     for candidate in downstream(layer.inside, (block.W_O, None, None), candidates, []):
         if same(candidate.value, layer.output):
             return Sums([(candidate, 1.0)], carry_post=Carry(0.0)), candidates
-    return None, candidates
+    return None, candidates + _pooled(layer)
+
+
+def _pooled(layer: Layer) -> list[Candidate]:
+    """What modules returned before attention, pooled to as many positions as the block returns."""
+    assert layer.call.output is not None
+    wanted, until = layer.call.output.shape, layer.attention.order if layer.attention else 0
+    return [
+        Candidate(pooling(out), [name], call.order, pooling=pooling)
+        for name, calls in layer.inside.calls.items()
+        if len(calls) == 1
+        and (out := (call := calls[0]).output) is not None
+        and call.order <= until
+        and out.is_floating_point()
+        and (out.shape[0], out.shape[-1]) == (wanted[0], wanted[-1])
+        and out.numel() > wanted.numel()
+        for pooling in poolings(out.shape, wanted)
+    ]
 
 
 def before_the_shape_changes(

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, cycle
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from interp.models.forwards import other_forwards
 from interp.models.hooks import argument, with_hidden
 from interp.models.spec import Spec
+from interp.run.cache import Run
 
 
 @contextmanager
 def skipping(
-    model: nn.Module, spec: Spec, start: int, resid: Tensor, extras: Mapping[int, tuple], times: int
+    model: nn.Module, spec: Spec, start: int, resid: Tensor, clean: Run, times: int
 ) -> Iterator[None]:
-    """Inside, blocks before `start` cost nothing and block `start` reads `resid`."""
+    """Inside, blocks before `start` cost nothing and block `start` reads `resid`, held as it was in the clean run."""
+    like = clean.held.get(start)
     size = resid.shape[0] // times
     blocks = [model.get_submodule(block.returns) for block in spec.blocks]
     begin = next(stage[0] for stage in spec.stages if start in stage)
     skipped: dict[nn.Module, list[Any]] = {}
     for layer, block in enumerate(blocks[:start]):
-        rest = tuple(_repeated(x, size, times) for x in extras.get(layer, ()))
+        rest = tuple(_repeated(x, size, times) for x in clean.extras.get(layer, ()))
         output = None if layer < begin else resid  # other stages return what they are given
         skipped.setdefault(block, []).append((layer, output, rest))
     for block in blocks[start:]:  # a module that is called again later on works then
         if block in skipped:
             skipped[block].append(None)
-    others = {block: _returning(outputs, block.forward, spec) for block, outputs in skipped.items()}
+    others = {
+        block: _returning(outputs, block.forward, spec, like) for block, outputs in skipped.items()
+    }
     for member in chain.from_iterable(block.members[:-1] for block in spec.blocks[:start]):
         others[model.get_submodule(member.name)] = _given_back if not member.in_tuple else _in_tuple
     with ExitStack() as stack:
@@ -40,7 +45,9 @@ def skipping(
 
             def put(module: nn.Module, args: tuple, kwargs: dict) -> Any:
                 given = next(first)
-                return None if given is None else with_hidden(args, kwargs, given, spec, start)
+                return (
+                    None if given is None else with_hidden(args, kwargs, given, spec, start, like)
+                )
 
             reads = model.get_submodule(spec.blocks[start].name)
             hook = reads.register_forward_pre_hook(put, with_kwargs=True, prepend=True)
@@ -52,6 +59,7 @@ def _returning(
     outputs: Sequence[tuple[int, Tensor | None, tuple] | None],
     forward: Callable[..., Any],
     spec: Spec,
+    like: torch.Size | None,
 ) -> Callable[..., Any]:
     """A block's forward that returns one output a call in turn, and works as before where it is None.
 
@@ -68,7 +76,9 @@ def _returning(
             # This is the last of them, whose output code outside may change in place.
             return args[0] if resid is None else resid.clone()
         if resid is not None:
-            args, kwargs = with_hidden(args, kwargs, resid, spec, layer)  # as a block holds it
+            args, kwargs = with_hidden(
+                args, kwargs, resid, spec, layer, like
+            )  # as a block holds it
         hidden = argument(args, kwargs, spec.hidden)
         if spec.dict_key:
             return {spec.dict_key: hidden}

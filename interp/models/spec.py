@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.layout import PLAIN, Windows
+from interp.models.pooling import Pooling
 from interp.sites import ranges
 
 
@@ -20,11 +21,13 @@ class Write:
     `gain` names a parameter [d_model] that multiplies it besides (a layer scale), if there is one.
     `channels` [d_model] are numbers that multiply it besides and are no parameter of the block, fitted to
     the probe (a gate computed of a parameter): they hold for the weights that were probed.
+    `pooling`: what makes fewer positions of it before it is written, in a block that returns fewer than it reads.
     """
 
     module: str
     scale: float = 1.0
     gain: str | None = None
+    pooling: Pooling | None = None
     channels: Tensor | None = field(default=None, compare=False, repr=False)
 
     def factor(self, model: nn.Module) -> float | Tensor:

@@ -194,6 +194,15 @@ def calls_of(seen: Recording, layers: Sequence[Layer]) -> list[ModuleCall]:
     return [as_one([next(taken[name]) for name in each]) for each in names]
 
 
+def outputs_of(layers: Sequence[Layer]) -> dict[str, list[Tensor]]:
+    """By module, what these layers returned, as it returned it: what a forward is given where that is put back."""
+    returned: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        assert layer.call.output is not None
+        returned.setdefault(layer.returns, []).append(layer.call.output)
+    return returned
+
+
 def _hidden_key(layers: list[Layer]) -> int | str | None:
     """The argument in which every block gets what the one before it returned, but for the first of a stage."""
     first = layers[0].call

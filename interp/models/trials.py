@@ -18,7 +18,7 @@ from interp.models.in_parts import inside
 from interp.models.layout import POSITIONS_FIRST, shown
 from interp.models.recording import Recording, record
 from interp.models.spec import first_tensor, with_first
-from interp.models.stack import Layer, calls_of
+from interp.models.stack import Layer, calls_of, outputs_of
 from interp.run.batch import Batch
 
 
@@ -31,11 +31,7 @@ def scaled_z(
         _either_sign(call.tensors["z"].shape, generator).to(call.tensors["z"])
         for call in seen.attention
     ]
-    returned: dict[str, list[Tensor]] = {}
-    for layer in layers:
-        assert layer.call.output is not None
-        returned.setdefault(layer.returns, []).append(layer.call.output)
-    again = record(seen.module, batch, factors, returned)
+    again = record(seen.module, batch, factors, outputs_of(layers))
     changed = []
     for layer, call in zip(layers, calls_of(again, layers), strict=True):
         within = inside(again, call, layer.members)

@@ -336,7 +336,8 @@ def written(layer: Layer, writes: Sequence[Write], shape: torch.Size) -> list[Te
         factor = write.factor(layer.inside.module)
         if isinstance(factor, Tensor):
             factor = factor.cpu().double()
-        parts.append(out.double().reshape(shape) * factor)
+        out = out.double() if write.pooling is None else write.pooling(out.double())
+        parts.append(out.reshape(shape) * factor)
     return parts
 
 

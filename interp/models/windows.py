@@ -8,29 +8,35 @@ is read off a forward in which every position says its number; it depends on the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.attention import Watch, window
-from interp.models.calls import call_model
+from interp.models.attention import Watch
 from interp.models.chunks import in_chunks
 from interp.models.hooks import RunWatch
-from interp.models.layout import ACROSS, PACKED, PARTS, Layout, Windows, layout_of, n_ahead
+from interp.models.layout import (
+    ACROSS,
+    PACKED,
+    PARTS,
+    Address,
+    Layout,
+    Windows,
+    layout_of,
+    n_ahead,
+    shown,
+)
 from interp.models.packed import RowByRow, require_equal_rows
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
-from interp.models.spec import Spec, first_tensor, with_first
-from interp.models.stack import Layer
+from interp.models.spec import Spec
+from interp.models.stack import Layer, calls_of, outputs_of
+from interp.models.told import read_layouts
 from interp.run.batch import Batch
 
-BASE = 200
-"""Positions are told in digits of this base: bfloat16 counts to 256."""
 MOVED = 1e-3
 """A row has changed if it did by more than this share of the largest number; rounding is far below."""
 
@@ -48,13 +54,14 @@ class InWindows(Watch):
         layout = self._layout
         self.layout = layout if isinstance(layout, Layout) else layout(q.transpose(1, 2))
         given = (q, k, v)
-        shown = [_of_heads(self.layout, x, padding=x is not q) for x in given]
+        of = (self.layout.of_queries, self.layout, self.layout)
+        shown = [
+            _of_heads(layout, x, padding=x is not q) for layout, x in zip(of, given, strict=True)
+        ]
         new = self.inner.inputs(*shown)
         back = (
-            x
-            if y is seen
-            else self.layout.windows(y.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
-            for x, y, seen in zip(given, new, shown, strict=True)
+            x if y is seen else layout.windows(y.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
+            for layout, x, y, seen in zip(of, given, new, shown, strict=True)
         )
         return tuple(back)  # type: ignore[return-value]
 
@@ -71,7 +78,8 @@ class InWindows(Watch):
         return self.layout.rows_of_windows(self.inner.pattern(whole, start), pattern)
 
     def z(self, z: Tensor) -> Tensor:
-        return self.layout.windows(self.inner.z(self.layout.positions(z)), z)
+        layout = self.layout.of_queries
+        return layout.windows(self.inner.z(layout.positions(z)), z)
 
 
 def _of_heads(layout: Layout, x: Tensor, padding: bool) -> Tensor:
@@ -138,7 +146,8 @@ def find_windows(
 
     Where some layers have windows, all are tried: a single window may hold its positions in another order.
     Each layer is given half of its positions changed: just the rows of q, k and v that are these positions'
-    must change.
+    must change. Queries that are pooled have positions of their own: where half of the z of these is changed, just
+    this half of what the block returns must change.
     """
     if not any(_has_windows(layer, key) for layer in layers):
         return {}
@@ -153,10 +162,7 @@ def find_windows(
     halves = {
         i: torch.rand(layout.n_pos, generator=generator) < 0.5 for i, layout in layouts.items()
     }
-    returned: dict[str, list[Tensor]] = {}
-    for layer in layers:
-        assert layer.call.output is not None
-        returned.setdefault(layer.returns, []).append(layer.call.output)
+    returned = outputs_of(layers)
     for i, half in halves.items():
         call = layers[i].inside.once(addresses[i][0]) or seen.call(addresses[i][0])
         out = call.output
@@ -169,16 +175,25 @@ def find_windows(
     for i, layout in layouts.items():
         before = layers[i].attention
         after = [call for call in again.attention if before and call.module is before.module]
-        padded = torch.cat([halves[i], torch.zeros(layout.at.numel() - layout.n_pos).bool()])
-        wanted = padded[layout.at].repeat(batch.size, 1)
-        if before and len(after) == 1 and _moved(before, after[0], wanted):
-            found[i] = Windows(*addresses[i][:2], layout)
-    return found
+        wanted = _rows_of(halves[i], layout).repeat(batch.size, 1)
+        names = ("k", "v") if layout.queries else ("q", "k", "v")
+        if before and len(after) == 1 and _moved(before, after[0], wanted, names):
+            found[i] = Windows(*addresses[i][:2], layout, addresses[i][3])
+    pooled = {i: of.layout.queries for i, of in found.items() if of.layout.queries}
+    stays = pooled.keys() - _put_back(seen, layers, pooled, batch)
+    return {i: of for i, of in found.items() if i not in stays}
 
 
-def _moved(before: AttentionCall, after: AttentionCall, wanted: Tensor) -> bool:
-    """Whether just these rows [windows rows] of q, k and v have changed."""
-    for name in ("q", "k", "v"):
+def _rows_of(half: Bool[Tensor, " pos"], layout: Layout) -> Bool[Tensor, "windows rows"]:
+    """Which rows are these positions'; padding is not."""
+    return torch.cat([half, torch.zeros(layout.at.numel() - layout.n_pos).bool()])[layout.at]
+
+
+def _moved(
+    before: AttentionCall, after: AttentionCall, wanted: Tensor, names: tuple[str, ...]
+) -> bool:
+    """Whether just these rows [windows rows] of the tensors `names` have changed."""
+    for name in names:
         x, y = before.tensors[name].float(), after.tensors[name].float()
         moved = (y - x).abs().amax((1, 3)) > MOVED * x.abs().max()
         if not torch.equal(moved[:, : wanted.shape[1]], wanted):  # other keys come behind
@@ -186,9 +201,36 @@ def _moved(before: AttentionCall, after: AttentionCall, wanted: Tensor) -> bool:
     return True
 
 
+def _put_back(
+    seen: Recording, layers: list[Layer], layouts: Mapping[int, Layout], batch: Batch
+) -> set[int]:
+    """The layers that return something else just where these layouts say that z, changed, is."""
+    if not layouts:
+        return set()
+    generator = torch.Generator().manual_seed(0)
+    halves = {i: torch.rand(of.n_pos, generator=generator) < 0.5 for i, of in layouts.items()}
+    sign = {
+        id(layers[i].attention): torch.where(_rows_of(half, layouts[i]), -1.0, 1.0)
+        for i, half in halves.items()
+    }
+    factors = [
+        sign[id(call)].repeat(batch.size, 1)[..., None, None] if id(call) in sign else torch.ones(1)
+        for call in seen.attention
+    ]
+    again = calls_of(record(seen.module, batch, factors, outputs_of(layers)), layers)
+    passed = set()
+    for i, half in halves.items():
+        x, out = layers[i].output, again[i].output
+        assert out is not None
+        change = (shown(out, layers[i].axes, batch.size) - x).abs().amax((0, 2))
+        if torch.equal(change > MOVED * x.abs().max(), half):
+            passed.add(i)
+    return passed
+
+
 def _with_wrappers(
     layouts: Mapping[int, Layout],
-    addresses: Mapping[int, tuple[str, str, str]],
+    addresses: Mapping[int, Address],
     layers: list[Layer],
     module: nn.Module,
     batch: Batch,
@@ -201,7 +243,7 @@ def _with_wrappers(
     moved = [i for i, x in layouts.items() if not torch.equal(x.at, torch.arange(x.n_pos)[None])]
     found: dict[int, Layout] = {}
     for i in moved:
-        cut, read, of = addresses[i]
+        cut, read, of, _ = addresses[i]
         if len(layouts[i].at) > 1 or not read:
             continue
         inside, parts = layers[i].inside, of.split(".")
@@ -213,35 +255,38 @@ def _with_wrappers(
                 and call.keys[:1] == (0,)
                 and call.inputs[0].shape == inside.call(read).inputs[0].shape
             ):
-                told = read_layouts(module, {i: (cut, name, name)}, batch).get(i)
+                told = read_layouts(module, {i: (cut, name, name, "")}, batch).get(i)
                 if told is not None and torch.equal(told.at, layouts[i].at):
-                    found[i] = told
+                    found[i] = replace(told, queries=layouts[i].queries)
                     break
     return found
 
 
-def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str, str] | None:
-    """(cut, read, attention module) of a layer that may attend within windows.
+def _addresses(seen: Recording, layer: Layer, key: int | str) -> Address | None:
+    """What it takes to read the layout of a layer that may attend within windows.
 
-    `read` is the first of the attention's parts to read as many windows as q has, `cut` the last module
-    before it that returns a stream: in the block, or the one that returns what the block reads.
+    `read` is the first of the attention's parts to read as many windows as q has, of as many rows as q or, where
+    queries are pooled, k has; `cut` the last module before it that returns a stream: in the block, or the one that
+    returns what the block reads.
     """
     hidden, attention = layer.hidden(key), layer.attention
     if attention is None or layer.attends:
         return None
     n_windows, _, n_rows, _ = attention.tensors["q"].shape
+    n_keys = attention.tensors["k"].shape[2]
     of = layer.inside.names[attention.module]
     once = [(name, calls[0]) for name, calls in layer.inside.calls.items() if len(calls) == 1]
     reads = [
-        (call.start, name)
+        (call.inputs[0].shape[1:-1].numel(), call.start, name)
         for name, call in once
         if (name == of or name.startswith(of + "."))
         and call.inputs
         and call.start <= attention.order
         and call.inputs[0].shape[0] == n_windows
-        and call.inputs[0].shape[1:-1].numel() == n_rows
         and call.inputs[0].shape[-1] == hidden.shape[-1]
     ]
+    pooled = [(start, name) for n, start, name in reads if n == n_keys > n_rows]
+    reads = pooled or [(start, name) for n, start, name in reads if n == n_rows]
     if not reads:
         return _chunked(layer, key, of) if _has_windows(layer, key) else None
     start, read = min(reads)
@@ -262,10 +307,11 @@ def _addresses(seen: Recording, layer: Layer, key: int | str) -> tuple[str, str,
         and calls[0].output.shape == hidden.shape
         and torch.equal(calls[0].output, hidden)
     ]
-    return (max(cuts)[1], read, of) if cuts else None
+    back = layer.returns if pooled else ""
+    return (max(cuts)[1], read, of, back) if cuts else None
 
 
-def _chunked(layer: Layer, key: int | str, of: str) -> tuple[str, str, str] | None:
+def _chunked(layer: Layer, key: int | str, of: str) -> Address | None:
     """The same, `read` empty, of an attention that may cut the projected positions into windows as they come."""
     hidden, attending = layer.hidden(key), layer.inside.once(of)
     cuts = [
@@ -277,7 +323,7 @@ def _chunked(layer: Layer, key: int | str, of: str) -> tuple[str, str, str] | No
         and calls[0].output is not None
         and calls[0].output.shape == hidden.shape
     ]
-    return (max(cuts)[1], "", of) if cuts else None
+    return (max(cuts)[1], "", of, "") if cuts else None
 
 
 def _has_windows(layer: Layer, key: int | str) -> bool:
@@ -288,108 +334,14 @@ def _has_windows(layer: Layer, key: int | str) -> bool:
     return (n_windows, n_rows) not in (layer.hidden(key).shape[:2], layer.output.shape[:2])
 
 
-@torch.no_grad()
-def read_layouts(
-    module: nn.Module, addresses: Mapping[int, tuple[str, str, str]], batch: Batch
-) -> dict[int, Layout]:
-    """The layout of each of these layers, named by `Windows.address`, for inputs of this shape.
-
-    Only layers that show every position once, image after image in the same order. Where no module reads
-    windows they hold positions as these come, padding behind them: their number is that of the queries.
-    """
-    seen: dict[int, Tensor] = {}
-    n_pos: dict[int, int] = {}
-
-    def tell(layer: int, output: Any) -> Any:
-        out = first_tensor(output)
-        assert out is not None
-        codes = out.new_zeros(out.shape).reshape(batch.size, -1, out.shape[-1])
-        n_pos[layer] = codes.shape[1]
-        at = torch.arange(codes.shape[1], device=out.device)
-        codes[..., 0], codes[..., 1] = (at // BASE).to(out), (at % BASE).to(out)
-        codes[..., 2] = 1 + torch.arange(batch.size, device=out.device)[:, None].to(out)
-        return with_first(output, codes.reshape(out.shape))
-
-    def keep(layer: int, args: tuple, kwargs: dict) -> None:
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        read = next(x for x in given if x.is_floating_point())
-        seen[layer] = read.flatten(1, -2)[..., :3].cpu().double()
-
-    chunked = {module.get_submodule(of): i for i, (_, read, of) in addresses.items() if not read}
-    shapes: dict[int, tuple[int, int]] = {}
-
-    def listen(attention: nn.Module) -> Watch:
-        return _Shape(chunked[attention], shapes) if attention in chunked else Watch()
-
-    with ExitStack() as stack:
-        if chunked:
-            stack.enter_context(window(module, listen))
-        for layer, (cut, read, _) in addresses.items():
-            hook = module.get_submodule(cut).register_forward_hook(
-                lambda module, args, output, layer=layer: tell(layer, output)
-            )
-            stack.callback(hook.remove)
-            if not read:
-                continue
-            hook = module.get_submodule(read).register_forward_pre_hook(
-                lambda module, args, kwargs, layer=layer: keep(layer, args, kwargs),
-                with_kwargs=True,
-            )
-            stack.callback(hook.remove)
-        call_model(module, batch)
-    found = {}
-    for i, codes in seen.items():
-        at = _told(codes, n_pos[i], batch.size)
-        if at is not None:
-            found[i] = Layout(at, n_pos[i], addresses[i][2])
-    for i, (rows, length) in shapes.items():
-        n_windows = rows // batch.size
-        if (n_windows - 1) * length < n_pos[i] <= n_windows * length and rows % batch.size == 0:
-            at = torch.arange(n_windows * length).reshape(n_windows, length)
-            found[i] = Layout(at, n_pos[i], addresses[i][2])
-    return found
-
-
-class _Shape(Watch):
-    """Notes how many rows and queries an attention has."""
-
-    def __init__(self, layer: int, shapes: dict[int, tuple[int, int]]):
-        self.layer, self.shapes = layer, shapes
-
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.shapes[self.layer] = (q.shape[0], q.shape[2])
-        return q, k, v
-
-
-def _told(codes: Float[Tensor, "windows rows 3"], n_pos: int, size: int) -> Tensor | None:
-    """The position that every row of one image's windows tells; None where rows say something else."""
-    if len(codes) % size:
-        return None
-    shape = (len(codes) // size, codes.shape[1])
-    high, low, image = codes.reshape(size, -1, 3).unbind(-1)
-    is_padding = image == 0
-    at = high * BASE + low
-    same = torch.equal(at, at[:1].expand_as(at)) and bool((is_padding == is_padding[:1]).all())
-    mine = is_padding | (image == 1 + torch.arange(size)[:, None])
-    if not same or not bool(mine.all()):
-        return None
-    at, is_padding = at[0].long(), is_padding[0]
-    at[is_padding] = n_pos + torch.arange(int(is_padding.sum()))
-    numbers = torch.arange(
-        max(n_pos, shape[0] * shape[1])
-    )  # queries of every other position are no windows
-    if not torch.equal(at.sort().values, numbers):
-        return None
-    return at.reshape(shape)
-
-
 def attention_in_order(layer: Layer, layout: Layout) -> Layer:
     """The layer with its attention in the order of positions."""
     of = layer.attention
     assert of is not None
     size = len(of.tensors["q"]) // len(layout.at)
-    tensors = {name: _of_heads(layout, of.tensors[name], name != "q") for name in ("q", "k", "v")}
-    tensors["z"] = layout.positions(of.tensors["z"])
+    tensors = {name: _of_heads(layout, of.tensors[name], padding=True) for name in ("k", "v")}
+    tensors["q"] = _of_heads(layout.of_queries, of.tensors["q"], padding=False)
+    tensors["z"] = layout.of_queries.positions(of.tensors["z"])
     # Patterns of all images and heads would be large; whether any sees a key is all that is asked of them.
     most = torch.cat(of.rows, 2).unflatten(0, (size, -1)).amax((0, 2))
     rows = [layout.rows(most[:, None], 0.0)]
@@ -403,12 +355,13 @@ def in_order(layer: Layer, layout: Layout) -> Layer:
     assert layer.attention is not None
     size = len(layer.attention.tensors["q"]) // len(layout.at)
 
-    def shown(name: str, x: Tensor) -> Tensor:
-        return layout.positions(x.flatten(1, -2)) if layout.holds(name, x, size) else x
+    def ordered(name: str, x: Tensor) -> Tensor:
+        held_in = layout.holding(name, x, size)
+        return x if held_in is None else held_in.positions(x.flatten(1, -2))
 
     def seen(name: str, call: ModuleCall) -> ModuleCall:
-        inputs = [shown(name, x) for x in call.inputs]
-        output = None if call.output is None else shown(name, call.output)
+        inputs = [ordered(name, x) for x in call.inputs]
+        output = None if call.output is None else ordered(name, call.output)
         return replace(call, inputs=inputs, output=output)
 
     inside = layer.inside.calls.items()

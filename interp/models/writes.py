@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from interp.models.pooling import Pooling
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
 from interp.models.repeated import after_attention
@@ -28,7 +29,8 @@ from interp.models.verify import added, relative_error, relative_tolerance
 class Candidate:
     """A value that might be written to the residual stream, and the modules that returned it.
 
-    With `gain`, the value is a module's output times this parameter; with `channels`, times these numbers.
+    With `gain`, the value is a module's output times this parameter; with `channels`, times these numbers; with
+    `pooling`, what that makes of it.
     """
 
     value: Tensor
@@ -36,6 +38,7 @@ class Candidate:
     order: int
     gain: str | None = None
     channels: Tensor | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -285,9 +288,12 @@ def write_map(
     writes: list[Write] = []
     for candidate, scale in sums.writes:
         # The last module to return this value.
-        write = Write(candidate.modules[0], scale, candidate.gain, candidate.channels)
+        of = (candidate.gain, candidate.pooling, candidate.channels)
+        write = Write(candidate.modules[0], scale, *of)
         writes.append(write)
-        if any(c.modules is candidate.modules for c in from_attention):
+        if write.pooling is not None:  # no change of it can be put in place of what was pooled
+            others.append(write)
+        elif any(c.modules is candidate.modules for c in from_attention):
             if block.attn_write is not None:
                 others.append(write)
                 continue

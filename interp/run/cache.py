@@ -163,6 +163,7 @@ class Run:
         cache: captured activations.
         statistics: row statistics by name, each [batch n_layers n_heads] (NaN: layer not seen).
         extras: what blocks returned beside the residual stream, kept so that a replay can go on.
+        held: by layer, the shape in which the block held what it read.
     """
 
     batch: Batch
@@ -170,6 +171,7 @@ class Run:
     cache: Cache = field(default_factory=Cache)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[int, tuple] = field(default_factory=dict)
+    held: dict[int, torch.Size] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         logits = None if self.logits is None else list(self.logits.shape)
