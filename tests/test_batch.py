@@ -107,6 +107,16 @@ def test_the_plans_of_the_docs_and_of_help_can_be_read(series, tmp_path, monkeyp
     assert counts == [(1, 1), (5, 2), (4, 1)]
 
 
+@pytest.mark.parametrize("name", ["attribute", "flow", "explain"])
+@pytest.mark.parametrize("prompt", ["The cat sat on the mat. The cat", [3, 4, 3]])
+def test_a_prompt_of_a_plan_is_a_text_or_token_ids(plan, name, prompt):
+    if name == "attribute" and not isinstance(prompt, str):
+        prompt = ["The cat", "A dog"]  # of several prompts
+    plan |= {"analyses": [name], "data": {"cats": {"prompt": prompt}}}
+    (task,) = read_plan(plan).tasks
+    assert task.arguments == {"prompt": prompt}
+
+
 def test_an_id_follows_content_and_nothing_else(plan, series, tmp_path):
     def ids(**changed) -> list[str]:
         return [unit.id for unit in lay_out({**plan, **changed}).units]

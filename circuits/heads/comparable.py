@@ -46,7 +46,10 @@ def comparable(reports: Sequence[Report]) -> tuple[list[dict[str, Any]], list[st
     notes = [f"{name} is not compared ({reason})." for name, reason in sorted(left_out.items())]
     counts = {report.meta["options"]["prompts"] for report in reports}
     if len(counts) > 1:
-        notes.append(f"Reports have {_listed(counts)} prompts: intervals differ, scores do not.")
+        notes.append(
+            f"Reports have {_listed(counts)} prompts: scores are means over them, and intervals "
+            "are wider where there are fewer."
+        )
     return shared, notes
 
 

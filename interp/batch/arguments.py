@@ -88,8 +88,11 @@ def _typed(value: Any, kind: type, many: bool, hint: Any, where: str) -> Any:
         if not value:
             raise BadInput(f"{where} names nothing; give at least one {kind.__name__}")
         return [_typed(item, kind, False, hint, where) for item in value]
-    if many and plain(hint, singular=True)[0] is None:
-        return [_typed(value, kind, False, hint, where)]
+    if many:  # one value where there may be several: by itself, if it can stand so
+        alone = plain(hint, singular=True)[0]
+        if alone is None:
+            return [_typed(value, kind, False, hint, where)]
+        kind = alone
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):

@@ -62,7 +62,7 @@ class Layout:
         plan = self.plan
         fits = "" if self.memory <= self.available else "; give fewer workers, or a smaller dtype"
         return (
-            f"{len(self.units)} units, {plan.workers} at a time ({plan.engine}), threads of "
+            f"units: {len(self.units)}, {plan.workers} at a time ({plan.engine}), threads of "
             f"each: {plan.threads}\nmemory, estimated from weights and one pass over {TOKENS} tokens: "
             f"{self.memory / 1e9:.2f} GB of {self.available / 1e9:.1f} GB available{fits}\n"
             f"disk, at most about {self.disk / 1e9:.2f} GB of {self.free / 1e9:.1f} GB free in {plan.out}"
