@@ -53,9 +53,9 @@ the residual stream (they differ where a model normalises after attention); like
 Of a model with several residual streams `embed` and `resid_*` have all of them, one after the other. The
 positions of an image held in rows and columns are its rows, one after the other. Keys that are no
 position's (several positions compressed to one, padding of windows) come behind those of the positions;
-where all keys are made of several positions each, there are so many fewer. Where a layer attends within
-windows, its sites have the positions of the stream all the same: between windows patterns are 0 and scores
--inf, and what an edit puts there is left out."""
+where all keys are made of several positions each, there are so many fewer, and so it is with queries
+and z. Where a layer attends within windows, its sites have the positions of the stream all the same:
+between windows patterns are 0 and scores -inf, and what an edit puts there is left out."""
 
 SELF_SITES = ("q", "k", "v", "scores", "pattern", "z")
 CROSS = "cross_"

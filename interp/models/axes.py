@@ -22,6 +22,7 @@ from interp.models.layout import (
     IMAGE,
     ONE_AFTER_THE_OTHER,
     PACKED,
+    PARTED,
     PARTS,
     PLAIN,
     POSITIONS_FIRST,
@@ -35,6 +36,7 @@ from interp.models.layout import (
     with_others_ahead,
 )
 from interp.models.packed import attention_row_by_row
+from interp.models.parted import attention_of_parts, with_parts_together
 from interp.models.recording import ModuleCall, Recording, record
 from interp.models.stack import Layer, calls_of, outputs_of
 from interp.models.windows import attention_in_order
@@ -207,8 +209,12 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
         return layer
     size, raw = layer.inside.n_rows, layer.call.output
     assert raw is not None
-    if (axes in (PARTS, ACROSS) or n_ahead(axes)) and layer.attention is not None:
+    if layer.placed:
+        layer = attention_of_parts(layer)
+    elif (axes in (PARTS, ACROSS) or n_ahead(axes)) and layer.attention is not None:
         layer = attention_in_order(layer, layout_of(raw, axes, size))
+    if axes == PARTED:
+        return with_parts_together(layer)
     if axes == PACKED:
         layer = attention_row_by_row(layer)
 
@@ -248,6 +254,8 @@ def _by_shape(layers: list[Layer], key: int | str, batch: Batch) -> tuple[str, .
     axes = axes_of(x.shape, batch)
     if axes in (PLAIN, None):
         return axes
+    if axes == PARTED:
+        return axes if _linear_layers_read(layers, key, axes.index("d_model")) else None
     last = _linear_layers_read(layers, key, -1)
     if axes != IMAGE:
         return axes if last else None

@@ -18,8 +18,9 @@ from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, main_input, text_config
 from interp.models.draft import Draft
 from interp.models.ends import with_ends
+from interp.models.find_placed import find_placed
 from interp.models.find_writes import with_writes
-from interp.models.layout import POSITIONS_FIRST, as_held_inside
+from interp.models.layout import PARTED, PARTS, POSITIONS_FIRST, as_held_inside
 from interp.models.mixed import WHY, streams_in_a_row
 from interp.models.pieces import pieces
 from interp.models.projections import (
@@ -43,7 +44,9 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     """The map that the recording suggests, not yet verified."""
     refused: dict[str, str] = {}
     stack, layers, key = find_stack(seen, batch, refused)
-    layers = with_axes(layers, find_axes(seen, layers, key, batch))
+    axes = find_axes(seen, layers, key, batch)
+    layers = with_axes(find_placed(seen, layers, axes, key, batch), axes)
+    _refuse_no_one_attention(layers, refused)
     layers = with_ahead(seen, layers, stack, refused)
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
@@ -106,6 +109,20 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     return with_ends(spec, seen, layers, batch)
 
 
+def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> None:
+    """Refuse attention's sites where the calls of a layer are no one attention."""
+    for layer in layers:
+        if layer.attention is None and (several := len(layer.inside.attention)):
+            why = f"block '{layer.name}' attends {several} times, with heads of different shapes"
+            if layer.axes in (PARTS, PARTED) and not layer.placed:
+                why = (
+                    f"which parts of an input the queries and keys of '{layer.name}' are of was not found: its rows "
+                    "of attention are not of one part each, and together of all"
+                )
+            for site in (*SELF_SITES, "attn_out", "attn_write"):
+                refused[site] = why
+
+
 def _with_parts(draft: Draft) -> Draft:
     """Attention and writes of every block; of several streams in a row where one stream does not explain any."""
     one = _with_attention_and_writes(draft)
@@ -150,7 +167,7 @@ def _with_windows(draft: Draft) -> Draft:
     for i, layer in enumerate(layers):
         rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
-        if q is None or i in windows:
+        if q is None or i in windows or layer.placed:
             continue
         n_pos, whole = layer.hidden(key).shape[1], layer.output.shape[1]
         if q.shape[0] != rows or _padded(layer, key):
@@ -242,8 +259,8 @@ def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:
     absent = {}
     attending = [block for block in blocks if block.attention]
     if several := next((block for block in blocks if block.along == HEADS), None):
-        names = " and ".join(f"'{name}'" for name in several.attends)
-        why = f"{names} each write an output of their own: '{several.name}' has no one attention output"
+        names = " and ".join(f"'{name}'" for name in dict.fromkeys(several.attends))
+        why = f"{names} each return an output of their own: '{several.name}' has no one attention output"
         absent |= dict.fromkeys(("attn_out", "attn_write"), why)
     if not any(block.W_out for block in blocks):
         absent["mlp_post"] = "no one linear layer makes an MLP's output (experts, or a gate)"

@@ -41,6 +41,7 @@ class RunWatch(Watch):
         self.prefix, self.part = prefix, part
         self.statistics = plan.statistics if prefix == "" else None
         self.needs_rows = self.wants("scores") or self.wants("pattern")
+        self.at_once = part is not None and part.place is not None
         self._whole: dict[str, list[Tensor]] = {}
         self._n_queries = self._n_keys = 0
 
@@ -51,6 +52,9 @@ class RunWatch(Watch):
 
     def inputs(self, q, k, v):
         self._n_queries, self._n_keys = q.shape[2], k.shape[2]
+        if self.part is not None and self.part.place is not None:
+            for name, x in (("q", q), ("k", k)):
+                self.part.place.require(f"{self.prefix}{name}.{self.layer}", x, self.n_rows)
         seen = []
         for which, x in (("q", q), ("k", k), ("v", v)):
             name = self.prefix + which
@@ -72,6 +76,8 @@ class RunWatch(Watch):
             ]  # what is no position's comes behind these
             if self.part is None:
                 self.statistics.update(self.layer, of_positions, start)
+            elif self.part.place is not None:
+                self.statistics.update(self.layer, self.part.spread(pattern), start)
             elif self.part.along == HEADS or self.part.index == 0:
                 self.statistics.update(self.layer, self.part.spread(of_positions), start)
         return pattern
@@ -88,8 +94,19 @@ class RunWatch(Watch):
             return self.touch(name, self.layer, x)
         x = self._edited(name, x, 0)
         if (name, self.layer) in self.plan.capture:
+            x = self._with_gradient(name, x)
             self._keep(name, x)
         return x
+
+    def _with_gradient(self, name: str, x: Tensor) -> Tensor:
+        """x of one of several calls, on a way to the logits that leads through the layer's whole site, which is
+        joined beside it: where gradients are wanted, zeros in the shape of the whole stand in for it."""
+        if self.part is None or not torch.is_grad_enabled():
+            return x
+        if self.part.first:
+            zeros = torch.zeros_like(self.part.among(name, x), requires_grad=True)
+            self.run.stand_ins[name, self.layer] = zeros
+        return x + self.part.mine(name, self.run.stand_ins[name, self.layer], x).to(x.device)
 
     def _edited(self, name: str, x: Tensor, start: int) -> Tensor:
         for edit in self.plan.edits.get((name, self.layer), ()):
@@ -108,6 +125,7 @@ class RunWatch(Watch):
             missing = self._n_keys - x.shape[-1]
             if torch.is_grad_enabled() and not missing and self.part is None:  # all rows at once
                 return self.run.cache.put(name, self.layer, self.plan.kept(x))
+            x = self._with_gradient(name, x)
             whole = nn.functional.pad(x, (0, missing), value=fill) if missing else x
             self._whole.setdefault(name, []).append(whole)
         return x

@@ -30,6 +30,9 @@ PARTS = ("batch·part", "pos", "d_model")
 """A row for each part of an input: its positions are those of the parts, one part after the other."""
 ACROSS = ("batch·pos", "part", "d_model")
 """A row for each position in a part: what stands there in all parts."""
+PARTED = ("batch", "part", "d_model", "height", "width")
+"""Parts of an input apart, channels before positions: its positions are those of the parts, one part after the other.
+A module inside has a row for each part, or is called once for each."""
 CHANNELS_BEFORE = ("batch", "d_model", "pos")
 PACKED = ("one", "batch·pos", "d_model")
 """All rows of the batch one after the other; a module inside may leave out the first axis."""
@@ -60,7 +63,8 @@ def n_ahead(axes: tuple[str, ...]) -> int:
 
 def as_held_inside(axes: tuple[str, ...]) -> bool:
     """Whether modules inside a block hold rows, positions or channels elsewhere, as the block itself does."""
-    return axes in ROWS_ELSEWHERE or (read_in_plain_order(axes) and axes != PLAIN)
+    elsewhere = (*ROWS_ELSEWHERE, PARTED)
+    return axes in elsewhere or (read_in_plain_order(axes) and axes != PLAIN)
 
 
 def read_in_plain_order(axes: tuple[str, ...]) -> bool:
@@ -91,6 +95,8 @@ def axes_of(shape: torch.Size, batch: Batch) -> tuple[str, ...] | None:
     """Names of the axes of a hidden state of this shape, None where they cannot be told."""
     if len(shape) == 3:
         return PLAIN
+    if len(shape) == len(PARTED) and "input_ids" not in batch.inputs and shape[0] == batch.size:
+        return PARTED
     if len(shape) != 4:
         return None
     if "input_ids" not in batch.inputs:
@@ -126,6 +132,8 @@ def shown(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         return x.flatten(1, 2)
     if axes == CHANNELS_FIRST:
         return x.flatten(2).mT
+    if axes == PARTED:
+        return x.flatten(3).mT.flatten(1, 2)
     return x.movedim(axes.index("n_streams"), -2).flatten(-2)
 
 
@@ -147,6 +155,8 @@ def held(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
         return x.reshape(*like[:-2], -1, like[-1])
     if axes == CHANNELS_FIRST:
         return x.mT.reshape(-1, *like[1:])
+    if axes == PARTED:
+        return x.unflatten(1, (like[1], -1)).mT.reshape(-1, *like[1:])
     where = axes.index("n_streams")
     return x.unflatten(-1, (like[where], like[-1])).movedim(-2, where)
 
@@ -254,6 +264,8 @@ def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
         x = x.unflatten(0, (-1, size))
     if n_ahead(axes):
         return shown(x.reshape(size, -1, x.shape[-1]), axes, size)
+    if axes == PARTED:
+        return x.reshape(size, -1, x.shape[-1])
     if as_held_inside(axes):
         return shown(x, axes, size)
     return x if x.ndim == 3 else x.reshape(size, -1, x.shape[-1])
@@ -261,7 +273,7 @@ def shown_inside(x: Tensor, axes: tuple[str, ...], size: int) -> Tensor:
 
 def held_inside(x: Tensor, axes: tuple[str, ...], like: Sequence[int]) -> Tensor:
     """The inverse of `shown_inside`: in the shape `like`."""
-    if as_held_inside(axes):
+    if as_held_inside(axes) and axes != PARTED:
         x = held(x, axes, like)
     return x.reshape(tuple(like))
 

@@ -32,6 +32,7 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
         attention=seen.names[attention.module],
         attends=tuple(seen.names[module] for module in layer.attends),
         along=layer.along,
+        placed=layer.placed,
         n_heads=z.shape[2],
         n_kv_heads=k.shape[1],
         d_head=z.shape[3],

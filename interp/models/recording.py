@@ -43,7 +43,10 @@ class ModuleCall:
 
 @dataclass
 class AttentionCall(Watch):
-    """One attention call during the probe; `factor` multiplies its z where a trial asks for it."""
+    """One attention call during the probe.
+
+    Where a trial asks for it, `factor` multiplies its z, or `held` goes on instead.
+    """
 
     module: nn.Module
     order: int = 0
@@ -51,6 +54,7 @@ class AttentionCall(Watch):
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
     n_rows: int = 1
+    held: Tensor | None = None
     needs_rows = True
 
     def inputs(self, q, k, v):
@@ -64,6 +68,8 @@ class AttentionCall(Watch):
 
     def z(self, z):
         self.tensors["z"] = _kept(z)
+        if self.held is not None:
+            return self.held.to(z)
         return z if self.factor is None else z * self.factor.to(z)
 
 
@@ -105,12 +111,14 @@ def record(
     batch: Batch,
     factors: list[Tensor] | None = None,
     restored: Mapping[str, list[Tensor]] | None = None,
+    held: list[Tensor] | None = None,
 ) -> Recording:
     """One forward with every module call and every attention call recorded.
 
     Args:
         factors: what each attention call's z is multiplied with, in the order of the calls.
         restored: by module, what each of its calls returns whatever it computed.
+        held: what goes on as each attention call's z whatever it computed.
     """
     names = {submodule: name for name, submodule in module.named_modules()}
     seen = Recording(module, names, {}, [], torch.empty(0), n_rows=batch.size)
@@ -118,8 +126,10 @@ def record(
     inputs: dict[int, tuple[list[Tensor], tuple[int | str, ...], int]] = {}
 
     def listen(attention: nn.Module) -> AttentionCall:
-        factor = None if factors is None else factors[len(seen.attention)]
-        seen.attention.append(AttentionCall(attention, order, factor, n_rows=batch.size))
+        number = len(seen.attention)
+        factor, kept = (None if of is None else of[number] for of in (factors, held))
+        call = AttentionCall(attention, order, factor, n_rows=batch.size, held=kept)
+        seen.attention.append(call)
         return seen.attention[-1]
 
     def keep_inputs(submodule: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
+from interp.models.placed import Placed
 from interp.models.recording import AttentionCall
 from interp.models.spec import BlockMap
 from interp.run.edits import Edit, Seen
@@ -24,11 +25,17 @@ HEADS, WIDTH = "n_heads", "d_head"
 
 @dataclass(frozen=True)
 class Part:
-    """Which of a layer's calls it is, and what the calls lie side by side along: heads, or their width."""
+    """Which of a layer's attentions it is, and what these lie side by side along: heads, or their width.
+
+    `place`: which parts of the input it is of, where several calls make one attention or parts see each other;
+    `first`: no call of the layer comes before it.
+    """
 
     index: int
     count: int
     along: str
+    place: Placed | None = None
+    first: bool = True
 
     def axis(self, name: str) -> int | None:
         """The axis of a site [batch pos heads d_head] or [batch heads query key]; None where calls agree."""
@@ -37,34 +44,53 @@ class Part:
             return 1 if of_rows else 2
         return 3 if name.endswith(("v", "z")) else None
 
+    def among(self, name: str, x: Tensor) -> Tensor:
+        """The whole layer's site, of which x is this call's part: NaN where another call computes it."""
+        axis = self.axis(name)
+        if self.place is not None:
+            return self.place.among(self.place.unknown(name, x, self.count), name, x)
+        if axis is None:
+            return x
+        unknown = torch.full_like(x, torch.nan)
+        return torch.cat([x if i == self.index else unknown for i in range(self.count)], axis)
+
+    def mine(self, name: str, whole: Tensor, x: Tensor) -> Tensor:
+        """The inverse: this call's part of the whole, in the shape of x."""
+        axis = self.axis(name)
+        if self.place is not None:
+            return self.place.mine(whole, name, x)
+        return (
+            whole if axis is None else whole.narrow(axis, self.index * x.shape[axis], x.shape[axis])
+        )
+
     def edited(self, edit: Edit, x: Tensor, seen: Seen, name: str) -> Tensor:
         """x after an edit of the whole layer, of which x is this call's part.
 
         The parts of the other calls are not known yet, or already used: the edit sees NaN there.
         """
-        axis = self.axis(name)
-        if axis is None:
-            return edit(x, seen)
-        unknown = torch.full_like(x, torch.nan)
-        parts = [x if i == self.index else unknown for i in range(self.count)]
-        size = x.shape[axis]
-        new = edit(torch.cat(parts, axis), seen).narrow(axis, self.index * size, size)
+        new = self.mine(name, edit(self.among(name, x), seen), x)
         if bool(new.isnan().any()) and not bool(x.isnan().any()):
             raise BadInput(
                 f"the edit of '{name}.{seen.layer}' mixes what several attention calls of this layer "
-                f"compute one after the other; change each of the {self.count} parts by itself"
+                "compute one after the other; change what each of them computes by itself"
             )
         return new
 
     def joined(self, name: str, before: Callable[[], Tensor], x: Tensor) -> Tensor:
         """What is kept of the layer once this call is seen: the earlier calls' parts and x."""
         axis = self.axis(name)
+        if self.place is not None:
+            known = self.place.unknown(name, x, self.count) if self.first else before()
+            return self.place.among(known.to(x.device), name, x)
         if axis is None or self.index == 0:
             return x
         return torch.cat([before(), x.to(before().device)], axis)
 
     def spread(self, pattern: Tensor) -> Tensor:
-        """A pattern among the heads of the whole layer, 0 for those of the other calls."""
+        """A pattern among the heads and parts of the whole layer, 0 for those of the other calls."""
+        if self.place is not None:
+            nothing = torch.zeros_like(self.place.unknown("pattern", pattern, self.count))
+            return self.place.among(nothing, "pattern", pattern)
         if self.along != HEADS:
             return pattern
         heads = pattern.shape[1]
@@ -95,9 +121,14 @@ def seen_as_one(calls: Sequence[AttentionCall]) -> tuple[AttentionCall, str] | N
 
 def attention_calls(block: BlockMap) -> Iterator[tuple[str, str, Part | None]]:
     """(module, prefix of its sites, part of its layer's attention) of every attention call of a block."""
-    if block.attends:
-        for index, name in enumerate(block.attends):
-            yield name, "", Part(index, len(block.attends), block.along)
+    names = block.attends or ((block.attention,) if block.attention else ())
+    if block.placed:
+        count = 1 + block.placed[-1].index
+        for i, (name, place) in enumerate(zip(names, block.placed, strict=True)):
+            yield name, "", Part(place.index, count, block.along or HEADS, place, first=i == 0)
+    elif block.attends:
+        for index, name in enumerate(names):
+            yield name, "", Part(index, len(names), block.along, first=index == 0)
     elif block.attention:
         yield block.attention, "", None
     if block.cross:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.layout import PLAIN, Windows
+from interp.models.placed import Placed
 from interp.models.pooling import Pooling
 from interp.sites import ranges
 
@@ -107,7 +108,8 @@ class BlockMap:
 
     A block computes `resid_mid = norm_mid(resid_pre + before_mid)` and `resid_post = norm_post(resid_mid
     + the rest)`, where the norms are the identity if None (BERT has both, most models neither), and
-    `before_mid` are the writes made before the MLP reads. Writes are attn_write, mlp_write and `others`:
+    `before_mid` are the writes made before the MLP reads; of several MLPs that read what attention returns and are
+    all that is written, the first one's. Writes are attn_write, mlp_write and `others`:
     a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
     attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
     has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`;
@@ -125,7 +127,8 @@ class BlockMap:
     written, if there is one. `mixed`: modules whose outputs a block with several residual streams mixes
     into them, with weights that depend on the token; it has no writes then. `attends`: where a layer attends
     several times, the module of each call in order; `along` then says whether their heads lie side by side
-    ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `W_out`: the one
+    ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `placed`: of inputs in
+    several parts, which part attends to which in each of these calls. `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read.
     `repeated`: modules called several times, of which the call on the stream is meant.
@@ -143,6 +146,7 @@ class BlockMap:
     attention: str | None = None
     attends: tuple[str, ...] = ()
     along: str = ""
+    placed: tuple[Placed, ...] = ()
     n_heads: int = 0
     n_kv_heads: int = 0
     d_head: int = 0

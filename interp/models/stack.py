@@ -13,12 +13,13 @@ from interp.errors import Refused
 from interp.models.feeding import fed_stack
 from interp.models.in_parts import AND, as_one, inside, lists_in_turn, members
 from interp.models.layout import PLAIN, shown
+from interp.models.placed import Placed
 from interp.models.reads import given, merged, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording, record
 from interp.models.several import seen_as_one
 from interp.models.towers import alike, parts_named
 from interp.run.batch import Batch
-from interp.sites import AXES, CROSS_SITES, SELF_SITES
+from interp.sites import AXES, CROSS_SITES
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Layer:
     axes: tuple[str, ...] = PLAIN
     attends: tuple[nn.Module, ...] = ()
     along: str = ""
+    placed: tuple[Placed, ...] = ()
     in_a_row: int = 1
     """How many residual streams lie one after the other in the last axis, where `axes` has none for them."""
     ahead: Layer | None = None
@@ -114,11 +116,6 @@ def find_stack(
         raise Refused(
             f"members of '{stack}' are stages: several blocks each, of streams that differ"
         )
-    for layer in layers:
-        if layer.attention is None and (several := len(layer.inside.attention)):
-            why = f"block '{layer.name}' attends {several} times, with heads of different shapes"
-            for site in (*SELF_SITES, "attn_out", "attn_write"):
-                refused[site] = why
     return stack, layers, key
 
 

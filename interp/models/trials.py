@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def scaled_z(
     for layer, call in zip(layers, calls_of(again, layers), strict=True):
         within = inside(again, call, layer.members)
         attention = next(iter(within.attention), None)
-        changed.append(Layer(layer.name, call, within, attention, members=layer.members))
+        other = Layer(layer.name, call, within, attention)
+        changed.append(replace(other, members=layer.members, placed=layer.placed))
     return with_axes(changed, [layer.axes for layer in layers]), factors
 
 

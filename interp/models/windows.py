@@ -92,6 +92,8 @@ def in_one_row(
 ) -> Watch:
     """A watch that is shown each of `size` inputs in one row of its own: not windows, parts, or all in one."""
     watch.n_rows = size
+    if watch.part is not None and watch.part.place is not None:
+        return watch
     if axes == PACKED and module not in in_chunks:
         return watch if size == 1 else RowByRow(watch, size)
     if axes in (PARTS, ACROSS) or n_ahead(axes):
@@ -328,7 +330,7 @@ def _chunked(layer: Layer, key: int | str, of: str) -> Address | None:
 
 def _has_windows(layer: Layer, key: int | str) -> bool:
     """Whether its attention has another number of rows of the batch, or of positions, than the stream."""
-    if layer.attention is None:
+    if layer.attention is None or layer.placed:
         return False
     n_windows, _, n_rows, _ = layer.attention.tensors["q"].shape
     return (n_windows, n_rows) not in (layer.hidden(key).shape[:2], layer.output.shape[:2])

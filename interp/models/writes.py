@@ -352,7 +352,10 @@ def _with_mid(
     writes: list[Write],
     key: int | str,
 ) -> BlockMap:
-    """The block with the writes that the MLP reads, and whether it reads attention's at all."""
+    """The block with the writes that the MLP reads, and whether it reads attention's at all.
+
+    An MLP that reads attention's output beside the stream writes first: what is read next is behind it.
+    """
     if sums.n_before_mid is not None:
         return replace(block, before_mid=tuple(writes[: sums.n_before_mid]))
     if block.mlp_write is None:
@@ -360,6 +363,8 @@ def _with_mid(
     before = writes[: writes.index(block.mlp_write)]
     if block.attn_write is not None and block.attn_write not in before:
         return replace(block, parallel=True)
+    if not before and layer.attention is not None and block.attn_write is None:
+        before = writes[:1] if len(writes) > 1 else []
     if not before:
         return block
     if sums.rescales:  # nothing inside reads a middle
@@ -416,14 +421,16 @@ def _made_of(x: Tensor, value: Tensor, gains: list[Tensor]) -> bool:
 def before_norm(
     seen: Recording, module: str, candidates: list[Candidate], gains: Sequence[Tensor] = ()
 ) -> str:
-    """The MLP's own output: what a norm that makes the write reads, else the write itself."""
-    call = seen.once(module)
-    if call and call.inputs and by_channel(seen, module, call):
-        for candidate in candidates:
-            if module not in candidate.modules and _made_of(
-                call.inputs[0], candidate.value, list(gains)
-            ):
-                return candidate.modules[0]
+    """The MLP's own output: what a norm that makes the write reads, in the MLP or behind it, else the write itself."""
+    names = next((c.modules for c in candidates if module in c.modules), [module])
+    for name in names:
+        call = seen.once(name)
+        if call and call.inputs and by_channel(seen, name, call):
+            for candidate in candidates:
+                if name not in candidate.modules and _made_of(
+                    call.inputs[0], candidate.value, list(gains)
+                ):
+                    return candidate.modules[0]
     return module
 
 

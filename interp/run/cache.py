@@ -164,6 +164,7 @@ class Run:
         statistics: row statistics by name, each [batch n_layers n_heads] (NaN: layer not seen).
         extras: what blocks returned beside the residual stream, kept so that a replay can go on.
         held: by layer, the shape in which the block held what it read.
+        stand_ins: by (site, layer), zeros that were added to a site which several calls compute, for its gradient.
     """
 
     batch: Batch
@@ -172,6 +173,7 @@ class Run:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[int, tuple] = field(default_factory=dict)
     held: dict[int, torch.Size] = field(default_factory=dict)
+    stand_ins: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         logits = None if self.logits is None else list(self.logits.shape)
@@ -201,13 +203,18 @@ class Run:
             raise BadInput(
                 f"the target has shape {list(target.shape)}, wanted one number: target.sum(), or one element"
             )
-        values = [self.cache[Site(parsed.name, layer)] for layer in layers]
+        kept = [self.cache[Site(parsed.name, layer)] for layer in layers]
+        values = [
+            self.stand_ins.get((parsed.name, layer), value)
+            for layer, value in zip(layers, kept, strict=True)
+        ]
         if not all(value.requires_grad for value in values):
             raise BadInput(
                 f"'{site}' of this run has no gradient; capture it in a run(..., grad=True)"
             )
         grads = torch.autograd.grad(target, values, retain_graph=True, allow_unused=True)
         out = Cache()
-        for layer, value, grad in zip(layers, values, grads, strict=True):
-            out.put(parsed.name, layer, torch.zeros_like(value) if grad is None else grad)
+        for layer, value, grad in zip(layers, kept, grads, strict=True):
+            grad = torch.zeros_like(value) if grad is None else grad.to(value.device)
+            out.put(parsed.name, layer, grad)
         return out[parsed]

@@ -6,6 +6,7 @@ Tolerance: float32, two blocks deep, as in `test_families`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -219,3 +220,20 @@ def test_statistics_know_all_heads(name: str) -> None:
     assert close(run.statistics["first"], pattern[..., 0].mean(-1))
     nats = torch.special.entr(pattern).sum(-1) / (here[0] + 1).clamp_min(2).log()
     assert close(run.statistics["entropy"], nats.mean(-1))
+
+
+@every
+@pytest.mark.parametrize("site", ["q", "v", "z", "pattern"])
+def test_gradients_of_a_layer_s_heads_lead_through_every_call_of_it(name: str, site: str) -> None:
+    """Along the activation itself, against the model with the site of layer 0 a little larger and smaller."""
+    model, step = Model(deepcopy(model_of(name).module).double()), 1e-3
+    run = model.run(IDS, capture=[site], grad=True)
+    slopes = run.gradients(run.logits[..., 3].sum(), f"{site}.0") * run.cache[f"{site}.0"]
+    along = slopes.detach().sum([0, 2, 3] if site == "pattern" else [0, 1, 3])
+    for head in range(len(along)):
+        up, down = (
+            model.run(IDS, edits=[Edit.scale(site, 1 + by, heads=[(0, head)])]).logits[..., 3].sum()
+            for by in (step, -step)
+        )
+        quotient = float(up - down) / (2 * step)
+        assert float(along[head]) == pytest.approx(quotient, rel=2e-2, abs=1e-3)
