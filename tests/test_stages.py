@@ -286,7 +286,9 @@ def test_a_block_that_is_attention_alone_may_return_another_shape() -> None:
             if isinstance(part, nn.BatchNorm1d):  # some begin at 0, and let nothing through
                 part.weight.copy_(1 + 0.1 * torch.randn_like(part.weight))
     model = Model(module, id="shrinking")
-    assert model.spec.refused.keys() == model.spec.absent == {"mlp_post", "resid_mid"}
+    assert model.spec.refused.keys() == model.spec.absent == {"resid_mid"}
+    assert model.layers_with("mlp_post") == [1, 3, 5]  # before the norm that the MLP ends with
+    assert "neurons" in {check.name for check in model.spec.checks if check.passed}
     assert [len(stage) for stage in model.spec.stages] == [3, 3]
     assert model.layers_with("attn_write") == [0, 2, 4] and model.layers_with("mlp_write") == [
         1,
