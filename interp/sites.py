@@ -130,14 +130,22 @@ _NO_COUNTERPART = {
     "ln1.hook_normalized": _SCALES,
     "ln2.hook_normalized": _SCALES,
     "hook_pos_embed": "is no site; positions are part of 'embed', the input of the first block",
+    "pos_embed.hook_out": "is no site; positions are part of 'embed', the input of the first block",
+    "embed.hook_in": "are the token ids: model.tokenize(text).ids",
     "hook_unembed": "are the logits: read run.logits",
     "unembed.hook_out": "are the logits: read run.logits",
     "ln_final.hook_scale": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
     "ln_final.hook_normalized": "is no site; ask for 'hook_resid_post', whose last layer it reads",
     "ln_final.hook_in": "is 'hook_resid_post' of the last layer",
     "ln_final.hook_out": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
+    "unembed.hook_in": "is no site; ask for 'hook_resid_post', whose last layer the final norm reads",
 }
 """TransformerLens names that are no site here, and where to look instead."""
+_INSIDE = re.compile(
+    r"(ln\w*|attn|attn\.[qkv]|mlp|mlp\.(in|gate)|rotary_emb|pos_embed)"
+    r"\.hook_(in|out|scale|normalized|hidden_states|cos|sin)"
+)
+"""Names of the bridge for what norms and projections inside a block read and return."""
 
 
 _ELSEWHERE = {
@@ -223,6 +231,13 @@ def _from_transformer_lens(text: str) -> Site:
     if inner := [name for name in TRANSFORMER_LENS if name.endswith(f".{hook}")]:
         every = "" if place else f", or '{TRANSFORMER_LENS[inner[0]]}' for all layers"
         raise BadInput(f"no site '{text}'; write '{place or 'blocks.0.'}{inner[0]}'{every}")
+    if _INSIDE.fullmatch(hook):
+        raise BadInput(
+            f"'{text}' is no site: what norms, projections and tables of positions read and return is "
+            f"not kept; ask for what stands around it, such as '{place}hook_resid_pre', "
+            f"'{place}hook_resid_mid', '{place}mlp.hook_post', or put a forward hook of your own on the "
+            "module in model.module"
+        )
     raise unknown("TransformerLens site", hook, TRANSFORMER_LENS)
 
 

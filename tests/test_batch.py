@@ -322,7 +322,7 @@ def test_dry_run_prints_the_units_and_writes_nothing(plan, run, tmp_path):
     code, out, err = run("batch", path, "--dry-run", "--engine", "processes", "--workers", 2)
     assert code == 0, err
     assert out.count("z_norms") == N and "step-2" in out and "missing" in out
-    assert f"{N} units, 2 at a time (processes)" in " ".join(out.split())
+    assert f"units: {N}, 2 at a time (processes)" in " ".join(out.split())
     assert not Path(plan["out"]).exists()
 
 

@@ -81,6 +81,12 @@ def test_transformer_lens_names_mean_the_same_place(lens: str, ours: Site) -> No
         ("blocks.2.ln1.hook_scale", "'blocks.2.hook_resid_pre'"),
         ("ln_final.hook_normalized", "'hook_resid_post'"),
         ("unembed.hook_out", "run.logits"),
+        ("unembed.hook_in", "'hook_resid_post'"),
+        ("embed.hook_in", "model.tokenize"),
+        ("pos_embed.hook_out", "'embed'"),
+        ("blocks.2.ln2.hook_in", "'blocks.2.hook_resid_mid'"),
+        ("blocks.2.ln1_post.hook_out", "model.module"),
+        ("blocks.2.mlp.gate.hook_out", "'blocks.2.mlp.hook_post'"),
     ],
 )
 def test_a_name_without_a_counterpart_says_where_to_look(lens: str, instead: str) -> None:
