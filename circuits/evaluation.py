@@ -1,4 +1,4 @@
-"""Is it the whole circuit? Faithfulness over sizes, completeness, minimality, and the overlap of circuits.
+"""Is it the whole circuit? Faithfulness over sizes, completeness and minimality.
 
 A circuit is run with all other edges carrying the corrupted side's writes (`circuits.edge_replay`), so
 every number here is exact for its protocol; the protocol is printed beside it, because ablation, level
@@ -7,7 +7,6 @@ every number here is exact for its protocol; the protocol is printed beside it, 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +19,17 @@ import torch
 from circuits.edge_engines import engine
 from circuits.edge_replay import ABLATIONS
 from circuits.edge_scores import METHODS, check_method, importance
-from circuits.faithfulness import Judge, areas, node_overlap, sized_circuits, without_nodes
+from circuits.faithfulness import Judge, areas, sized_circuits
 from circuits.graph import Circuit, Graph, Scores
 from circuits.heads.claims import INTERVAL
 from circuits.measure import METRICS
+from circuits.removals import removals
+from circuits.saved_edges import digest, saved_edges
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, unknown
 from interp.models.model import Model
-from interp.registry import analysis, first_rows, leading
+from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
@@ -38,14 +39,6 @@ SIZES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 RANKINGS = {"signed": "CPR", "absolute": "CMD"}
 """How edges are ranked, and the area that is read off that ranking's curve."""
 RANDOM = "random"
-MOST_NODES = 20
-"""Nodes whose removal is tried for minimality: those of the largest scores."""
-
-DEEP_SUBSETS = 2
-"""Subsets after whose removal each of these nodes is removed as well."""
-
-
-# --- analysis: one circuit -------------------------------------------------------------------------
 
 
 def check_options(
@@ -183,10 +176,10 @@ def circuit_evaluate(
     source = provenance(model, options=options, seed=seed)
     if saved is None and Path(scores).is_dir():
         saved = Report.load(scores)
-    given = None if saved is None else _saved(saved, scores, graph, source)
+    given = None if saved is None else saved_edges(saved, scores, graph, source)
     key = {"model": source["model"], "options": options, "seed": seed, "pairs": pairs.digest}
     if given is not None:
-        key["edges"] = _digest(given[0], given[1])
+        key["edges"] = digest(given[0], given[1])
     units = Checkpoint(checkpoint, key, resume=resume)
     job_of, notes = engine(model, _method(scores), naive=naive)
     with Progress(progress) as bars:
@@ -210,7 +203,7 @@ def circuit_evaluate(
         own = circuit
         if own is None:
             (own,) = sized_circuits(graph, found, [at])
-        removed, minimal = _removals(judge, own, found, subsets, seed, bars)
+        removed, minimal = removals(judge, own, found, subsets, seed, bars)
     meta: dict[str, Any] = source | {
         "task": pairs.name,
         "metric": metric,
@@ -319,97 +312,6 @@ def _told(table: pd.DataFrame) -> str:
     )
 
 
-def _removals(
-    judge: Judge,
-    circuit: Circuit,
-    scores: Scores,
-    subsets: int,
-    seed: int,
-    bars: Progress,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Completeness over random subsets of the circuit's nodes, and minimality of its nodes."""
-    graph, draw = judge.graph, np.random.default_rng(seed)
-    nodes = [name for name in graph.nodes(circuit) if name != "embed"]
-    size = graph.node_scores(scores * circuit)
-    order = sorted(nodes, key=lambda name: -abs(float(size[graph.sender(name)])))[:MOST_NODES]
-    chosen = []
-    for _ in range(subsets if nodes else 0):
-        share = draw.uniform(0, 0.5)
-        picked = [name for name in nodes if draw.random() < share]
-        chosen.append(picked or [nodes[int(draw.integers(len(nodes)))]])
-    deep = chosen[:DEEP_SUBSETS]
-    advance = bars.stage("Removing nodes", 2 * len(chosen) + (1 + len(deep)) * len(order))
-
-    def judged(name: str, own: Circuit) -> tuple[float, float]:
-        values = judge.values(name, graph.prune(own))
-        advance(1)
-        return float(judge.f(values)), float(values.mean())
-
-    rows, left = [], []
-    for i, removed in enumerate(chosen):
-        f_circuit, of_circuit = judged(
-            f"circuit without {i}", without_nodes(graph, circuit, removed)
-        )
-        f_model, of_model = judged(f"model without {i}", without_nodes(graph, graph.whole, removed))
-        rows.append((i, len(removed), " ".join(removed), of_circuit, of_model, f_circuit - f_model))
-        left.append(f_circuit)
-    columns = ["subset", "n_removed", "removed", "circuit", "model", "difference"]
-    completeness = pd.DataFrame(rows, columns=columns)
-    start = float(judge.f(judge.values("circuit", graph.prune(circuit))))
-    rows = []
-    for name in order:
-        alone = start - judged(f"without {name}", without_nodes(graph, circuit, [name]))[0]
-        after = [
-            left[i]
-            - judged(f"without {i} and {name}", without_nodes(graph, circuit, [*removed, name]))[0]
-            for i, removed in enumerate(deep)
-        ]
-        rows.append((name, alone, max([abs(alone), *map(abs, after)])))
-    return completeness, pd.DataFrame(rows, columns=["node", "alone", "at_most"])
-
-
-def _saved(
-    report: Report, called: str, graph: Graph, source: dict[str, Any]
-) -> tuple[Scores, Circuit | None, list[str]]:
-    """Importances (and circuit) of a saved report of `edges` or `circuit_find`, and what to say of it."""
-    if report.analysis not in ("edges", "circuit_find") or "scores" not in report.arrays:
-        raise BadInput(
-            f"{called} is a report of '{report.analysis}'; give one of `interp edges` or `interp circuit find`"
-        )
-    names = [report.meta.get("senders"), report.meta.get("receivers")]
-    if names != [graph.sender_names, graph.receiver_names]:
-        raise BadInput(
-            f"{called} was made on {report.meta['model']['id']}, whose graph is another than this model's"
-        )
-    notes = []
-    if report.meta["model"]["sha256"] != source["model"]["sha256"]:
-        notes.append(f"the edges were scored on other weights ({report.meta['model']['id']})")
-    scores = torch.from_numpy(report.arrays["scores"]).float()
-    ends = report.meta.get("faithfulness", {})
-    gap = report.meta.get("clean", ends.get("model", 1.0)) - report.meta.get(
-        "corrupted", ends.get("empty", 0.0)
-    )
-    if report.meta.get("signed", True):
-        scores = -scores / gap
-    circuit = None
-    if "mask" in report.arrays:
-        circuit = torch.from_numpy(report.arrays["mask"]).bool()
-        if not graph.prune(circuit).any():
-            raise BadInput(
-                f"the circuit in {called} has no edge on a path from embedding to logits: nothing to judge"
-            )
-    same = [report.meta.get("options", {}).get("task"), report.meta.get("seed")]
-    if same == [source["options"]["task"], source["seed"]]:
-        notes.append("edges were scored on pairs drawn with the same seed as those judged on")
-    return scores, circuit, notes
-
-
-def _digest(scores: Scores, circuit: Circuit | None) -> str:
-    """Changes when a saved report's edges do."""
-    content = scores.numpy().tobytes() + (b"" if circuit is None else circuit.numpy().tobytes())
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def _not_held_out(scored: Pairs, judged: Pairs) -> list[str]:
     """A note where pairs that circuits are judged on are among those that edges were scored on.
 
@@ -443,156 +345,3 @@ def _protocol(judge: Judge, scores: Any, n: int) -> str:
         f"edges ranked by {scores}, circuits pruned to paths from embedding to logits, sizes nominal, "
         "nothing clipped; intervals: 95 %, bootstrap over pairs"
     )
-
-
-# --- analysis: circuits of several tasks -----------------------------------------------------------
-
-
-def check_overlap(
-    *,
-    tasks: str | Sequence[str] = (),
-    method: str = "eap-ig",
-    edges: int = 1000,
-    steps: int = 5,
-    metric: str = "logit_diff",
-    n: int = 32,
-    naive: bool = False,
-    **_: Any,
-) -> None:
-    """Raise BadInput for options that no model could satisfy."""
-    names = _names(tasks)
-    for name in names:
-        check_task(name)
-    if len(set(names)) < 2:
-        raise BadInput(f"tasks {', '.join(names)}: give at least two different ones, a,b")
-    check_method(method, steps, naive=naive)
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    for what, value in (("edges", edges), ("n", n)):
-        if value < 1:
-            raise BadInput(f"{what}={value}: give at least 1")
-
-
-def _names(tasks: str | Sequence[str]) -> list[str]:
-    several = tasks.split(",") if isinstance(tasks, str) else tasks
-    return [name.strip() for name in several if name.strip()]
-
-
-@analysis(
-    name="circuit_overlap",
-    source="Merullo et al. 2024, Circuit component reuse across tasks",
-    example="interp circuit overlap smollm2-135m ioi,colored_objects",
-    figure="overlap",
-    validate=check_overlap,
-    summary=lambda report: leading(
-        first_rows(report), "a", "b", "heads_shared", "jaccard", "by_chance", "edge_jaccard"
-    ),
-    takes="text",
-)
-def circuit_overlap(
-    model: Model,
-    tasks: str,
-    *,
-    method: str = "eap-ig",
-    edges: int = 1000,
-    steps: int = 5,
-    metric: str = "logit_diff",
-    n: int = 32,
-    seed: int = 0,
-    naive: bool = False,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    progress: bool | None = None,
-) -> Report:
-    """How many heads and edges the circuits of several tasks share, and whether one does another's task.
-
-    Each task's circuit is its `edges` highest edges by signed score, pruned. share_of_a is the share of
-    a's heads that b's circuit has too (Merullo et al. report 78 % of the IOI heads for colored objects on
-    GPT-2 medium); by_chance is what random sets of heads of these sizes would share. It depends strongly
-    on `edges`: large circuits share heads whatever they do, and sharing a head does not show that it does
-    the same in both. `faithfulness` is of a's circuit on b's task.
-
-    Args:
-        tasks: names, separated by commas.
-        method: eap-ig, eap, eap-ig-activations or atp. edges: of each circuit, before pruning.
-        steps: of eap-ig. metric: logit_diff, prob_diff, kl or loss.
-        n: pairs of each task. seed: of the tasks.
-        naive: the plain engine: full forwards, one for each receiver of each circuit (scores: eap, eap-ig).
-        checkpoint: folder for finished tasks. resume: go on from what is there.
-        progress: show progress bars; by default in a terminal or a notebook.
-
-    Returns: a Report. Table "circuit_overlap": for each ordered pair of tasks (a, b) heads_a, heads_b,
-        heads_shared, share_of_a, jaccard, by_chance, edges_shared, edge_jaccard, faithfulness (of a's
-        circuit on b). Table "heads": each head with the tasks whose circuit has it. Array "masks"
-        [n_tasks n_senders n_receivers].
-
-    Raises:
-        BadInput: fewer than two tasks, a circuit without edges. Refused: the residual stream is not a sum
-        of known writes.
-
-    >>> report = circuit_overlap(
-    ...     tiny_model(), "induction,induction:successor", method="eap", edges=40, n=3, progress=False)
-    >>> len(report.table)
-    4
-    """
-    started = time.perf_counter()
-    options: dict[str, Any] = {
-        "tasks": _names(tasks),
-        "method": method,
-        "edges": edges,
-        "steps": steps,
-        "metric": metric,
-        "n": n,
-        "naive": naive,
-    }
-    check_overlap(**options)
-    source = provenance(model, options=options, seed=seed)
-    key = {"model": source["model"], "options": options, "seed": seed}
-    units = Checkpoint(checkpoint, key, resume=resume)
-    job_of, notes = engine(model, method, naive=naive)
-    graph, names = Graph.of(model), _names(tasks)
-    circuits: list[Circuit] = []
-    judges: list[Judge] = []
-    with Progress(progress) as bars:
-        advance = bars.stage("Scoring edges", len(names))
-        for name in names:
-            task = job_of(as_pairs(model, name, n=n, seed=seed), metric)
-            notes += task.measure.notes
-            scores = task.scores(method, steps=steps, units=units.part(name))
-            ranked = importance(scores, task.measure)
-            circuits.append(graph.prune(graph.top_edges(ranked, min(edges, graph.n_edges))))
-            if not circuits[-1].any():
-                raise BadInput(
-                    f"none of the {edges} highest edges of '{name}' lie on a path from embedding to logits: "
-                    "the circuit is empty; give more edges"
-                )
-            judges.append(Judge(task.replay(), units.part(name), seed))
-            advance(1)
-        advance = bars.stage("Running circuits", len(names) ** 2)
-        rows = []
-        for a, own in zip(names, circuits, strict=True):
-            for b, other, judge in zip(names, circuits, judges, strict=True):
-                f = float(judge.f(judge.values(f"circuit of {a}", own)))
-                rows.append(
-                    {"a": a, "b": b} | node_overlap(graph, own, other) | {"faithfulness": f}
-                )
-                advance(1)
-    heads = [
-        {"head": sender.name, "layer": sender.layer, "index": sender.head}
-        | {name: bool(own[i].any()) for name, own in zip(names, circuits, strict=True)}
-        for i, sender in enumerate(graph.senders)
-        if sender.kind == "head" and any(own[i].any() for own in circuits)
-    ]
-    meta: dict[str, Any] = source | {
-        "n_edges": graph.n_edges,
-        "senders": graph.sender_names,
-        "receivers": graph.receiver_names,
-        "protocol": f"{edges} highest edges by signed {method} score, pruned; {metric}; "
-        f"resample ablation, edge level, ratio of means over {n} pairs",
-        "shared_by_all": [head["head"] for head in heads if all(head[name] for name in names)],
-        "wall_time_s": round(time.perf_counter() - started, 2),
-    }
-    meta["notes"] = [meta["protocol"], *notes]
-    arrays = {"masks": torch.stack(circuits).numpy()}
-    tables = {"circuit_overlap": pd.DataFrame(rows), "heads": pd.DataFrame(heads)}
-    return Report("circuit_overlap", tables, arrays, meta)

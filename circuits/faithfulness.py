@@ -1,12 +1,11 @@
-"""Numbers of circuits: what they keep of a task, the area under their curve, and how much two of them share."""
+"""What circuits keep of a task, and the area under the curve of it over their sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from circuits.edge_engines import Replay
@@ -62,45 +61,6 @@ def areas(
     """
     share = np.asarray(sizes, dtype=float) / 100
     return np.trapezoid(f, share, axis=0), np.trapezoid(np.abs(1 - f), share, axis=0)
-
-
-def without_nodes(graph: Graph, circuit: Circuit, nodes: Iterable[str]) -> Circuit:
-    """The circuit with every write of these nodes corrupted: their outgoing edges are dropped."""
-    left = circuit.clone()
-    left[[graph.sender(name) for name in nodes]] = False
-    return left
-
-
-def node_overlap(graph: Graph, a: Circuit, b: Circuit) -> dict[str, float]:
-    """How much two circuits share: heads, and edges.
-
-    Returns: heads_a, heads_b, heads_shared; share_of_a (of a's heads, those that b has too, the number
-        Merullo et al. report), jaccard; by_chance (the share_of_a to expect of random sets of these
-        sizes); edges_shared, edge_jaccard. NaN where a circuit has no heads.
-
-    >>> graph = Graph.of(tiny_model())
-    >>> a = graph.node_circuit(["0.1", "1.2"])
-    >>> found = node_overlap(graph, a, graph.node_circuit(["1.2", "1.3"]))
-    >>> found["heads_shared"], found["share_of_a"], found["by_chance"]
-    (1, 0.5, 0.25)
-    """
-    is_head = torch.tensor([sender.kind == "head" for sender in graph.senders])
-    heads_a, heads_b = (graph.prune(c).any(1) & is_head for c in (a, b))
-    shared, union = int((heads_a & heads_b).sum()), int((heads_a | heads_b).sum())
-    n_a, n_b = int(heads_a.sum()), int(heads_b.sum())
-    edges = int((a & b).sum())
-    either = int((a | b).sum())
-    nan = float("nan")
-    return {
-        "heads_a": n_a,
-        "heads_b": n_b,
-        "heads_shared": shared,
-        "share_of_a": shared / n_a if n_a else nan,
-        "jaccard": shared / union if union else nan,
-        "by_chance": n_b / int(is_head.sum()) if n_a else nan,
-        "edges_shared": edges,
-        "edge_jaccard": edges / either if either else nan,
-    }
 
 
 class Judge:

@@ -7,16 +7,12 @@ import pytest
 import torch
 
 import interp
+from circuits.circuit_overlap import circuit_overlap, node_overlap
 from circuits.edges import edge_attribution
-from circuits.evaluation import circuit_evaluate, circuit_overlap
-from circuits.faithfulness import (
-    areas,
-    faithfulness,
-    node_overlap,
-    sized_circuits,
-    without_nodes,
-)
+from circuits.evaluation import circuit_evaluate
+from circuits.faithfulness import areas, faithfulness, sized_circuits
 from circuits.graph import Graph
+from circuits.removals import without_nodes
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
