@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.devices import wide
 from interp.direction import logit_direction, norm_behind, places_of, token_ids
 from interp.errors import BadInput
 from interp.models.calls import uncapped_logits
@@ -308,13 +309,13 @@ class Parts:
         if block.attn_write is None:
             return
         pulled, constant = _through_norm(model, layer, "attn", kept, vector)
-        z = kept["z", layer].float()
-        by_head = torch.einsum("bm,hdm->bhd", pulled.to(z.device), model.W_O(layer).float())
+        z = wide(kept["z", layer])
+        by_head = torch.einsum("bm,hdm->bhd", pulled.to(z.device), wide(model.W_O(layer)))
         self.heads[:, layer, : z.shape[1]] = (z * by_head).sum(-1).cpu()
         self.attn_biases[:, layer] = (_dot(model.b_O(layer), pulled) + constant).cpu()
         if ("pattern", layer) in kept:
             groups = [model.spec.kv_group(layer, head) for head in range(z.shape[1])]
-            v, weights = kept["v", layer].float()[:, :, groups], kept["pattern", layer].float()
+            v, weights = wide(kept["v", layer])[:, :, groups], wide(kept["pattern", layer])
             found = weights * torch.einsum("bshd,bhd->bhs", v, by_head.to(v.device))
             self.sources[layer], self.weights[layer] = found.cpu(), weights.cpu()
 
@@ -327,8 +328,8 @@ class Parts:
         self.mlps[:, layer] = (_dot(kept["mlp_out", layer], pulled) + constant).cpu()
         if ("mlp_post", layer) in kept:
             W, b = model.W_out(layer), model.b_out(layer)
-            active = kept["mlp_post", layer].float()
-            self.neurons[layer] = (active * (pulled.to(W.device) @ W.float().T)).cpu()
+            active = wide(kept["mlp_post", layer])
+            self.neurons[layer] = (active * (pulled.to(W.device) @ wide(W).T)).cpu()
             self.activations[layer] = active.cpu()
             self.mlp_biases[:, layer] = (_dot(b, pulled) + constant).cpu()
 
@@ -356,15 +357,15 @@ def _through_norm(
 
 
 def _dot(write: Tensor, vector: Tensor) -> Float[Tensor, " batch"]:
-    return (write.to(vector.device).float() * vector).sum(-1)
+    return (wide(write.to(vector.device)) * vector).sum(-1)
 
 
 def _uncapped(model: Model, final: Tensor, answer: Tensor, instead: Tensor | None) -> Tensor:
     """The explained logits, before a soft-cap, by the model's own norm and unembedding."""
     logits = uncapped_logits(model.spec, model.module, final)
     rows = torch.arange(len(final))
-    found = logits[rows, answer].float()
-    return found if instead is None else found - logits[rows, instead].float()
+    found = wide(logits[rows, answer])
+    return found if instead is None else found - wide(logits[rows, instead])
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.attribution import rows_at
+from interp.devices import wide
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.spec import first_tensor
@@ -68,7 +69,7 @@ class Readout:
         """What writes to the stream give to the embedding, the norm's scale held at that of `final`."""
         held = FrozenNorm(self.norm, final.shape[-1])
         scale = held.scale(final).view(-1, *[1] * (writes.ndim - 1))
-        return (held.centre(writes.float()) * held.gain.float() / scale) @ self.W.float()
+        return (held.centre(wide(writes)) * wide(held.gain) / scale) @ wide(self.W)
 
 
 def vision_tower(clip: nn.Module, tokenizer: Any = None, id: str = "model") -> Model:
@@ -115,7 +116,7 @@ def text_embeddings(
             return_tensors="pt",
         )
         inputs = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
-        found.append(embedding_of(clip.get_text_features(**inputs)).float().cpu())  # type: ignore[operator]
+        found.append(wide(embedding_of(clip.get_text_features(**inputs))).cpu())  # type: ignore[operator]
     return nn.functional.normalize(torch.cat(found), dim=-1)
 
 
@@ -196,35 +197,35 @@ def image_parts(
         places = torch.full((batch.size,), read.place)
         sites = ["resid_pre.0", "z", "attn_write", "mlp_write", f"resid_post.{n_layers - 1}"]
         kept = rows_at(vision, batch, places, sites)
-        final = kept["resid_post", n_layers - 1].float()
+        final = wide(kept["resid_post", n_layers - 1])
         heads = final.new_zeros(batch.size, n_layers, n_heads, final.shape[-1])
         biases, mlps = (final.new_zeros(batch.size, n_layers, final.shape[-1]) for _ in range(2))
         for layer in range(n_layers):
             if ("z", layer) in kept:
-                z, W_O = kept["z", layer].float(), vision.W_O(layer).float()
+                z, W_O = wide(kept["z", layer]), wide(vision.W_O(layer))
                 write = vision.spec.blocks[layer].attn_write
                 # One number, or a number a dimension where the block has a layer scale.
                 scale = torch.as_tensor(1.0 if write is None else write.scale).to(z)
                 by_head = torch.einsum("nhd,hdm->nhm", z, W_O) * scale
                 heads[:, layer, : z.shape[1]] = by_head
-                biases[:, layer] = vision.b_O(layer).float() * scale
-                written = kept["attn_write", layer].float()
+                biases[:, layer] = wide(vision.b_O(layer)) * scale
+                written = wide(kept["attn_write", layer])
                 if _error(by_head.sum(1) + biases[:, layer], written) > EXACT:
                     raise Refused(
                         f"{vision.id}: the heads of layer {layer} do not sum to what its attention writes (a norm "
                         "stands in between)"
                     )
             if ("mlp_write", layer) in kept:
-                mlps[:, layer] = kept["mlp_write", layer].float()
-        embed = kept["resid_pre", 0].float()
+                mlps[:, layer] = wide(kept["mlp_write", layer])
+        embed = wide(kept["resid_pre", 0])
         writes = (embed, heads, biases, mlps)
-        embedding = read.norm(kept["resid_post", n_layers - 1]).float() @ read.W.float() + read.b
-        found.append([embedding.float(), *(read.frozen(final, x) for x in writes)])
+        embedding = wide(read.norm(kept["resid_post", n_layers - 1])) @ wide(read.W) + read.b
+        found.append([wide(embedding), *(read.frozen(final, x) for x in writes)])
         if advance is not None:
             advance(batch.size)
     embedding, embed, heads, biases, mlps = (torch.cat(x).cpu() for x in zip(*found, strict=True))
     held = FrozenNorm(read.norm, read.W.shape[0])
-    constant = (held.bias.float() @ read.W.float() + read.b.float()).cpu()
+    constant = (wide(held.bias) @ wide(read.W) + wide(read.b)).cpu()
     parts = Parts(embedding, embed, constant, heads, biases, mlps)
     if (error := _error(parts.total, embedding)) > EXACT:
         raise Refused(

@@ -29,6 +29,7 @@ from circuits.heads.claims import INTERVAL, resampling
 from circuits.measure import measure
 from circuits.tasks import as_pairs, check_task
 from interp.data.pairs import Pairs
+from interp.devices import wide
 from interp.direction import Direction, logit_direction
 from interp.errors import BadInput, unknown
 from interp.metrics import logit_diff
@@ -172,8 +173,8 @@ class Decomposition:
         relevant = Cache()
         for name in run.cache:
             for layer, rest in run.cache.by_layer(name).items():
-                relevant.put(name, layer, self.clean[Site(name, layer)] - rest)
-        gain = self._linear(self._final(self.clean) - self._final(run.cache))
+                relevant.put(name, layer, wide(self.clean[Site(name, layer)]) - wide(rest))
+        gain = self._gain(run)
         rest = self._linear(self._final(run.cache)) + self.direction.constant
         return Part(relevant, run.cache, gain, rest)
 
@@ -227,7 +228,7 @@ class Decomposition:
         return cache[self.frozen.last][:, self.pairs.end]
 
     def _linear(self, final: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
-        return (final.float() * self.direction.vector).sum(-1)
+        return (wide(final) * self.direction.vector).sum(-1)
 
     # --- all sources to all targets --------------------------------------------------------------
 
@@ -264,7 +265,7 @@ class Decomposition:
                 recorders = [self._recorder(found, gradients["pattern"]) for found in sums]
                 gains = self._replay(
                     [order[sources[i]] for i in places],
-                    lambda run: (self._gain(run), self._value_ways(run, gradients)),
+                    lambda run: (self._gain(run).cpu(), self._value_ways(run, gradients)),
                     self._sites,
                     recorders=recorders,
                 )
@@ -300,7 +301,8 @@ class Decomposition:
         return found
 
     def _gain(self, run: Run) -> Float[Tensor, " n"]:
-        return self._linear(self._final(self.clean) - self._final(run.cache)).cpu()
+        """What the sources give to the logit difference; a difference in 16 bits would round it once more."""
+        return self._linear(wide(self._final(self.clean)) - wide(self._final(run.cache)))
 
     def _value_ways(self, run: Run, gradients: Mapping[str, dict[int, Tensor]]) -> Tensor:
         """Σ (x − x_i) · ∂m/∂x of every node's output, mean over pairs [n_nodes]."""
@@ -309,10 +311,10 @@ class Decomposition:
             if site not in run.cache:
                 continue
             for layer, rest in run.cache.by_layer(site).items():
-                change = (self.clean[Site(site, layer)] - rest).float() * gradients[site][layer]
+                change = (wide(self.clean[Site(site, layer)]) - wide(rest)) * gradients[site][layer]
                 # Heads have an axis of their own before the last.
                 effect = change.sum((0, 1, -1)) / len(self.pairs)
-                found[self._places(site, layer)] = effect.reshape(-1).cpu()
+                found[self._places(site, layer)] = effect.reshape(-1).cpu().float()
         return found
 
     def _recorder(self, found: Tensor, gradient: dict[int, Tensor]) -> Callable[[int], list[Edit]]:
@@ -321,7 +323,8 @@ class Decomposition:
 
         def watch(x: Tensor, seen: Seen) -> Tensor:
             rows, keys = slice(seen.start, seen.start + x.shape[2]), slice(x.shape[3])
-            change = clean[seen.layer][:, :, rows, keys] - x.to(clean[seen.layer].device)
+            whole = clean[seen.layer][:, :, rows, keys]
+            change = wide(whole) - wide(x.to(whole.device))
             effect = (change * gradient[seen.layer][:, :, rows, keys]).sum((0, 2, 3))
             found[self._places("z", seen.layer), 0] += effect.cpu()
             return x
@@ -352,7 +355,7 @@ class Decomposition:
         found = torch.autograd.grad(target, values, allow_unused=True)
         out: dict[str, dict[int, Tensor]] = {site: {} for site in sites}
         for (site, layer), value, grad in zip(places, values, found, strict=True):
-            out[site][layer] = torch.zeros_like(value) if grad is None else grad.float()
+            out[site][layer] = torch.zeros_like(value) if grad is None else wide(grad)
         return out
 
 

@@ -29,6 +29,7 @@ from circuits.relevance import (
     relevance_scores,
     target_of,
 )
+from interp.devices import wide
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.registry import analysis
@@ -394,7 +395,7 @@ def information_flow(
         notes.append(f"Parts are not read as words: {model.spec.refused['unembedding']}.")
         words = 0
     said = route_words(model, run, target.position, heads, neurons, strongest=words)
-    patterns = torch.stack([p[0].float() for p in run.cache.by_layer("pattern").values()])
+    patterns = torch.stack([wide(p[0]) for p in run.cache.by_layer("pattern").values()])
     scores = relevance_scores(
         model, batch, target, patterns, exclude_sink=exclude_sink, max_flow=max_flow
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from circuits.frozen import Frozen
 from circuits.relevance import Target
+from interp.devices import wide
 from interp.direction import logit_direction
 from interp.models.model import Model
 from interp.run.batch import Batch
@@ -90,7 +91,7 @@ def held_effects(
 
     def change(run: Run) -> float:
         lost = final - run.cache[frozen.last][:, target.position]
-        return float((lost.to(vector.device).float() * vector).sum())
+        return float((wide(lost.to(vector.device)) * vector).sum())
 
     return np.array(frozen.replay(variants, change, capture=[frozen.last]))
 

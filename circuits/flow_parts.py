@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.relevance import SINK
-from interp.devices import float_type
+from interp.devices import float_type, wide
 from interp.errors import Refused
 from interp.models.model import Model
 from interp.models.verify import relative_tolerance
-from interp.models.weights import FrozenNorm
 from interp.run.cache import Run
 
 FLOOR = 1e-5
@@ -91,13 +90,14 @@ def sums(
     block, cache = model.spec.blocks[layer], run.cache
 
     def at(site: str) -> Tensor:
-        return cache[f"{site}.{layer}"][0].detach().float()
+        return wide(cache[f"{site}.{layer}"][0].detach())
 
     pre, post, written = at("resid_pre"), at("resid_post"), at("attn_write")
     weights, v, W_O, bias = attention_parts(model, run, layer)
     rows = slice(None) if positions is None else list(positions)
     heads = ((weights[:, rows] @ v) @ W_O).sum(0)
-    check_sum(model, layer, "attention", heads + bias[rows], written[rows])
+    norm = norm_after_attention(model, layer)
+    check_sum(model, layer, "attention", heads + bias[rows], written[rows], norm)
     if exclude_sink:
         weights = weights.clone()
         weights[:, SINK + 1 :, SINK] = 0
@@ -115,10 +115,19 @@ def sums(
     ]
 
 
-def check_sum(model: Model, layer: int, what: str, parts: Tensor, written: Tensor) -> None:
-    """Refused unless the parts sum to what was written; only rounding may lie between."""
+def norm_after_attention(model: Model, layer: int) -> str | None:
+    """The norm between an attention and the stream; None where it is written as it is."""
+    block = model.spec.blocks[layer]
+    return None if block.direct or block.attn_write is None else block.attn_write.module
+
+
+def check_sum(
+    model: Model, layer: int, what: str, parts: Tensor, written: Tensor, norm: str | None
+) -> None:
+    """Refused unless the parts sum to what was written; only rounding may lie between, the norm's too."""
     off = float((parts - written).abs().max() / written.abs().max().clamp_min(1e-6))
-    if off > (allowed := relative_tolerance(model.dtype)):
+    computed = {model.dtype} if norm is None else {model.dtype, model.norm(norm).dtype}
+    if off > (allowed := max(map(relative_tolerance, computed))):
         raise Refused(
             f"layer {layer} of {model.id}: parts and biases do not sum to what {what} writes "
             f"(off by {off:.1e} of it, allowed {allowed:.1e}); its flow cannot be drawn"
@@ -133,12 +142,12 @@ def attention_parts(model: Model, run: Run, layer: int) -> tuple[Tensor, Tensor,
     """
     block = model.spec.blocks[layer]
     assert block.attn_write is not None
-    weights = run.cache[f"pattern.{layer}"][0].detach().float()
-    v = run.cache[f"v.{layer}"][0].detach().float().transpose(0, 1)
+    weights = wide(run.cache[f"pattern.{layer}"][0].detach())
+    v = wide(run.cache[f"v.{layer}"][0].detach()).transpose(0, 1)
     v = v[[model.spec.kv_group(layer, head) for head in range(block.n_heads)]]
-    W, b = model.W_O(layer).detach().float(), model.b_O(layer).detach().float()
+    W, b = wide(model.W_O(layer).detach()), wide(model.b_O(layer).detach())
     out = run.cache[f"attn_out.{layer}"][0].detach()
-    norm = None if block.direct else block.attn_write.module
+    norm = norm_after_attention(model, layer)
     shrink, W, bias = through_norm(model, norm, out, W, b, block.attn_write.scale)
     return weights * shrink, v, W, bias
 
@@ -147,12 +156,12 @@ def through_norm(
     model: Model, norm: str | None, out: Tensor, W: Tensor, b: Tensor, scale: float
 ) -> tuple[Float[Tensor, "pos 1"], Tensor, Float[Tensor, "pos d_model"]]:
     """(shrink, W, bias): scale · norm(x W + b) = shrink · (x W') + bias, the norm's σ(out) held."""
-    shrink, after = torch.ones(len(out), 1, device=W.device), torch.zeros_like(b)
+    shrink, after = torch.ones(len(out), 1, dtype=W.dtype, device=W.device), torch.zeros_like(b)
     if norm is not None:
-        held = FrozenNorm(model.module.get_submodule(norm), model.spec.d_model)
-        gain = held.gain.to(W.device).float()
+        held = model.norm(norm)
+        gain = wide(held.gain.to(W.device))
         W, b = held.centre(W) * gain, held.centre(b) * gain
-        after, shrink = held.bias.to(W.device).float(), 1 / held.scale(out)
+        after, shrink = wide(held.bias.to(W.device)), 1 / held.scale(out)
     return shrink, W * scale, (shrink * b + after) * scale
 
 
@@ -242,7 +251,7 @@ class _Heads:
 
     def _along(self, rows: Tensor) -> Tensor:
         """s · u [heads rows keys], the proximity of a part that nowhere overshoots, for A = 1."""
-        sign = torch.where(self.whole[rows] < 0, -1.0, 1.0)
+        sign = torch.where(self.whole[rows] < 0, -1.0, 1.0).to(self.W_O.dtype)
         pulled = sign @ self.W_O.flatten(0, 1).T
         pulled = pulled.view(len(rows), *self.W_O.shape[:2]).transpose(0, 1)
         return pulled @ self.v.transpose(1, 2)

@@ -16,6 +16,7 @@ from circuits.flow_parts import (
     proximity,
     through_norm,
 )
+from interp.devices import wide
 from interp.models.model import Model
 from interp.run.cache import Run
 
@@ -108,12 +109,12 @@ def _neuron_parts(
     assert write is not None and block.W_out is not None
     norm = None if write.module == block.mlp_out else write.module
     out = cache[f"mlp_out.{layer}"][0, rows].detach()
-    W, b = model.W_out(layer).detach().float(), model.b_out(layer).detach().float()
+    W, b = wide(model.W_out(layer).detach()), wide(model.b_out(layer).detach())
     shrink, W, bias = through_norm(model, norm, out, W, b, write.scale)
-    acts = cache[f"mlp_post.{layer}"][0, rows].detach().float() * shrink
-    whole = cache[f"resid_post.{layer}"][0, rows].detach().float()
-    written = cache[f"mlp_write.{layer}"][0, rows].detach().float()
-    check_sum(model, layer, "the MLP", acts @ W + bias, written)
+    acts = wide(cache[f"mlp_post.{layer}"][0, rows].detach()) * shrink
+    whole = wide(cache[f"resid_post.{layer}"][0, rows].detach())
+    written = wide(cache[f"mlp_write.{layer}"][0, rows].detach())
+    check_sum(model, layer, "the MLP", acts @ W + bias, written, norm)
     return acts, W, bias, whole, whole - written
 
 
@@ -205,9 +206,9 @@ def _raised(
     model: Model, run: Run, position: int, vectors: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """ids and logits [parts top_k] of what each vector adds, largest first, on the CPU."""
-    norm, W_U = model.final_norm, model.W_U.float()
+    norm, W_U = model.final_norm, wide(model.W_U)
     final = run.cache[f"resid_post.{model.n_layers - 1}"][0, position].detach()
-    gain = norm.gain.to(vectors.device).float()
+    gain = wide(norm.gain.to(vectors.device))
     read = norm.centre(vectors) * gain / norm.scale(final) * model.spec.logit_scale
     step = max(1, ELEMENTS // W_U.shape[1])
     best = [(part @ W_U).topk(min(top_k, W_U.shape[1])) for part in read.split(step)]

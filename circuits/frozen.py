@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from interp.devices import wide
 from interp.models.layout import require_rows_first
 from interp.models.model import Model
 from interp.models.verify import relative_error, relative_tolerance
@@ -89,7 +90,8 @@ class Frozen:
             if (held := _held(module, seen)) is not None and (held.norm or share_bias):
                 self._modules[module] = held
         self.held = tuple(names[module] for module, held in self._modules.items() if held.norm)
-        self.allowed = relative_tolerance(model.dtype)
+        computed = {model.dtype, *(held.norm.dtype for held in self._modules.values() if held.norm)}
+        self.allowed = max(map(relative_tolerance, computed))
         self.error = self._error()
         if self.error > self.allowed:
             self._modules, self.held = {}, ()
@@ -136,13 +138,13 @@ class Frozen:
             held.called += 1
             bias = held.bias
             if held.norm is None:
-                linear = output.float() - bias
+                linear = wide(output) - bias
             else:
-                gain = held.norm.gain.to(output.device).float()
+                gain = wide(held.norm.gain.to(output.device))
                 scale = _repeated(held.scales[call], len(output))
-                linear = gain * held.norm.centre(args[0].float()) / scale
+                linear = gain * held.norm.centre(wide(args[0])) / scale
             if self.share_bias:
-                clean = _repeated(held.clean[call], len(output)).float()
+                clean = wide(_repeated(held.clean[call], len(output)))
                 relevant, size = (clean - bias - linear).abs(), linear.abs()
                 # What a subtraction leaves of nothing gets no share of the bias.
                 rounding = ROUNDING * clean.abs().amax(-1, keepdim=True)
@@ -199,20 +201,21 @@ def _held(module: nn.Module, calls: Calls) -> Held | None:
     """How a module is held: as a norm, or (None as `norm`) as a linear layer with a bias."""
     if _biased(module):
         bias = linear_map(module, calls.inputs[0].shape[-1])[1]
-        return Held(bias.float(), calls.outputs)
+        return Held(wide(bias), calls.outputs)
     x, out = calls.inputs[0], calls.outputs[0]
     if x.shape[-1] % 2 or torch.equal(x, out) or not bool(x.any()):
         return None
-    allowed = relative_tolerance(x.dtype)
-    if relative_error(module(x * LARGE), module(x * 2 * LARGE))[0] > allowed:
+    alike = max(map(relative_tolerance, (x.dtype, torch.float32)))
+    if relative_error(module(x * LARGE), module(x * 2 * LARGE))[0] > alike:
         return None
     norm = FrozenNorm(module, x.shape[-1])
-    shift = norm.bias.to(x.device).float()
+    allowed = max(map(relative_tolerance, (x.dtype, norm.dtype)))
+    shift = wide(norm.bias.to(x.device))
     scales = []
     for x, out in zip(calls.inputs, calls.outputs, strict=True):
         scale = norm.scale(x).nan_to_num(1.0)  # a vector of zeros has none
-        made = norm.gain.to(x.device).float() * norm.centre(x.float()) / scale + shift
-        if relative_error(made, out.float())[0] > allowed:
+        made = wide(norm.gain.to(x.device)) * norm.centre(wide(x)) / scale + shift
+        if relative_error(made, wide(out))[0] > allowed:
             return None
         scales.append(scale)
     return Held(shift, calls.outputs, norm, scales)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp.devices import wide
 from interp.models.model import Model
 from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import FrozenNorm
@@ -49,7 +50,7 @@ class RecordedNorms:
             return
         rows = torch.arange(size, device=x.device)
         before, after = (
-            y.detach().reshape(size, length, -1)[rows, self.places.to(x.device)].float()
+            wide(y.detach().reshape(size, length, -1)[rows, self.places.to(x.device)])
             for y in (x, out)
         )
         self.seen.append((layer, name, before, after))
@@ -131,7 +132,7 @@ def _forgets_size(module: nn.Module, x: Tensor, output: Tensor) -> bool:
     uneven = some.clone()
     uneven.view(-1)[place] *= 100
     large, larger, other = (module(inputs) for inputs in (some, some * 2, uneven))
-    allowed = relative_tolerance(x.dtype)
+    allowed = max(map(relative_tolerance, (x.dtype, torch.float32)))  # what many norms compute in
     if not relative_error(larger, large)[0] <= allowed:
         return False
     # tanh forgets sizes too, but of every entry by itself: the others stay as they were.
@@ -150,13 +151,13 @@ def _linear(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     if x.shape[-1] % 2 == 0:
         with torch.no_grad():
             held = FrozenNorm(module, x.shape[-1])
-            gain, bias = held.gain.to(x.device).float(), held.bias.to(x.device).float()
+            gain, bias = wide(held.gain.to(x.device)), wide(held.bias.to(x.device))
             scale = held.scale(x).nan_to_num(1.0) if gain.ndim == 1 else torch.ones(1)
-        made = gain * held.centre(x.float()) / scale + bias
-        allowed = relative_tolerance(x.dtype)
+        made = gain * held.centre(wide(x)) / scale + bias
+        allowed = max(map(relative_tolerance, (x.dtype, held.dtype)))
         if (
             made.shape == output.shape
-            and relative_error(made.detach(), output.detach().float())[0] <= allowed
+            and relative_error(made.detach(), wide(output.detach()))[0] <= allowed
         ):
             return made.to(output.dtype)
     factor = (output / torch.where(x == 0, 1.0, x)).detach()

@@ -17,6 +17,7 @@ from circuits.attribution import Contributions
 from circuits.heads.claims import INTERVAL
 from circuits.recall_facts import ALPHA, Asked, corrected_p, log_p
 from interp.data.prompts import prose
+from interp.devices import wide
 from interp.models.model import Model
 from interp.run.cache import Run
 from interp.run.edits import Edit
@@ -115,7 +116,7 @@ def mlp_tables(
     for layer, block in enumerate(model.spec.blocks):
         if block.mlp_write is None:
             continue
-        write = run.cache[f"mlp_write.{layer}"][:, end].float()
+        write = wide(run.cache[f"mlp_write.{layer}"][:, end])
         row: dict[str, Any] = {"layer": layer}
         row |= asked.named("contribution", own.mlps[:, layer])
         row["contribution_shuffled"] = float(shuffled.mlps[:, layer].mean())
@@ -126,7 +127,7 @@ def mlp_tables(
         row |= asked.named("common", (write * common).sum(-1).cpu())
         if block.attn_write is not None:
             writes = head_writes(model, run, layer, end)
-            before = run.cache[f"resid_pre.{layer}"][:, end].float()
+            before = wide(run.cache[f"resid_pre.{layer}"][:, end])
             parts = torch.cat([writes, before[:, None]], 1).cpu().double().numpy()
             target = write.cpu().double().numpy()
             even = np.full((1, n), 1 / n)
@@ -194,12 +195,12 @@ def head_writes(model: Model, run: Run, layer: int, end: int) -> Float[Tensor, "
     """What each head of a layer writes at the end, without biases."""
     block = model.spec.blocks[layer]
     assert block.attn_write is not None
-    z = run.cache[f"z.{layer}"][:, end].float()
-    writes = torch.einsum("bhd,hdm->bhm", z, model.W_O(layer).float())
+    z = wide(run.cache[f"z.{layer}"][:, end])
+    writes = torch.einsum("bhd,hdm->bhm", z, wide(model.W_O(layer)))
     if not block.direct:
         norm = model.norm(block.attn_write.module)
         scale = norm.scale(run.cache[f"attn_out.{layer}"][:, end])
-        writes = norm.gain.float() * norm.centre(writes) / scale[:, None]
+        writes = wide(norm.gain) * norm.centre(writes) / scale[:, None]
     return writes * block.attn_write.scale
 
 
@@ -217,15 +218,15 @@ class _AboveMean:
 
     def direction(self, tokens: Int[Tensor, "n k"]) -> Float[Tensor, "n d_model"]:
         """The residual direction of the mean logit of k tokens, less the vocabulary's mean logit."""
-        vectors = self.W_U.T[tokens.to(self.W_U.device)].float().mean(1) - self.mean
+        vectors = wide(self.W_U.T[tokens.to(self.W_U.device)]).mean(1) - self.mean
         return self.model.final_norm.pull_back(vectors, at=self.final) * self.model.spec.logit_scale
 
     def logits(self, writes: Float[Tensor, "n d_model"]) -> Float[Tensor, " d_vocab"]:
         """What the writes add to every logit, mean over facts, up to a constant."""
         norm = self.model.final_norm
-        normed = norm.gain.to(writes.device).float() * norm.centre(writes) / norm.scale(self.final)
+        normed = wide(norm.gain.to(writes.device)) * norm.centre(writes) / norm.scale(self.final)
         mean = normed.mean(0).to(self.W_U)
-        return (mean @ self.W_U).float() * self.model.spec.logit_scale
+        return wide(mean @ self.W_U) * self.model.spec.logit_scale
 
 
 def final_table(model: Model, run: Run, asked: Asked, layers: range, seed: int) -> pd.DataFrame:
@@ -288,7 +289,7 @@ def _writes(model: Model, run: Run, layer: int, end: int) -> Iterator[tuple[str,
         for head, write in enumerate(head_writes(model, run, layer, end).unbind(1)):
             yield "head", head, write
     if block.mlp_write is not None:
-        yield "mlp", -1, run.cache[f"mlp_write.{layer}"][:, end].float()
+        yield "mlp", -1, wide(run.cache[f"mlp_write.{layer}"][:, end])
 
 
 def _similarity(write: Float[Tensor, "n d_model"], draws: np.ndarray) -> tuple[float, float, float]:

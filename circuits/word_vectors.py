@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuits.attribution import Kept, held_norm, rows_at, write_sites
 from circuits.held_norms import NormCall, RecordedNorms, norms_held
+from interp.devices import wide
 from interp.direction import places_of
 from interp.models.model import Model
 from interp.run.batch import Batch
@@ -129,14 +130,14 @@ def word_vectors(
 
 def _head_vectors(model: Model, run: Run, layer: int, kept: Kept, places: Tensor) -> HeadVectors:
     """Outputs and values by W_O, queries and keys by the gradient of the score."""
-    z, v = kept["z", layer].float(), kept["v", layer].float()
+    z, v = wide(kept["z", layer]), wide(kept["v", layer])
     size, n_heads, _ = z.shape
     groups = [model.spec.kv_group(layer, head) for head in range(n_heads)]
-    W, shrink = _written(model, layer, "attn", kept, model.W_O(layer).float())
+    W, shrink = _written(model, layer, "attn", kept, wide(model.W_O(layer)))
     gram = W @ W.transpose(-1, -2)
     of_heads = v[:, :, groups]
     sizes = torch.einsum("bshd,hde,bshe->bhs", of_heads, gram, of_heads).clamp_min(0).sqrt()
-    taken = kept["pattern", layer].float() * sizes
+    taken = wide(kept["pattern", layer]) * sizes
     source = taken.argmax(-1)
     rows = torch.arange(size)[:, None]
     value = of_heads[rows, source, torch.arange(n_heads)]
@@ -158,14 +159,14 @@ def _head_vectors(model: Model, run: Run, layer: int, kept: Kept, places: Tensor
         if at_source is None or at_query is None:
             seen = False
             break
-        query[:, head] = at_source[rows[:, 0], source[:, head]].float().cpu()
-        key[:, head] = at_query[rows[:, 0], places].float().cpu()
+        query[:, head] = wide(at_source[rows[:, 0], source[:, head]]).cpu()
+        key[:, head] = wide(at_query[rows[:, 0], places]).cpu()
     if seen:
         vectors |= {"query": query, "key": key}
     return HeadVectors(
         source.cpu(),
-        kept["pattern", layer].gather(-1, source[..., None])[..., 0].float().cpu(),
-        (q * k).sum(-1).detach().float().cpu(),
+        wide(kept["pattern", layer].gather(-1, source[..., None])[..., 0]).cpu(),
+        wide((q * k).sum(-1).detach()).cpu(),
         {what: x.detach().cpu() for what, x in vectors.items()},
     )
 
@@ -186,7 +187,7 @@ def _written(
     shrink = torch.full((len(kept[f"{kind}_out", layer]), 1), write.scale)
     if (norm := held_norm(model, layer, kind, kept)) is None:
         return W, shrink.to(W.device)
-    W = norm.centre(W) * norm.gain.to(W.device).float()
+    W = norm.centre(W) * wide(norm.gain.to(W.device))
     return W, shrink.to(W.device) / norm.scale(kept[f"{kind}_out", layer]).to(W.device)
 
 
@@ -209,9 +210,9 @@ def _neurons(model: Model, run: Run, kept: Kept, places: Tensor, count: int) -> 
         block = model.spec.blocks[layer]
         if block.mlp_write is None:
             continue
-        W, shrink = _written(model, layer, "mlp", kept, model.W_out(layer).float())
+        W, shrink = _written(model, layer, "mlp", kept, wide(model.W_out(layer)))
         written[layer] = W, shrink
-        active = kept["mlp_post", layer].float()
+        active = wide(kept["mlp_post", layer])
         size = active.abs() * W.norm(dim=-1) * shrink.abs()
         best = size.topk(min(count, size.shape[1]), dim=1)
         for prompt, indices in enumerate(best.indices.tolist()):
@@ -242,5 +243,5 @@ def _excitation(
     site = "resid_mid" if neuron.layer in run.cache.layers("resid_mid") else "resid_pre"
     target = run.cache[f"mlp_post.{neuron.layer}"][neuron.prompt, place, neuron.index]
     gradient = _gradient(target, run.cache[f"{site}.{neuron.layer}"])
-    found = None if gradient is None else gradient[neuron.prompt, place].float().cpu()
+    found = None if gradient is None else wide(gradient[neuron.prompt, place]).cpu()
     return None if found is None or not bool(found.any()) else found

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from circuits.word_vectors import WordVectors, word_vectors
+from interp.devices import wide
 from interp.errors import BadInput
 from interp.lens import read
 from interp.models.model import Model
@@ -255,11 +256,11 @@ def _norm_table(model: Model, vectors: WordVectors, texts: _Texts, top_k: int) -
         rows += _changes(call.layer, call.site, call.name, before, after, texts, top_k)
     if model.spec.final_norm is not None:
         # Before the final norm there is only its scale, which changes no order.
-        bare = vectors.final.float() / model.final_norm.scale(vectors.final)
+        bare = wide(vectors.final) / model.final_norm.scale(vectors.final)
         W, b = linear_map(
             model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model
         )
-        before = bare.to(W.device) @ W.float() + b.float()
+        before = bare.to(W.device) @ wide(W) + wide(b)
         after = unembed(vectors.final).to(W.device)
         name = model.spec.final_norm
         rows += _changes(model.n_layers - 1, "final", name, before, after, texts, top_k)

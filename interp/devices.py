@@ -1,8 +1,9 @@
-"""What a device has, found by asking it."""
+"""What a device has, found by asking it; and the float type that sums are made in."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def float_type(device: torch.device) -> torch.dtype:
@@ -19,3 +20,12 @@ def float_type(device: torch.device) -> torch.dtype:
     except TypeError:
         return torch.float32
     return torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where that is wider: what identities of models in float64 need.
+
+    >>> [wide(torch.ones(1, dtype=dtype)).dtype for dtype in (torch.bfloat16, torch.float64)]
+    [torch.float32, torch.float64]
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.devices import wide
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
@@ -38,11 +39,11 @@ def logit_direction(
     W_U, b_U = linear_map(
         model.module.get_submodule(model.spec.unembedding or ""), model.spec.d_model, model.device
     )
-    d, b = W_U.T[answer].float(), b_U[answer].float()
+    d, b = wide(W_U.T[answer]), wide(b_U[answer])
     if instead is not None:
-        d, b = d - W_U.T[instead].float(), b - b_U[instead].float()
+        d, b = d - wide(W_U.T[instead]), b - wide(b_U[instead])
     norm, scale = model.final_norm, model.spec.logit_scale
-    constant = (d @ norm.bias.to(d.device).float() + b) * scale
+    constant = ((d * wide(norm.bias.to(d.device))).sum(-1) + b) * scale
     return Direction(norm.pull_back(d, at=final) * scale, constant)
 
 
@@ -65,8 +66,8 @@ def norm_behind(
     write = block.attn_write if kind == "attn" else block.mlp_write
     assert write is not None
     norm = model.norm(write.module)
-    wanted = written.float() / write.scale
-    made = norm.gain.float() * norm.centre(out.float()) / norm.scale(out) + norm.bias.float()
+    wanted = wide(written) / write.scale
+    made = wide(norm.gain) * norm.centre(wide(out)) / norm.scale(out) + wide(norm.bias)
     if not torch.allclose(made, wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max())):
         what = "attention" if kind == "attn" else "MLP"
         raise Refused(

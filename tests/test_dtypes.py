@@ -1,4 +1,7 @@
-"""16 bits: the same map, the same analyses, and the findings of float32 as far as rounding lets them be."""
+"""16 bits: the same map, the same analyses, and the findings of float32 as far as rounding lets them be.
+
+In 64 bits identities hold to 1e-9: nothing on the way to them may be in float32 but what the model itself has there.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import circuits
 import interp
+from circuits.decomposition import Decomposition
+from circuits.frozen import Frozen
+from interp.data.pairs import Pairs
 from interp.models.model import Model
 from interp.models.probe import probe
+from interp.models.weights import FrozenNorm
 from interp.registry import ANALYSES
 from tests.contracts.test_analyses import ARGUMENTS, PROMPT
 from tests.families import FAMILIES
@@ -35,6 +43,51 @@ def test_every_analysis_runs(name: str, half: Model) -> None:
     report = ANALYSES[name].function(half, *positional, **options)
     assert report.meta["model"]["sha256"] and len(report.table.columns)
     assert all(array.dtype != np.float16 for array in report.arrays.values())
+
+
+@pytest.mark.parametrize("name", ["attribute", "decompose", "flow", "recall"])
+def test_in_64_bits_analyses_give_the_numbers_of_32(name: str) -> None:
+    positional, options = ARGUMENTS.get(name, ((PROMPT,), {}))
+    wanted, found = (
+        ANALYSES[name].function(
+            Model(induction_model().to(dtype), character_tokenizer()), *positional, **options
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    numbers = wanted.table.select_dtypes("number")
+    other = found.table.select_dtypes("number")
+    assert numbers.shape == other.shape
+    assert np.allclose(numbers, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "olmo2", "nanochat"])
+def test_in_64_bits_norms_are_held_and_flow_is_drawn(name: str) -> None:
+    """RMSNorms of transformers compute in float32 whatever they are given; LayerNorms do not."""
+    model, single = Model(FAMILIES[name]().double(), id=name), Model(FAMILIES[name]())
+    ids = torch.arange(10, 17)[None]
+    frozen = Frozen(model, ids)
+    assert frozen.held == Frozen(single, ids).held and frozen.held
+    assert frozen.error < (1e-14 if name == "gpt2" else 1e-5)
+    circuits.information_flow(model, ids, max_flow=False)
+
+
+def test_what_a_norm_computes_in_is_tried() -> None:
+    double = torch.float64
+    assert FrozenNorm(torch.nn.LayerNorm(8).double(), 8).dtype == double
+    assert FrozenNorm(LlamaRMSNorm(8).double(), 8).dtype == torch.float32
+    assert FrozenNorm(LlamaRMSNorm(8), 8).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_parts_of_a_run_in_16_bits_are_subtracted_in_32(dtype: torch.dtype) -> None:
+    """Their difference has more digits than either: in 16 bits it would be rounded once more."""
+    model = Model(FAMILIES["llama"]().to(dtype))
+    pairs = Pairs.of([[2, 3, 4, 5]], [[2, 7, 4, 5]], answers=[4], wrong=[8])
+    whole = Decomposition(model, pairs, baseline="zero", capture=["resid_post.1"])
+    (part,) = whole.split([["0.1"]], capture=["resid_post.1"])
+    relevant, rest = (cache["resid_post.1"] for cache in (part.relevant, part.irrelevant))
+    assert bool(relevant.any()) and rest.dtype == dtype
+    assert torch.equal(relevant + rest.float(), whole.clean["resid_post.1"].float())
 
 
 def test_the_planted_heads_are_labelled(half: Model) -> None:

@@ -11,6 +11,7 @@ import torch
 from circuits.heads.detector import Detector, PerPrompt, offset_key, score_on_control
 from circuits.heads.prompt_sets import REPEATED
 from interp.data.prompts import Prompts
+from interp.devices import wide
 from interp.models.model import Model
 from interp.run.cache import Run
 from interp.run.statistics import Mass
@@ -52,7 +53,7 @@ def copying_logit(model: Model, prompts: Prompts, run: Run) -> PerPrompt:
     rows = torch.arange(prompts.lead + prompts.period, prompts.length)
     targets = prompts.ids[:, rows - prompts.period + 1].to(model.device)
     W_U = model.W_U
-    direction = W_U.T[targets].float() - W_U.float().mean(dim=1)
+    direction = wide(W_U.T[targets]) - wide(W_U).mean(dim=1)
     final = run.cache[f"resid_post.{model.n_layers - 1}"][:, rows]
     direction = model.final_norm.pull_back(direction, at=final) * model.spec.logit_scale
     out = torch.full((len(prompts), model.n_layers, model.spec.n_heads), torch.nan)
@@ -62,8 +63,8 @@ def copying_logit(model: Model, prompts: Prompts, run: Run) -> PerPrompt:
             continue
         if any(later.rescales for later in model.spec.blocks[layer:]):
             continue  # the write is not at the logits what it was here
-        z = run.cache[f"z.{layer}"][:, rows].float()
-        pulled = torch.einsum("bpm,hdm->bphd", direction, model.W_O(layer).float())
+        z = wide(run.cache[f"z.{layer}"][:, rows])
+        pulled = torch.einsum("bpm,hdm->bphd", direction, wide(model.W_O(layer)))
         out[:, layer, : z.shape[2]] = block.attn_write.scale * (z * pulled).sum(-1).mean(1).cpu()
     return out
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.data.prompts import plain_tokens
+from interp.devices import wide
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.edits import Edit
@@ -79,7 +80,7 @@ def token_vectors(model: Model, ids: Int[Tensor, " n_tokens"]) -> TokenVectors:
         edits=[Edit.zero("attn_write.0")],
         logits=False,
     )
-    return TokenVectors(*(run.cache[f"resid_{end}.0"][:, 1].float() for end in ("pre", "post")))
+    return TokenVectors(*(wide(run.cache[f"resid_{end}.0"][:, 1]) for end in ("pre", "post")))
 
 
 class Unembedded:
@@ -92,7 +93,7 @@ class Unembedded:
 
     def _parts(self) -> Iterator[Float[Tensor, "d_model columns"]]:
         """W_U in float32, some columns at a time."""
-        return (part.float() for part in self.W_U.split(COLUMNS, dim=1))
+        return (wide(part) for part in self.W_U.split(COLUMNS, dim=1))
 
     @cached_property
     @torch.no_grad()
@@ -133,7 +134,7 @@ class Unembedded:
     @torch.no_grad()
     def directions(self, ids: Int[Tensor, " n_tokens"]) -> Float[Tensor, "n_tokens d_model"]:
         """Dot product with a write: how far it raises each token's logit over the vocabulary's mean."""
-        return self._before(self.W_U[:, ids.to(self.W_U.device)].float().T - self.mean)
+        return self._before(wide(self.W_U[:, ids.to(self.W_U.device)]).T - self.mean)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def values(
             )
         norm = model.norm(block.v.input)
         stream = norm.centre(stream) / norm.scale(stream)
-    W_V = model.W_V(layer).float()
+    W_V = wide(model.W_V(layer))
     v = torch.einsum("nm,kmd->nkd", stream, W_V)
     return v[:, [model.spec.kv_group(layer, head) for head in range(block.n_heads)]]
 
@@ -161,7 +162,7 @@ def written(model: Model, layer: int) -> Float[Tensor, "n_heads d_head d_model"]
 
     Such a norm's scale is held (it is positive and the same for all heads).
     """
-    block, W_O = model.spec.blocks[layer], model.W_O(layer).float()
+    block, W_O = model.spec.blocks[layer], wide(model.W_O(layer))
     if block.attn_write is None:
         raise Refused(f"layer {layer} of {model.id} has no known attention write")
     if block.direct:
@@ -170,11 +171,11 @@ def written(model: Model, layer: int) -> Float[Tensor, "n_heads d_head d_model"]
     norm = model.norm(block.attn_write.module)
     some = W_O.flatten(0, 1)[:4].to(norm.gain)
     made = norm.gain * norm.centre(some) / norm.scale(some) + norm.bias
-    if not torch.allclose(made.float(), module(some).float(), rtol=1e-2, atol=1e-3):
+    if not torch.allclose(wide(made), wide(module(some)), rtol=1e-2, atol=1e-3):
         raise Refused(
             f"layer {layer} of {model.id}: what stands behind the attention's output is not a norm"
         )
-    return norm.centre(W_O) * norm.gain.float() * block.attn_write.scale
+    return norm.centre(W_O) * wide(norm.gain) * block.attn_write.scale
 
 
 @torch.no_grad()

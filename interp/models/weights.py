@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from interp.devices import wide
 from interp.errors import Refused
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.offered import Offered
@@ -47,6 +48,8 @@ def linear_map(
 
 LARGE = 128.0
 """Size of the vectors that a norm's gain is read at: an epsilon of 1e-5 is 6e-10 of its square."""
+LARGER = 2.0**20
+"""The same in float64, of which 6e-10 would be seen."""
 
 
 class FrozenNorm:
@@ -55,6 +58,7 @@ class FrozenNorm:
     Gain, bias and whether the mean is taken out are found by asking the module, so Gemma's
     (1 + weight) or a norm without weights needs no case of its own. With `module=None`: identity.
     Gain and bias lie on `device`, by default the module's own. `turned`: it reads channels before positions.
+    `dtype` is what the norm computes in: most of transformers' round to float32 also in models in float64.
     """
 
     @torch.no_grad()
@@ -71,6 +75,7 @@ class FrozenNorm:
         self._place = torch.device("cpu") if module is None else module_device(module)
         like = torch.ones(d_model, dtype=None if some is None else some.dtype, device=self._place)
         self.gain, self.bias, self.centred = like, torch.zeros_like(like), False
+        self.dtype = like.dtype
         if module is None:
             self.gain, self.bias = self.gain.to(device), self.bias.to(device)
             return
@@ -80,14 +85,20 @@ class FrozenNorm:
             raise Refused(f"d_model = {d_model} is odd: the norm's gain is not read")
         # ±c in equal numbers has mean 0 and size c: LayerNorm and RMSNorm both make ±1 of it. A large c
         # drowns epsilon, and c² is still a number in float16.
+        size = LARGER if like.dtype == torch.float64 else LARGE
         sign = like.clone()
         sign[1::2] = -1
-        plus, minus = self._normed(LARGE * sign[None])[0], self._normed(-LARGE * sign[None])[0]
+        plus, minus = self._normed(size * sign[None])[0], self._normed(-size * sign[None])[0]
         self.gain, self.bias = (plus - minus) / 2 * sign, (plus + minus) / 2
+        if like.dtype == torch.float64:
+            finer = size * sign[None]
+            finer[0, 0] += 1e-12 * size  # far below what float32 tells apart
+            if torch.equal(self._normed(finer)[0], plus):
+                self.dtype = torch.float32
         # A constant vector has nothing left once its mean is taken out.
         self.centred = bool(
             (
-                (self._normed(LARGE * like[None])[0] - self.bias).abs()
+                (self._normed(size * like[None])[0] - self.bias).abs()
                 < 1e-2 * self.gain.abs() + 1e-6
             ).all()
         )
@@ -102,15 +113,13 @@ class FrozenNorm:
 
     @torch.no_grad()
     def scale(self, x: Tensor) -> Tensor:
-        """σ(x) [... 1], in float32."""
+        """σ(x) [... 1], in float32 or what x is in where that is wider."""
         if self.module is None:
-            return torch.ones_like(x[..., :1], dtype=torch.float32)
-        gain = self.gain.to(x.device).float()
-        inner = gain * self.centre(x.float())
-        out = (
-            self._normed(x.to(self._place, self.gain.dtype)).to(x.device).float()
-            - self.bias.to(x.device).float()
-        )
+            return torch.ones_like(wide(x[..., :1]))
+        gain = wide(self.gain.to(x.device))
+        inner = gain * self.centre(wide(x))
+        out = wide(self._normed(x.to(self._place, self.gain.dtype)).to(x.device))
+        out = out - wide(self.bias.to(x.device))
         return (inner * inner).sum(-1, keepdim=True) / (inner * out).sum(-1, keepdim=True)
 
     def pull_back(self, direction: Tensor, at: Tensor) -> Tensor:
@@ -118,7 +127,7 @@ class FrozenNorm:
 
         `at` is the residual [... d_model] whose scale is held fixed; `direction` lies after the norm.
         """
-        pulled = self.centre(direction.float() * self.gain.to(direction.device).float())
+        pulled = self.centre(wide(direction) * wide(self.gain.to(direction.device)))
         return pulled.to(at.device) / self.scale(at)
 
     def centre(self, x: Tensor) -> Tensor:
