@@ -20,7 +20,10 @@ from benchmarks.capture import medians
 from interp.data.prompts import prose
 from interp.lens_text import Parts
 from interp.models.model import Model
-from probes.lens_training import Inputs, Options, Rows, Start, Training, spread_of
+from probes.lens_inputs import Inputs
+from probes.lens_rows import Rows
+from probes.lens_start import Start, spread_of
+from probes.lens_training import Options, Training
 from probes.lenses import tune_lens
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from probes.causal_check import probe_causal
     from probes.controls import control_labels, random_weights, shuffled_labels
     from probes.erasure import Eraser, leace
-    from probes.lenses import HeadLens, tune_lens
+    from probes.head_lens import HeadLens
+    from probes.lenses import tune_lens
     from probes.linear import linear_probes
     from probes.mdl import mdl_table, online_code
     from probes.ridge_sweep import ridge_sweep
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Eraser": "probes.erasure",
-    "HeadLens": "probes.lenses",
+    "HeadLens": "probes.head_lens",
     "SAE": "probes.saes.model",
     "SAEConfig": "probes.saes.model",
     "capture_features": "probes.captured",

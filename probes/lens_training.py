@@ -1,9 +1,8 @@
 """Affine maps to the final residual trained by the KL of what they read: one loop for layers and heads.
 
-A unit is one map: of a block's input (tuned lens) or of one head's z (Attention Lens). All units learn
-from the same forward. What costs is the unembedding of every unit's every row, so a step looks at a
-part of the vocabulary: the tokens the final distributions of its rows think likeliest, and a weighted
-sample of the others (`PartOfVocabulary`).
+All units (`lens_inputs`) learn from the same forward. What costs is the unembedding of every unit's
+every row, so a step looks at a part of the vocabulary: the tokens the final distributions of its rows
+think likeliest, and a weighted sample of the others (`part_of_vocabulary`).
 
 Everything a step does is a function of the maps, the seed and the step's number, so that training
 which was killed goes on from its last checkpoint as if nothing had happened.
@@ -19,31 +18,23 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.errors import BadInput, Refused
 from interp.lens_text import Parts
-from interp.models.calls import at_home
-from interp.models.model import Model
-from interp.models.weights import linear_map
 from interp.ridge_lens import TOKENS_PER_FORWARD
 from interp.run.files import check_writable
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
-from probes.training import Diverged, read_state, under, write_state
+from probes.lens_inputs import Inputs, Maps
+from probes.lens_rows import Rows, choosing_kl
+from probes.lens_start import Start
+from probes.part_of_vocabulary import PartOfVocabulary, part_for
+from probes.training import Diverged, read_state, write_state
 
 STATE = "training.safetensors"
 OPTIMISERS = ("adam", "sgd")
-CHUNK_ROWS = 128
-"""Rows whose logits over the whole vocabulary exist at once."""
-
-LIKELIEST = 16
-"""Tokens of every row's final distribution that a step always looks at, where there is room."""
-
 CURVE = ("step", "layer", "head", "kl", "best_kl", "loss")
-Maps = dict[str, Tensor]
-"""A and b, or U, V and b, of all units: [n_layers units ...]."""
 
 
 @dataclass(frozen=True)
@@ -62,331 +53,6 @@ class Options:
     checks: int
     patience: int
     seed: int
-
-
-# --- what is read -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Which activations a kind of lens reads: every unit is one of a layer's `units`.
-
-    Attributes:
-        kind: "layers" (block inputs, one unit a layer) or "heads" (z, one unit a head).
-        layers: the layers of the first axis of all maps. units: of each layer. d_in: width of one.
-    """
-
-    model: Model
-    kind: str
-    layers: tuple[int, ...]
-    units: int
-    d_in: int
-
-    @staticmethod
-    def of(model: Model, kind: str, layers: Sequence[int]) -> Inputs:
-        """The inputs of these layers; Refused where heads have none, or write through a norm."""
-        if kind == "layers":
-            return Inputs(model, kind, tuple(layers), 1, model.spec.d_model)
-        known = model.layers_with("z")
-        layers = [layer for layer in layers if layer in known]
-        if not layers:
-            raise Refused(f"{model.id} has no heads in the layers named; they are in {known}")
-        blocks = [model.spec.blocks[layer] for layer in layers]
-        for layer, block in zip(layers, blocks, strict=True):
-            if not block.direct:
-                raise Refused(
-                    f"{model.id} normalises what attention writes at layer {layer}, so one head's "
-                    "write is not its own; a lens of kind 'layers' can be trained"
-                )
-        shapes = {(block.n_heads, block.d_head) for block in blocks}
-        if len(shapes) > 1:
-            raise Refused(
-                f"heads of {model.id} differ in shape between layers: {sorted(shapes)} (n_heads, "
-                "d_head); name layers that are alike"
-            )
-        return Inputs(model, kind, tuple(layers), *shapes.pop())
-
-    def read(
-        self, ids: Int[Tensor, "n pos"], places: slice | Tensor, only: Sequence[int] | None = None
-    ) -> tuple[dict[int, Float[Tensor, "units rows d_in"]], Float[Tensor, "rows d_model"]]:
-        """(activations by place in `layers`, final residuals) at these positions of every window.
-
-        `only`: places in `layers` that are wanted. Every window's rows stand together.
-        """
-        wanted = range(len(self.layers)) if only is None else only
-        name = "resid_pre" if self.kind == "layers" else "z"
-        last = f"resid_post.{self.model.n_layers - 1}"
-        sites = {place: f"{name}.{self.layers[place]}" for place in wanted}
-        cache = self.model.run(ids, capture=[*sites.values(), last], logits=False).cache
-        read: dict[int, Tensor] = {}
-        for place, site in sites.items():
-            x = cache[site][:, places].float().flatten(0, 1)
-            read[place] = x[None] if self.kind == "layers" else x.transpose(0, 1).contiguous()
-        return read, cache[last][:, places].flatten(0, 1)
-
-    def plainly(
-        self, place: int, x: Float[Tensor, "units rows d_in"]
-    ) -> Float[Tensor, "units rows d_model"]:
-        """What the logit lens unembeds: the residual itself, or what each head writes."""
-        base = self.base(place)
-        return x if base is None else x @ base
-
-    def base(self, place: int) -> Float[Tensor, "units d_in d_model"] | None:
-        """The map of the logit lens: None for the identity, else each head's slice of W_O."""
-        if self.kind == "layers":
-            return None
-        layer = self.layers[place]
-        write = self.model.spec.blocks[layer].attn_write
-        return self.model.W_O(layer).float() * (1.0 if write is None else write.scale)
-
-    def translated(
-        self, maps: Mapping[str, Tensor], place: int, x: Float[Tensor, "units rows d_in"]
-    ) -> Float[Tensor, "units rows d_model"]:
-        """x A + b; of a low rank, x U V + b, for layers added to x itself."""
-        at = {name: value[place].to(x.device) for name, value in maps.items()}
-        if "A" in at:
-            return torch.baddbmm(at["b"][:, None], x, at["A"])
-        y = torch.baddbmm(at["b"][:, None], x @ at["U"], at["V"])
-        return x + y if self.kind == "layers" else y
-
-
-# --- how good a map is --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Held-out rows: activations by place, final residuals, the tokens that follow (−1: unknown)."""
-
-    x: dict[int, Float[Tensor, "units rows d_in"]]
-    final: Float[Tensor, "rows d_model"]
-    following: Int[Tensor, " rows"]
-
-    @staticmethod
-    def of(inputs: Inputs, windows: Int[Tensor, "n pos"], each: int, advance=None) -> Rows:
-        """`each` positions of every window, evenly spread; never the first, never the last."""
-        width = windows.shape[1] - 2
-        if width < 1:
-            raise BadInput("windows of held-out text have fewer than 3 tokens: give a wider window")
-        each = min(each, width)
-        places = 1 + ((torch.arange(each) + 0.5) * width / each).long()
-        parts, finals = {}, []
-        for rows in windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])):
-            x, final = inputs.read(rows, places)
-            for place, value in x.items():
-                parts.setdefault(place, []).append(value)
-            finals.append(final)
-            if advance is not None:
-                advance(len(rows))
-        joined = {place: torch.cat(values, 1) for place, values in parts.items()}
-        following = windows[:, places + 1].flatten()
-        return Rows(joined, torch.cat(finals), following)
-
-
-@torch.no_grad()
-def judged(
-    unembed: Unembedding,
-    stack: Float[Tensor, "lens rows d_model"],
-    final: Float[Tensor, "rows d_model"],
-    following: Int[Tensor, " rows"] | None = None,
-) -> dict[str, Float[Tensor, " lens"]]:
-    """Means over rows of KL(final ‖ lens) and the loss, nats, and how often the top tokens agree.
-
-    KL(p ‖ q) = (Σ p·l_p − lse_p) − (Σ p·l_q − lse_q), exact over the vocabulary, in chunks of rows.
-    """
-    sums = {name: torch.zeros(len(stack)).double() for name in ("kl", "loss", "agreement")}
-    for start in range(0, len(final), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        logits = unembed(final[rows])
-        lse, top = logits.logsumexp(-1), logits.argmax(-1)
-        p = (logits - lse[:, None]).exp()
-        own = torch.linalg.vecdot(p, logits) - lse
-        for i, x in enumerate(stack[:, rows]):
-            read = unembed(x)
-            lse = read.logsumexp(-1)
-            gap = own - (torch.linalg.vecdot(p, read) - lse)
-            sums["kl"][i] += float(gap.clamp_min(0).sum())  # below 0 by rounding only
-            sums["agreement"][i] += float((read.argmax(-1) == top).sum())
-            if following is not None:
-                at = read.gather(-1, following[rows, None].to(read.device))[:, 0]
-                sums["loss"][i] += float((lse - at).sum())
-    return {name: value / len(final) for name, value in sums.items()}
-
-
-def choosing_kl(
-    inputs: Inputs, unembed: Unembedding, maps: Mapping[str, Tensor], choose: Mapping[str, Rows],
-    only: Sequence[int],
-) -> Float[Tensor, "n_layers units"]:  # fmt: skip
-    """Exact KL of every unit on the rows to choose on, kinds of text counting the same; NaN elsewhere."""
-    found = torch.full((len(inputs.layers), inputs.units), math.nan).double()
-    if only:
-        by_kind = []
-        for rows in choose.values():
-            read = torch.cat([inputs.translated(maps, place, rows.x[place]) for place in only])
-            by_kind.append(judged(unembed, read, rows.final)["kl"])
-        found[list(only)] = torch.stack(by_kind).mean(0).unflatten(0, (len(only), inputs.units))
-    return found
-
-
-# --- the loss of a step -------------------------------------------------------------------------------
-
-
-class PartOfVocabulary:
-    """KL(p̂ ‖ q̂) over some tokens and its gradient, p̂ and q̂ the softmax of logits − log π.
-
-    π is the chance with which a token was taken in, so Σ exp(l)/π estimates the whole partition
-    function without bias; its logarithm, and with it the loss, is then a little too small (half the
-    estimate's relative variance). Whatever is taken in, the loss is 0 where q = p and positive
-    elsewhere, so it has the same minimum. With all tokens it is the exact KL.
-
-    Args:
-        tokens: ids taken in, or None for all. chance: π of each.
-    """
-
-    def __init__(self, model: Model, tokens: Tensor | None, chance: Tensor | None):
-        spec = model.spec
-        self.model, self.cap, self.scale = model, spec.logit_softcap, spec.logit_scale
-        self.norm = None if spec.final_norm is None else model.module.get_submodule(spec.final_norm)
-        module = model.module.get_submodule(spec.unembedding or "")
-        W, b = linear_map(module, spec.d_model, model.device)
-        self.W = (W.T if tokens is None else W.T[tokens.to(W.device)]).float()
-        b = (b if tokens is None else b[tokens.to(b.device)]).float()
-        self.b, self.correction = b, None if chance is None else -chance.log().to(b.device)
-
-    def _logits(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weighted logits, and d logit / d product where it is not `scale` everywhere."""
-        logits = torch.addmm(self.b, normed.float(), self.W.T)
-        if self.scale != 1.0:
-            logits *= self.scale
-        slope = None
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap)
-            slope = 1 - logits.square()
-            logits *= self.cap
-        return logits if self.correction is None else logits + self.correction, slope
-
-    @torch.no_grad()
-    def target(self, final: Float[Tensor, "rows d_model"]) -> tuple[Tensor, Tensor]:
-        """(p̂ [rows tokens], Σ p̂ log p̂ [rows]) of the final residuals."""
-        final = final.to(self.model.dtype)
-        logits, _ = self._logits(final if self.norm is None else at_home(self.norm, final))
-        logp = logits.log_softmax(-1)
-        p = logp.exp()
-        return p, torch.linalg.vecdot(p, logp)
-
-    def __call__(
-        self, y: Float[Tensor, "rows d_model"], target: tuple[Tensor, Tensor]
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_model"]]:
-        """(KL of each row, its gradient at y)."""
-        leaf = y.detach().to(self.model.dtype).requires_grad_()
-        with torch.enable_grad():
-            normed = leaf if self.norm is None else at_home(self.norm, leaf)
-        p, own = target
-        with torch.no_grad():
-            logits, slope = self._logits(normed.detach())
-            lse = logits.logsumexp(-1)
-            kl = own + lse - torch.linalg.vecdot(p, logits)
-            g = logits.sub_(lse[:, None]).exp_().sub_(p)
-            if slope is not None:
-                g *= slope
-            back = (g @ self.W) * self.scale
-        if self.norm is None:
-            return kl, back
-        (grad,) = torch.autograd.grad(normed, leaf, back.to(normed.dtype))
-        return kl, grad.float()
-
-
-def part_for(
-    model: Model,
-    final: Float[Tensor, "rows d_model"],
-    frequency: Float[Tensor, " d_vocab"],
-    size: int,
-    generator: torch.Generator,
-) -> PartOfVocabulary:
-    """About `size` tokens for a step (0: all): the likeliest of its rows for sure, the others by their weight.
-
-    The others are taken in each on its own, with a chance in proportion to the mean of their
-    `frequency` and of an even share.
-    """
-    d_vocab = len(frequency)
-    if not 0 < size < d_vocab:
-        return PartOfVocabulary(model, None, None)
-    k = max(1, min(LIKELIEST, size // (2 * len(final))))
-    likely = [
-        model.unembed(x.to(model.dtype)).float().topk(k).indices.flatten().cpu()
-        for x in final.split(CHUNK_ROWS)
-    ]
-    certain = torch.cat(likely).unique()
-    weight = (frequency + 1 / d_vocab) / 2
-    chance = (weight * max(1, size - len(certain))).clamp(max=1.0)
-    chance[certain] = 1.0
-    taken = torch.rand(d_vocab, generator=generator) < chance
-    taken[certain] = True
-    tokens = taken.nonzero()[:, 0]
-    return PartOfVocabulary(model, tokens, chance[tokens])
-
-
-# --- the start, in units of each coordinate's deviation --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where training begins, and what makes its steps independent of the model's scale.
-
-    Attributes:
-        maps: of all units. frequency: the final distribution, averaged over a sample.
-        mean, spread: of every unit's inputs [n_layers units d_in]. size: deviation of every
-            coordinate of the final residual [d_model].
-    """
-
-    maps: Maps
-    mean: Tensor
-    spread: Tensor
-    size: Tensor
-    frequency: Tensor
-
-    def inward(self, maps: Mapping[str, Tensor]) -> Maps:
-        """Maps from and to standardised coordinates: y = size · (x̂ Ã + b̃), x̂ = (x − mean) / spread."""
-        first = maps["A"] if "A" in maps else maps["U"]
-        moved = torch.einsum("lui,luio->luo", self.mean, first)
-        if "A" in maps:
-            A = self.spread[..., None] * maps["A"] / self.size
-            return {"A": A, "b": (maps["b"] + moved) / self.size}
-        moved = torch.einsum("lur,luro->luo", moved, maps["V"])
-        return {
-            "U": self.spread[..., None] * maps["U"],
-            "V": maps["V"] / self.size,
-            "b": (maps["b"] + moved) / self.size,
-        }
-
-    def outward(self, inner: Mapping[str, Tensor]) -> Maps:
-        """The maps of plain coordinates again."""
-        b = inner["b"] * self.size
-        if "A" in inner:
-            A = inner["A"] / self.spread[..., None] * self.size
-            return {"A": A, "b": b - torch.einsum("lui,luio->luo", self.mean, A)}
-        U, V = inner["U"] / self.spread[..., None], inner["V"] * self.size
-        moved = torch.einsum("lui,luir->lur", self.mean, U)
-        return {"U": U, "V": V, "b": b - torch.einsum("lur,luro->luo", moved, V)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, for a file."""
-        rest = {name: getattr(self, name) for name in ("mean", "spread", "size", "frequency")}
-        return rest | {f"maps.{name}": value for name, value in self.maps.items()}
-
-    @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> Start:
-        """What `tensors` gave."""
-        rest = {name: tensors[name] for name in ("mean", "spread", "size", "frequency")}
-        return Start(under("maps.", tensors), **rest)
-
-
-def spread_of(x: Float[Tensor, "*batch rows width"]) -> Float[Tensor, "*batch width"]:
-    """Each coordinate's deviation; 1 where it never varies."""
-    found = x.std(-2, unbiased=False)
-    return torch.where(found <= 1e-5 * x.abs().mean(-2), 1.0, found)
-
-
-# --- training -----------------------------------------------------------------------------------------------
 
 
 class Training:

@@ -11,44 +11,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from interp.affine_lens import (
-    FORMAT,
-    AffineLens,
-    cached_lens,
-    lens_path,
-    load_maps,
-    save_maps,
-)
+from interp.affine_lens import FORMAT, AffineLens, lens_path
 from interp.data.texts import documents
 from interp.errors import BadInput, unknown
 from interp.lens_text import Parts, evenly, parts_of
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
-from interp.ridge_lens import Moments, check_layers, fit_ridge_lens
+from interp.ridge_lens import check_layers
 from interp.run.progress import Progress
 from interp.unembedding import Unembedding
-from probes.lens_training import (
-    OPTIMISERS,
-    Inputs,
-    Maps,
-    Options,
-    Rows,
-    Start,
-    Training,
-    judged,
-    spread_of,
-)
-from probes.training import read_state, under, write_state
+from probes.head_lens import HeadLens
+from probes.lens_inputs import Inputs, Maps
+from probes.lens_rows import Rows, judged
+from probes.lens_start import observed, own_ridge_lens, read_start, write_start
+from probes.lens_training import OPTIMISERS, Options, Training
 
 KINDS = ("layers", "heads")
 BATCH = {"layers": 256, "heads": 64}
@@ -63,62 +48,7 @@ TESTING_ROWS = {"layers": 320, "heads": 80}
 EACH = 16
 """Held-out positions of a window."""
 
-SAMPLE_TOKENS = {"layers": 2048, "heads": 8192}
-SAMPLE_ROWS = 1024
-"""Text from which scales and frequencies are taken, and the least-squares maps of heads."""
-
-HEAD_PENALTY = 1e-2
 START, LENS = "start.safetensors", "lens.safetensors"
-
-
-@dataclass(frozen=True, eq=False)
-class HeadLens:
-    """h_L ≈ z_h A_h + b_h for every head h of some layers.
-
-    Attributes:
-        A: [n_layers n_heads d_head d_model]; None for a low rank, h_L ≈ z_h U_h V_h + b_h.
-        b: [n_layers n_heads d_model].
-        about: the model, its hash, the text, how it was trained; "layers" are those of the first axis.
-    """
-
-    A: Float[Tensor, "n_layers n_heads d_head d_model"] | None
-    b: Float[Tensor, "n_layers n_heads d_model"]
-    about: dict[str, Any]
-    U: Float[Tensor, "n_layers n_heads d_head rank"] | None = None
-    V: Float[Tensor, "n_layers n_heads rank d_model"] | None = None
-
-    def __call__(
-        self, z: Float[Tensor, "*rows n_heads d_head"], layer: int
-    ) -> Float[Tensor, "*rows n_heads d_model"]:
-        """The final residual that each head's z alone predicts; read it with `interp.lens.read`."""
-        layers = self.about["layers"]
-        if layer not in layers:
-            raise BadInput(f"this lens has no heads of layer {layer}: it has layers {layers}")
-        i, z = layers.index(layer), z.float()
-        if self.A is not None:
-            y = torch.einsum("...hd,hdm->...hm", z, self.A[i].to(z.device))
-        else:
-            assert self.U is not None and self.V is not None
-            hidden = torch.einsum("...hd,hdr->...hr", z, self.U[i].to(z.device))
-            y = torch.einsum("...hr,hrm->...hm", hidden, self.V[i].to(z.device))
-        return y + self.b[i].to(z.device)
-
-    @property
-    def held_out(self) -> pd.DataFrame:
-        """One row a (kind of text, layer, head): KL(final ‖ lens), nats."""
-        return pd.DataFrame(self.about["held_out"])
-
-    def save(self, path: Path) -> None:
-        """Write the lens as one safetensors file, whole or not at all."""
-        save_maps(path, {"A": self.A, "b": self.b, "U": self.U, "V": self.V}, self.about)
-
-    @staticmethod
-    def load(path: Path, model: Model) -> HeadLens:
-        """A saved lens; BadInput if it is damaged, of other weights, or of layers."""
-        tensors, about = load_maps(path, model)
-        if about.get("kind") != "attention":
-            raise BadInput(f"{path} is a {about.get('kind')} lens of layers: load it as AffineLens")
-        return HeadLens(tensors.get("A"), tensors["b"], about, tensors.get("U"), tensors.get("V"))
 
 
 def check_tuning(
@@ -296,14 +226,14 @@ def tune_lens(
     kept = path is not None and resume and path.exists()
     ridge = None
     if not kept and kind == "layers":
-        ridge = _ridge_lens(model, content, name, chosen, key, progress)
+        ridge = own_ridge_lens(model, content, name, chosen, key, progress)
     with Progress(progress) as bars:
         if path is not None and kept:
-            start, simple = _read_start(path, begun)
+            start, simple = read_start(path, begun)
         else:
-            start, simple = _observed(inputs, rank, parts, ridge, bars)
+            start, simple = observed(inputs, rank, parts, ridge, bars)
         if path is not None and not kept:
-            _write_start(path, begun, start, simple)
+            write_start(path, begun, start, simple)
         choose = {
             kind_of_text: Rows.of(
                 inputs, evenly(rows, CHOOSING_ROWS[kind] // len(parts.choose)), EACH
@@ -355,137 +285,6 @@ def _content(
         return text, ""
     name = str(text) if isinstance(text, (str, Path)) else "texts of the caller"
     return "\n\n".join(documents(text, field=field)), name
-
-
-# --- the start: least squares --------------------------------------------------------------------------
-
-
-def _write_start(path: Path, key: Mapping[str, Any], start: Start, simple: Maps) -> None:
-    tensors = start.tensors() | {f"ridge.{name}": value for name, value in simple.items()}
-    # Without a low rank the start is the ridge maps, and one tensor cannot be written twice.
-    write_state(path, {name: value.clone() for name, value in tensors.items()}, key)
-
-
-def _read_start(path: Path, key: Mapping[str, Any]) -> tuple[Start, Maps]:
-    """(where training begins, the ridge maps), as an earlier call has left them."""
-    tensors, _ = read_state(path, key)
-    return Start.of(tensors), under("ridge.", tensors)
-
-
-def _ridge_lens(
-    model: Model,
-    content: str | Tensor | None,
-    name: str,
-    chosen: list[int],
-    key: Mapping[str, Any],
-    progress: bool | None,
-) -> AffineLens:
-    """The ridge lens of this very text, from the cache if it is there: it has the same parts held out."""
-    whole = len(chosen) == model.n_layers
-    found = cached_lens(model, "ridge", key["sha256"])
-    if (
-        found is not None
-        and found.about["text"]["sha256"] == key["text"]
-        and found.about["window"] == key["window"]
-        and found.A is not None
-    ):
-        return found
-    return fit_ridge_lens(
-        model,
-        text=content,
-        text_name=name,
-        window=key["window"],
-        layers=None if whole else chosen,
-        keep=whole and content is None,
-        progress=progress,
-    )
-
-
-@torch.no_grad()
-def _observed(
-    inputs: Inputs, rank: int | None, parts: Parts, ridge: AffineLens | None, bars: Progress
-) -> tuple[Start, Maps]:
-    """(where training begins, the ridge maps): scales and frequencies are those of a sample of the text.
-
-    For heads the least-squares maps are solved here, shrunk towards W_O; for a low rank r the maps
-    keep the r directions in which they move the sample most (reduced-rank regression).
-    """
-    model, n_units = inputs.model, len(inputs.layers) * inputs.units
-    d = model.spec.d_model
-    windows = evenly(parts.fit, SAMPLE_TOKENS[inputs.kind], each=parts.fit.shape[1])
-    moments = Moments(d, range(n_units), inputs.d_in) if inputs.kind == "heads" else None
-    each = max(2, -(-SAMPLE_ROWS // len(windows)))
-    width = windows.shape[1] - 1
-    places = ((torch.arange(min(each, width)) + 0.5) * width / min(each, width)).long()
-    advance = bars.stage("Reading a sample", len(windows))
-    xs: dict[int, list[Tensor]] = {}
-    finals = []
-    for rows in windows.split(max(1, 1024 // windows.shape[1])):
-        x, final = inputs.read(rows, slice(1, None))
-        if moments is not None:
-            flat = {
-                place * inputs.units + unit: value[unit]
-                for place, value in x.items()
-                for unit in range(inputs.units)
-            }
-            moments.add(flat | {n_units: final})
-        some = (torch.arange(len(rows))[:, None] * width + places).flatten()
-        for place, value in x.items():
-            xs.setdefault(place, []).append(value[:, some])
-        finals.append(final[some])
-        advance(len(rows))
-    sample = torch.stack([torch.cat(xs[place], 1) for place in range(len(inputs.layers))]).cpu()
-    final = torch.cat(finals)
-    if moments is not None:
-        simple = _solved(inputs, moments)
-    else:
-        assert ridge is not None and ridge.A is not None
-        simple = {"A": ridge.A[:, None], "b": ridge.b[:, None]}
-    unembed = Unembedding(model)
-    shares = [unembed(rows).softmax(-1).sum(0).cpu() for rows in final.split(128)]
-    frequency = torch.stack(shares).sum(0) / len(final)
-    maps = simple if rank is None else _reduced(inputs, simple, sample, rank)
-    mean, spread = sample.mean(-2), spread_of(sample)
-    return Start(maps, mean, spread, spread_of(final.float().cpu()), frequency), simple
-
-
-def _solved(inputs: Inputs, moments: Moments) -> Maps:
-    """Every head's least-squares map, shrunk towards its slice of W_O."""
-    A, b = [], []
-    for place in range(len(inputs.layers)):
-        base = inputs.base(place)
-        assert base is not None
-        for unit in range(inputs.units):
-            index = place * inputs.units + unit
-            found = moments.solve(index, HEAD_PENALTY, towards=base[unit].cpu())
-            A.append(found[0])
-            b.append(found[1])
-    shape = len(inputs.layers), inputs.units
-    return {"A": torch.stack(A).unflatten(0, shape), "b": torch.stack(b).unflatten(0, shape)}
-
-
-def _reduced(
-    inputs: Inputs, maps: Maps, sample: Float[Tensor, "n_layers units rows d_in"], rank: int
-) -> Maps:
-    """U V of this rank that keeps most of what A (for layers: A − I) does to the sample.
-
-    U is scaled so that x U varies by 1 in every direction: Adam's steps have one size for all numbers,
-    and on another scale they would be far too large for U or for V.
-    """
-    A = maps["A"].double()
-    if inputs.kind == "layers":
-        A = A - torch.eye(A.shape[-1], dtype=A.dtype)
-    x = sample.double()
-    moved = (x - x.mean(-2, keepdim=True)) @ A
-    values, vectors = torch.linalg.eigh(moved.mT @ moved)  # smallest first
-    V = vectors[..., -rank:].mT
-    unit = (values[..., -rank:].clamp_min(0) / x.shape[-2]).sqrt()
-    unit = unit.clamp_min(1e-3 * unit.amax(-1, keepdim=True))
-    unit = torch.where(unit > 0, unit, 1.0)[..., None]
-    lost = A - A @ V.mT @ V
-    # The mean of what is left out goes into the bias.
-    b = maps["b"] + torch.einsum("lui,luio->luo", x.mean(-2), lost)
-    return {"U": (A @ (V / unit).mT).float(), "V": (unit * V).float(), "b": b.float()}
 
 
 # --- what it is worth --------------------------------------------------------------------------------------

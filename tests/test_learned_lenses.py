@@ -24,16 +24,13 @@ from interp.models.model import Model
 from interp.report import Report
 from interp.ridge_lens import fit_ridge_lens
 from interp.unembedding import Unembedding
-from probes.lens_training import (
-    Inputs,
-    PartOfVocabulary,
-    Rows,
-    Start,
-    Training,
-    judged,
-    part_for,
-)
-from probes.lenses import LENS, HeadLens, tune_lens
+from probes.head_lens import HeadLens
+from probes.lens_inputs import Inputs
+from probes.lens_rows import Rows, judged
+from probes.lens_start import Start
+from probes.lens_training import Training
+from probes.lenses import LENS, tune_lens
+from probes.part_of_vocabulary import PartOfVocabulary, part_for
 from probes.training import Diverged
 from tests.families import FAMILIES
 
@@ -433,7 +430,7 @@ def test_the_english_at_hand_is_judged_by_kind(
         "interp.ridge_lens.QUIETS", (0.0,)
     )  # least squares leaves something to learn
     ridge = fit_ridge_lens(tiny, window=32, progress=False)
-    monkeypatch.setattr("probes.lenses.fit_ridge_lens", None)
+    monkeypatch.setattr("probes.lens_start.fit_ridge_lens", None)
     report = tune_lens(tiny, **FAST)
     assert {"prose", "documentation"} <= set(report.table["text"])
     best = report.tables["curve"].groupby("layer")
