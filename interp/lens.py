@@ -8,7 +8,7 @@ trained on the KL (tuned lens, `probes.lenses`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from interp.affine_lens import AffineLens, cached_lens
 from interp.errors import BadInput, Refused, unknown
+from interp.lens_vectors import Rows, Where, check_stages, check_writes, vectors_of
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.ridge_lens import fit_ridge_lens
 from interp.run.batch import Batch
-from interp.run.cache import Cache
 from interp.sites import Site
 from interp.unembedding import Unembedding
 
@@ -187,6 +187,11 @@ def check_options(
     _check_top_k(top_k, None)
 
 
+def _check_top_k(top_k: int, d_vocab: int | None) -> None:
+    if top_k < 1 or (d_vocab is not None and top_k > d_vocab):
+        raise BadInput(f"top_k={top_k}: wanted 1 to {d_vocab or 'the size of the vocabulary'}")
+
+
 def at_the_end(report: Report) -> pd.DataFrame:
     """Every layer's reading at the last position."""
     rows = report.table.loc[report.table["position"] == report.table["position"].max()]
@@ -272,10 +277,10 @@ def logit_lens(
         )
     _check_top_k(top_k, model.spec.d_vocab)
     parsed = [Site.parse(site) for site in sites]
-    _check_writes(model, parsed)
-    _check_stages(model, parsed)
+    check_writes(model, parsed)
+    check_stages(model, parsed)
     batch = model.as_batch(prompts)
-    rows = _Rows.of(batch, positions)
+    rows = Rows.of(batch, positions)
     targets = _targets(model, batch, rows, target, follow)
     options = {
         "sites": [str(site) for site in parsed],
@@ -294,7 +299,7 @@ def logit_lens(
         targets = _fill_last(model, targets, final)
 
     tables, tops = [], []
-    for where, vectors in _vectors(model, cache, parsed, rows):
+    for where, vectors in vectors_of(model, cache, parsed, rows):
         reading = read(
             model,
             _translated(learnt, where, vectors, model.n_layers),
@@ -328,46 +333,11 @@ def logit_lens(
     return Report("lens", found, {}, meta)
 
 
-# --- rows: the real positions that are read ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The positions that are read, prompt by prompt: where they are in the batch and in the prompt."""
-
-    prompts: list[list[int]]
-    prompt: np.ndarray
-    position: np.ndarray
-    place: Tensor
-
-    @staticmethod
-    def of(batch: Batch, positions: Sequence[int] | None) -> _Rows:
-        ids = batch.ids
-        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
-        prompts, chosen, places = [], [], []
-        for row in range(len(ids)):
-            real = mask[row].nonzero()[:, 0]
-            n = len(real)
-            for p in positions or ():
-                if not -n <= p < n:
-                    raise BadInput(f"position {p}: prompt {row} has {n} tokens, 0 to {n - 1}")
-            wanted = range(n) if positions is None else sorted({p % n for p in positions})
-            if not wanted:
-                raise BadInput("positions is empty: leave it out, or give at least one")
-            prompts.append(ids[row][real].tolist())
-            chosen += [(row, p) for p in wanted]
-            places += [(row, int(real[p])) for p in wanted]
-        prompt, position = np.array(chosen).T
-        return _Rows(prompts, prompt, position, torch.tensor(places, device=ids.device))
-
-    def pick(self, x: Tensor) -> Tensor:
-        """x [batch pos ...] at these rows."""
-        place = self.place.to(x.device)
-        return x[place[:, 0], place[:, 1]]
+# --- targets --------------------------------------------------------------------------------------
 
 
 def _targets(
-    model: Model, batch: Batch, rows: _Rows, target: str | int | Tensor | None, follow: str
+    model: Model, batch: Batch, rows: Rows, target: str | int | Tensor | None, follow: str
 ) -> Tensor | None:
     """A target id for every row; −1 where the text has no next token; None: the final top token."""
     if target is None:
@@ -398,68 +368,7 @@ def _fill_last(model: Model, targets: Tensor, final: Tensor) -> Tensor:
     return targets.masked_scatter(missing, own)
 
 
-def _check_top_k(top_k: int, d_vocab: int | None) -> None:
-    if top_k < 1 or (d_vocab is not None and top_k > d_vocab):
-        raise BadInput(f"top_k={top_k}: wanted 1 to {d_vocab or 'the size of the vocabulary'}")
-
-
-# --- vectors: what is read ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Where:
-    """One stack of vectors: a site, and the (layer, head) of each; head −1 for a whole site."""
-
-    site: str
-    places: list[tuple[int, int]]
-
-
-def _check_stages(model: Model, sites: Sequence[Site]) -> None:
-    """Refuse layers of earlier stages: their streams have other widths or lengths than the one that is unembedded."""
-    last = model.spec.stages[-1]
-    for site in sites:
-        layers = model.layers_with(site.name) if site.layer is None else [site.layer]
-        if any(layer < last[0] for layer in layers):
-            raise Refused(
-                f"layers 0 to {last[0] - 1} of {model.id} are earlier stages, on streams of other widths or lengths "
-                f"than the one that is unembedded; read {last[0]} to {last[-1]}, as '{site.name}.{last[-1]}'"
-            )
-
-
-def _check_writes(model: Model, sites: Iterable[Site]) -> None:
-    """Refuse heads whose write is not linear in z."""
-    for site in sites:
-        layers = model.layers_with(site.name)
-        if site.name != "z":
-            continue
-        for layer in layers if site.layer is None else [site.layer]:
-            if layer in layers and not model.spec.blocks[layer].direct:
-                raise Refused(
-                    f"{model.id} normalises what attention writes at layer {layer}, so one head's "
-                    "write is not its own; read 'attn_write', or 'attn_out' before that norm"
-                )
-
-
-def _vectors(
-    model: Model, cache: Cache, sites: Iterable[Site], rows: _Rows
-) -> Iterable[tuple[_Where, Float[Tensor, "lens rows d_model"]]]:
-    """Each site's vectors, all its layers in one stack; heads one layer at a time."""
-    for site in sites:
-        if site.name == "embed":
-            yield _Where("embed", [(0, -1)]), rows.pick(cache["embed"])[None]
-            continue
-        layers = cache.layers(site.name) if site.layer is None else [site.layer]
-        if site.name != "z":
-            stack = torch.stack([rows.pick(cache[Site(site.name, layer)]) for layer in layers])
-            yield _Where(site.name, [(layer, -1) for layer in layers]), stack
-            continue
-        for layer in layers:
-            W_O, write = model.W_O(layer), model.spec.blocks[layer].attn_write
-            heads = range(len(W_O)) if site.head is None else [site.head]
-            z = rows.pick(cache[Site("z", layer)])[:, heads]
-            scale = 1.0 if write is None else write.scale
-            written = torch.einsum("rhd,hdm->hrm", z, W_O[heads].to(z)) * scale
-            yield _Where("z", [(layer, head) for head in heads]), written
+# --- the lens that is asked for -----------------------------------------------------------------
 
 
 def _learnt(
@@ -485,16 +394,10 @@ def _learnt(
     return fit_ridge_lens(model, progress=progress) if lens == "ridge" else None
 
 
-def _inputs_of(where: _Where) -> list[int] | None:
-    """The block whose input each vector is (the last block's output: n_layers); None for writes."""
-    shift = {"embed": 0, "resid_pre": 0, "resid_post": 1}.get(where.site)
-    return None if shift is None else [layer + shift for layer, _ in where.places]
-
-
 def _translated(
-    learnt: AffineLens | None, where: _Where, vectors: Tensor, n_layers: int
+    learnt: AffineLens | None, where: Where, vectors: Tensor, n_layers: int
 ) -> Float[Tensor, "lens rows d_model"]:
-    inputs = _inputs_of(where)
+    inputs = where.inputs
     if learnt is None or inputs is None:
         return vectors
     return torch.stack([learnt(x, layer) for x, layer in zip(vectors, inputs, strict=True)])
@@ -505,9 +408,9 @@ def _translated(
 
 def _tables(
     model: Model,
-    where: _Where,
+    where: Where,
     reading: Reading,
-    rows: _Rows,
+    rows: Rows,
     batch: Batch,
     learnt: AffineLens | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -526,7 +429,7 @@ def _tables(
     top_ids, top_p = reading.top_ids.flatten().numpy(), reading.top_probabilities.flatten().numpy()
     assert reading.kl is not None and reading.target_ids is not None
     assert reading.target_probabilities is not None and reading.target_ranks is not None
-    read_by = "logit" if learnt is None or _inputs_of(where) is None else learnt.kind
+    read_by = "logit" if learnt is None or where.inputs is None else learnt.kind
     lens = pd.DataFrame(
         key
         | {

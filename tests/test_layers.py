@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("interp.remote",),
     ("interp.open",),
-    ("interp.affine_lens", "interp.lens_text"),
+    ("interp.affine_lens", "interp.lens_text", "interp.lens_vectors"),
     ("interp.generate", "interp.last_token", "interp.ridge_lens", "interp.schemas"),
     ("interp.report",),
     ("interp.figures", "interp.lens"),
