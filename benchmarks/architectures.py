@@ -10,7 +10,7 @@ model type is
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
   mlp_post, a head with a transform no one unembedding); of towers side by side, so in each as a model
-  of its own;
+  of its own, or as a stack of the whole where no part of it is one;
 - partly: some site is refused, with the reason;
 - residual stream only: no attention is seen, since the model has none, or computes it neither through
   transformers' attention interface nor as a softmax of rows times values;
@@ -31,7 +31,6 @@ import csv
 import inspect
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import time
@@ -58,8 +57,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from benchmarks.tiny_configs import Unbuildable, tiny_model
 from interp.errors import InterpError, Refused
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor
+from interp.models.find_stack import SeveralStacks
 from interp.models.kernels import in_float64
+from interp.models.layout import shown
 from interp.models.model import Model
+from interp.models.named import last_returned
 from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.cache import Run
@@ -172,11 +174,13 @@ def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
             raise ArithmeticError("its random weights give NaN")
 
 
-def _verified(row: Row, module: nn.Module) -> Row:
+def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
     try:
-        model = Model(module, id=row.model_type)
+        model = Model(module, id=row.model_type, stack=stack)
+    except SeveralStacks as error:
+        return _by_parts(row, module, error)
     except InterpError as error:
-        return _by_parts(row, module, str(error))
+        return replace(row, outcome="refused", reason=str(error))
     spec = model.spec
     row = replace(row, n_layers=spec.n_layers, n_heads=spec.n_heads)
     refused = {site: why for site, why in spec.refused.items() if site not in spec.absent}
@@ -218,22 +222,40 @@ def _captured(model: Model, batch: Batch, sites: list[str]) -> tuple[Run, float]
     run = model.run(batch, capture=sites)
     assert run.logits is not None
     plain = plain.reshape(run.logits.shape)  # a model that packs rows into one returns them so
-    return run, float((run.logits - plain).abs().max() / plain.abs().max())
+    error = float((run.logits - plain).abs().max() / plain.abs().max())
+    if model.spec.named and "resid_post" in sites:  # of whose layers the logits may say nothing
+        with torch.no_grad():
+            end = last_returned(model.spec, model.module, batch)[-1]
+        end = shown(end, model.spec.hidden_axes, batch.size)
+        last = run.cache[f"resid_post.{model.n_layers - 1}"]
+        error = max(error, float((last - end).abs().max() / end.abs().max()))
+    return run, error
 
 
-def _by_parts(row: Row, module: nn.Module, refusal: str) -> Row:
-    """The row of a model of several stacks side by side: in full where all the parts that the refusal names are."""
-    names = re.findall(r"`model\.([\w.]+)`", refusal)
-    found = [_verified(row, module.get_submodule(name)) for name in names]
-    if len(found) < 2 or any(part.outcome != "in full" for part in found):
-        return replace(row, outcome="refused", reason=refusal)
+def _by_parts(row: Row, module: nn.Module, refusal: SeveralStacks) -> Row:
+    """The row of a model of several stacks side by side: in full where all are, in parts that are models or by name."""
+    parts = list(dict.fromkeys(part for part in refusal.parts.values() if part))
+    stacks = [stack for stack, part in refusal.parts.items() if not part]
+    found = [_verified(row, module.get_submodule(name)) for name in parts]
+    found += [_verified(row, module, stack) for stack in stacks]
+    if any(part.outcome != "in full" for part in found):
+        wrong = next(part for part in found if part.outcome != "in full")
+        return replace(
+            row,
+            outcome="refused",
+            reason=f"{refusal}; of them one is {wrong.outcome}: {wrong.reason}",
+        )
+    ways = (
+        [f"as its parts side by side, each a model of its own: {', '.join(parts)}"] if parts else []
+    )
+    ways += [f"by stack=, in the whole: {', '.join(stacks)}"] if stacks else []
     return replace(
         row,
         outcome="in full",
         n_layers=sum(part.n_layers for part in found),
         n_heads=max(part.n_heads for part in found),
         refused=", ".join(dict.fromkeys(part.refused for part in found if part.refused)),
-        reason=f"as its parts side by side, each a model of its own: {', '.join(names)}",
+        reason="; ".join(ways),
     )
 
 

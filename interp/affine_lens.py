@@ -21,7 +21,7 @@ from torch import Tensor
 
 from interp.data.english import recipe
 from interp.errors import BadInput
-from interp.models.load import weights_sha256
+from interp.models.load import model_sha256
 from interp.models.model import Model
 from interp.models.sources.embedded import cache_folder
 from interp.run.files import write_atomically
@@ -112,7 +112,7 @@ def load_maps(
         raise BadInput(f"{path} is damaged: {error}; {again}") from error
     if about.get("format") != FORMAT:
         raise BadInput(f"{path} has format {about.get('format')}, wanted {FORMAT}; {again}")
-    wanted = sha256 or weights_sha256(model.module)
+    wanted = sha256 or model_sha256(model)
     if about["model"]["sha256"] != wanted:
         raise BadInput(
             f"{path} was fitted on {about['model']['id']} with weights "
@@ -135,7 +135,7 @@ def cached_lens(model: Model, kind: str = "ridge", sha256: str | None = None) ->
 
     None if there is none that is sound.
     """
-    sha256 = sha256 or weights_sha256(model.module)
+    sha256 = sha256 or model_sha256(model)
     folder = lens_path(sha256, "").parent
     paths = sorted(folder.glob(f"{kind}-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(paths):

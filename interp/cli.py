@@ -30,6 +30,7 @@ from interp.commands import (
     GROUPS,
     MODEL,
     REVISION,
+    STACK,
     TRUST,
     Job,
     analysis_group,
@@ -71,7 +72,13 @@ def perform(job: Job) -> None:
         raise BadInput("the prompt is empty: give at least one token of text")
     analysis.validate(**options_known_to(analysis.validate, data))
     if out is None:
-        out = Path("reports") / f"{_slug(*job.sources)}-{command_slug(analysis.name)}"
+        stack = job.loading.get("stack")
+        names = [
+            _slug(*job.sources),
+            *([_slug(stack)] if stack else []),
+            command_slug(analysis.name),
+        ]
+        out = Path("reports") / "-".join(names)
     check_writable(out)
     first: Any = list(job.sources)
     if analysis.reads == "model":
@@ -173,6 +180,7 @@ def inspect(
     device: DEVICE = None,
     dtype: DTYPE = None,
     revision: REVISION = None,
+    stack: STACK = None,
     trust_remote_code: TRUST = False,
 ) -> None:
     """Print the verified map of a model: addresses, identities, and what is refused.
@@ -186,7 +194,12 @@ def inspect(
     Exit code 1 when an identity fails.
     """
     opened = _open(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        stack=stack,
+        trust_remote_code=trust_remote_code,
     )
     if as_json:
         print(json.dumps(map_of(opened), indent=1))

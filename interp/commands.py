@@ -44,7 +44,17 @@ REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 TRUST = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
 ]
-LOADING = {"device": DEVICE, "dtype": DTYPE, "revision": REVISION, "trust_remote_code": TRUST}
+STACK = Annotated[
+    str | None,
+    typer.Option(help="Of a model with several stacks of blocks, the one whose layers are meant."),
+]
+LOADING = {
+    "device": DEVICE,
+    "dtype": DTYPE,
+    "revision": REVISION,
+    "stack": STACK,
+    "trust_remote_code": TRUST,
+}
 """Options of every command that loads a model."""
 
 GROUPS = {

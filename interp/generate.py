@@ -148,6 +148,11 @@ def _checked(
         raise Refused(
             f"{model.id} does not generate: it is no causal language model; model.run still works"
         )
+    if model.spec.named:
+        raise Refused(
+            f"{model.id} is one stack of several: edits are followed where the model's own stack reads its prompt and "
+            "goes on with it; model.run works"
+        )
     if is_encoder_decoder(model.module):
         raise Refused(
             f"{model.id} is an encoder-decoder: edits are followed where a model goes on with its prompt "

@@ -155,7 +155,7 @@ class Prefix:
 @torch.no_grad()
 def read_prefix(model: Model, batch: Batch) -> Prefix | None:
     """The prefix of a batch, if its last token read on from there is as in a whole pass; else None."""
-    if not model.spec.causal or batch.ids.shape[1] < 2:
+    if model.spec.named or not model.spec.causal or batch.ids.shape[1] < 2:
         return None
     parameters = inspect.signature(type(model.module).forward).parameters
     if "past_key_values" not in parameters or "use_cache" not in parameters:

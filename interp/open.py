@@ -24,6 +24,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stack: str | None = None,
     remote: bool | str = False,
 ) -> Model:
     """A Model from the embedded default, a hub id, a folder, a .gguf file, or a live model.
@@ -36,6 +37,8 @@ def load(
         tokenizer: for a live module; elsewhere it comes with the checkpoint.
         device, dtype, device_map, revision: passed to the Hugging Face loaders.
         trust_remote_code: run code that a checkpoint brings; off unless you ask.
+        stack: of a model with several stacks of blocks, the one to open, by its name or that of the module around
+            it ("text_model"); the whole model runs. A refusal and `model.spec.stack` name stacks.
         remote: for an nnsight model: run it on NDIF (True), on the nnsight host of this URL, or in
             nnsight's simulation of that ("local"); see `interp.remote.RemoteModel`.
 
@@ -47,6 +50,10 @@ def load(
         from interp.remote import RemoteModel
 
         given = {"device": device, "dtype": dtype, "device_map": device_map, "revision": revision}
+        if stack is not None:
+            raise BadInput(
+                "stack was given with remote=True: only a model that runs here has a named stack"
+            )
         if named := [name for name, value in given.items() if value is not None]:
             raise BadInput(
                 f"{named[0]} was given with remote=True: the model is where it is served; leave it out"
@@ -61,8 +68,8 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    if (found := image_part(loaded.module)) is None:
-        return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes)
+    if stack is not None or (found := image_part(loaded.module)) is None:
+        return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes, stack=stack)
     name, part = found
     note = f"a model of images and texts: opened as its '{name}', which reads images; `interp clip-heads` reads both"
     return Model(part, loaded.tokenizer, loaded.id, notes=[*loaded.notes, note])

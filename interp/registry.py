@@ -131,6 +131,9 @@ def require_kind(model: Any, name: str, takes: Takes) -> None:
     elif takes == "text" and main != "input_ids":
         given = f"reads '{main}', no tokens"
         instead = "model.run takes them, and of images `interp heads` makes its own"
+    elif takes == "text" and model.spec.beside:
+        given = "has no tokens at the positions of its stack"
+        instead = "model.run takes what the whole model reads"
     else:
         return
     wanted = "one sequence of tokens" if takes == "text" else "one sequence"

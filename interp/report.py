@@ -135,13 +135,14 @@ class Report:
 
 def provenance(model: Model, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
     """Where a report comes from: model and weights, options, seed, versions, date."""
-    from interp.models.load import weights_sha256
+    from interp.models.load import model_sha256
 
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "id": model.id,
-            "sha256": weights_sha256(model.module),
+            "sha256": model_sha256(model),
+            **({"stack": model.spec.stack} if model.spec.named else {}),
             **model.spec.facts,
             "dtype": str(model.dtype).removeprefix("torch."),
         },

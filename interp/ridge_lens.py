@@ -30,7 +30,7 @@ from interp.lens_text import (
     parts_of,
 )
 from interp.metrics import kl
-from interp.models.load import weights_sha256
+from interp.models.load import model_sha256
 from interp.models.model import Model
 from interp.quiet_direction import quiet_direction
 from interp.run.progress import Progress
@@ -145,7 +145,7 @@ def fit_ridge_lens(
         "format": FORMAT,
         "kind": "ridge",
         "layers": chosen,
-        "model": {"id": model.id, "sha256": weights_sha256(model.module)},
+        "model": {"id": model.id, "sha256": model_sha256(model)},
         "text": shown,
         "fit_positions": used,
         "held_out_positions": sum(len(wanted) for wanted in to_test.values()),

@@ -140,6 +140,7 @@ def map_of(model: Model) -> dict[str, Any]:
     spec = model.spec
     return {
         "model": model.id,
+        "stack": spec.stack if spec.named else None,
         **spec.facts,
         "n_ctx": spec.n_ctx,
         "causal": spec.causal,

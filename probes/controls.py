@@ -149,7 +149,8 @@ def random_weights(model: Model, seed: int = 0) -> Model:
         torch.manual_seed(seed)
         fresh = type(module)._from_config(config, dtype=model.dtype)
     torch.nn.Module.to(fresh.requires_grad_(False), model.device)
-    return Model(fresh, model.tokenizer, f"{model.id} (random weights, seed {seed})")
+    stack = model.spec.stack if model.spec.named else None
+    return Model(fresh, model.tokenizer, f"{model.id} (random weights, seed {seed})", stack=stack)
 
 
 def _number(key: str, seed: int, attempt: int) -> float:

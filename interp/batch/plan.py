@@ -42,6 +42,7 @@ LOADING = {
     "device": str,
     "dtype": str,
     "tokenizer": str,
+    "stack": str,
     "trust_remote_code": bool,
 }
 MODEL = {"name": str, "label": str, "revisions": list, **LOADING}

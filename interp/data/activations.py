@@ -22,8 +22,9 @@ from torch import Tensor
 from interp.data.prompts import lead_token
 from interp.data.texts import WIKIPEDIA, documents
 from interp.errors import BadInput
-from interp.models.load import weights_sha256
+from interp.models.load import model_sha256
 from interp.models.model import Model
+from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.files import write_atomically
 from interp.run.progress import Progress
@@ -139,7 +140,7 @@ def collect_activations(
     parts = _windows(model, source, field, wanted, held_out, context, seed)
     shard_rows = max(1, int(shard_mb * 1e6 / (width * DTYPES.get(dtype, torch.float32).itemsize)))
     about = {
-        "model": {"id": model.id, "sha256": weights_sha256(model.module), **model.spec.facts},
+        "model": {"id": model.id, "sha256": model_sha256(model), **model.spec.facts},
         "site": str(parsed),
         "heads": heads,
         "context": context,
@@ -384,8 +385,9 @@ def site_shape(model: Model, site: Site) -> tuple[int, int]:
     >>> site_shape(tiny_model(), Site.parse("z.1")), site_shape(tiny_model(), Site.parse("v.1.0"))
     ((32, 4), (8, 0))
     """
-    probe = model.run(torch.zeros(1, 2, dtype=torch.long), capture=[site], logits=False)
-    found = probe.cache[site]
+    # What a stack that was named reads may need more than tokens.
+    data = probe_batch(model.module) if model.spec.named else torch.zeros(1, 2, dtype=torch.long)
+    found = model.run(data, capture=[site], logits=False).cache[site]
     heads = found.shape[2] if has_heads(site.name) and site.head is None else 0
     return found[0, 0].numel(), heads
 

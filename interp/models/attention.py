@@ -15,7 +15,7 @@ bidirectional. Ours is registered with SDPA's mask function: boolean, or None fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from interp.models.chunks import chunk_mask, in_chunks, rows_apart
-from interp.models.own_attention import own, own_attention_shown
+from interp.models.own_attention import beside_interface, own, own_attention_shown
 
 IMPLEMENTATION = "interp_window"
 AT_ONCE = "interp_window_flash"
@@ -137,11 +137,12 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     try:
         _explicit.update(explicit)
         _listeners.update(dict.fromkeys(modules, listener))
-        with (
-            own_attention_shown(alone, lambda module: _listeners[module](module), _kernel)
-            if themselves
-            else implementation(model, IMPLEMENTATION)
-        ):
+        with ExitStack() as stack:
+            if themselves:
+                watch_of = lambda module: _listeners[module](module)  # noqa: E731
+                stack.enter_context(own_attention_shown(alone, watch_of, _kernel))
+            if not themselves or any(module in beside_interface for module in themselves):
+                stack.enter_context(implementation(model, IMPLEMENTATION))
             yield
     finally:
         _explicit.difference_update(explicit)

@@ -19,9 +19,11 @@ from interp.models.calls import beside_tokens, has_tokens, main_input, text_conf
 from interp.models.draft import Draft
 from interp.models.ends import with_ends
 from interp.models.find_placed import find_placed
+from interp.models.find_stack import find_stack
 from interp.models.find_writes import with_writes
 from interp.models.layout import PARTED, PARTS, POSITIONS_FIRST, as_held_inside
 from interp.models.mixed import WHY, streams_in_a_row
+from interp.models.named import begins_anew, reads_tokens, rows_apart
 from interp.models.pieces import pieces
 from interp.models.projections import (
     attention_map,
@@ -33,17 +35,17 @@ from interp.models.recording import AttentionCall, Recording
 from interp.models.restarted import restarts
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap, Member, Spec
-from interp.models.stack import Layer, find_stack, starts_stage
+from interp.models.stack import Layer, starts_stage
 from interp.models.trials import scaled_z, sees_no_later
 from interp.models.windows import find_windows, in_order
 from interp.run.batch import Batch
 from interp.sites import CROSS, SELF_SITES
 
 
-def discover(seen: Recording, batch: Batch) -> Spec:
-    """The map that the recording suggests, not yet verified."""
+def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
+    """The map that the recording suggests, not yet verified; of the stack called so, where a model has several."""
     refused: dict[str, str] = {}
-    stack, layers, key = find_stack(seen, batch, refused)
+    stack, named, layers, key = find_stack(seen, batch, refused, called)
     axes = find_axes(seen, layers, key, batch)
     layers = with_axes(find_placed(seen, layers, axes, key, batch), axes)
     _refuse_no_one_attention(layers, refused)
@@ -73,10 +75,11 @@ def discover(seen: Recording, batch: Batch) -> Spec:
     else:
         causal = sees_no_later(seen, layers, batch)
     main = main_input(seen.module)
-    if "input_ids" in batch.inputs and main not in ("input_ids", "pixel_values"):
+    if "input_ids" in batch.inputs and main not in ("input_ids", "pixel_values") and not named:
         if not batch.has_source and shapes[0][1] != batch.ids.shape[1]:
             beside_tokens.add(seen.module)
-    of_ids = has_tokens(seen.module, batch)
+    beside = named and not reads_tokens(seen, layers[0], key, batch)
+    of_ids = has_tokens(seen.module, batch) and not beside
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
     n_ctx = getattr(text, "max_position_embeddings", None)
@@ -92,6 +95,9 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         causal=causal,
         d_vocab=getattr(text, "vocab_size", None) if of_ids else None,
         n_ctx=n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else None,
+        named=named,
+        beside=beside,
+        together=named and not rows_apart(seen, batch),
         hidden=key,
         n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
@@ -103,10 +109,15 @@ def discover(seen: Recording, batch: Batch) -> Spec:
         refused=refused,
         absent=frozenset(absent),
     )
-    if len(spec.stages) > 1 and not spec.bypassed and read_besides(seen, layers, key, batch):
-        why = "what blocks of a stage return is read by more than the block after them"
+    several = len(spec.stages) > 1
+    if (several or named) and not spec.bypassed and read_besides(seen, layers, key, batch):
+        of = "a stage" if several else f"'{stack}'"
+        why = f"what blocks of {of} return is read by more than the block after them"
         spec = replace(spec, bypassed=why)
-    return with_ends(spec, seen, layers, batch)
+    spec = with_ends(spec, seen, layers, batch)
+    if named and not begins_anew(seen, layers[0], key, batch):
+        spec = replace(spec, embedding=None)
+    return spec
 
 
 def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> None:

@@ -33,8 +33,10 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
         residual = of_tokens(residual, seen.output)
     module: Any = seen.module
     of = module.get_decoder() if batch.has_source else module
-    of_ids = has_tokens(module, batch)
+    of_ids = has_tokens(module, batch) and not spec.beside
     embedding = _name_of(seen, of, "get_input_embeddings") if of_ids else None
+    if spec.named and of_ids:
+        embedding = _embedding_around(seen, spec.blocks[0].name)
     if embedding and not isinstance(
         getattr(module.get_submodule(embedding), "weight", None), Tensor
     ):
@@ -223,7 +225,8 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     sound = is_encoder_decoder(seen.module) and main_input(seen.module) != "input_ids"
     of_tokens = spec.d_vocab is not None and not sound
     in_parts = any(block.members for block in spec.blocks) or n_ahead(spec.hidden_axes)
-    if spec.tuple_blocks or in_parts or not of_tokens or seen.output.ndim != residual.ndim:
+    several = spec.named or in_parts  # other stacks read other inputs besides
+    if spec.tuple_blocks or several or not of_tokens or seen.output.ndim != residual.ndim:
         return False
     logits = rest_of_model(spec, seen.module, residual.flip(1)).flip(1)
     allowed = relative_tolerance(seen.output.dtype)
@@ -271,6 +274,14 @@ def _fitted(x: Tensor, y: Tensor) -> float:
     """The number that makes y of x best; 1 where that is what it rounds to."""
     scale = float((x * y).sum() / (x * x).sum().clamp_min(1e-30))
     return 1.0 if abs(scale - 1) < 1e-4 else scale
+
+
+def _embedding_around(seen: Recording, block: str) -> str | None:
+    """The token embedding that the innermost part around a block names, of those that name one."""
+    parts = block.split(".")
+    around = [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+    names = (_name_of(seen, seen.module.get_submodule(x), "get_input_embeddings") for x in around)
+    return next((name for name in names if name), None)
 
 
 def _name_of(seen: Recording, module: nn.Module, getter: str) -> str | None:

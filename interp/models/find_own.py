@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,18 +12,18 @@ from torch import nn
 
 from interp.models.calls import call_model
 from interp.models.find_pieces import find_pieces
-from interp.models.own_attention import KERNEL, first_step, found_at, own
+from interp.models.own_attention import KERNEL, beside_interface, first_step, found_at, own
 from interp.models.pieces import pieces
 from interp.models.spec import first_tensor
 from interp.models.tape import Tape, softmax_of_rows
 from interp.run.batch import Batch
 
 
-def find_own(module: nn.Module, batch: Batch) -> str:
+def find_own(module: nn.Module, batch: Batch, but: Container[nn.Module] = ()) -> str:
     """Note which modules of this model compute attention themselves: a window watches them from then on.
 
-    A module is the innermost one whose call forms the scores, the pattern and z. Returns why there is
-    none, "" where there is one.
+    A module is the innermost one whose call forms the scores, the pattern and z. `but`: modules whose attention is
+    seen without. Returns why there is none, "" where there is one.
     """
     running: list[tuple[nn.Module, int]] = []
     noted: set[nn.Module] = set()
@@ -41,6 +42,8 @@ def find_own(module: nn.Module, batch: Batch) -> str:
             first, n_heads = first_step(found), found.n_heads
         if first is not None:
             inside = [part for part, start in running if start <= first]
+            if inside[-1] in but:
+                return function(*args, **kwargs)
             own[inside[-1]] = n_heads
             noted.add(inside[-1])
             seen[inside[-1]] += 1
@@ -66,10 +69,12 @@ def find_own(module: nn.Module, batch: Batch) -> str:
         stack.enter_context(tape)
         call_model(module, batch)
     # Of some modules this shows one attention (of global tokens, say) and not another.
-    others = [part for part in softmaxes if softmaxes[part] > seen[part]]
+    others = [part for part in softmaxes if softmaxes[part] > seen[part] and part not in but]
     others = [part for part in others if part in noted] if noted else others
     in_pieces = find_pieces(module, batch, others) if others else []
     own.update((part, pieces[part].n_heads) for part in in_pieces)
+    if but:
+        beside_interface.update([*noted, *in_pieces])
     if noted or in_pieces:
         return ""
     if any(softmax_of_rows(step) for step in tape.steps):

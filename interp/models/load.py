@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import BadInput
 from interp.models.sources import embedded
-from interp.models.sources.base import Loaded, check_finite, weights_sha256
+from interp.models.sources.base import Loaded, check_finite, model_sha256, weights_sha256
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Loaded", "available_models", "load_checkpoint", "weights_sha256"]
+__all__ = ["Loaded", "available_models", "load_checkpoint", "model_sha256", "weights_sha256"]
 
 
 def load_checkpoint(

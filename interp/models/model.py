@@ -43,6 +43,11 @@ class Model:
         module: the module itself, unchanged. tokenizer: or None. id: the name shown in reports.
         spec: the verified map (`interp.models.spec.Spec`). notes: what loading had to say.
 
+    Args:
+        stack: of a model with several stacks of blocks, the one whose layers these are, by its name or that of
+            the module around it. The whole model runs, and `run.logits` is what it returns first. A model's own,
+            where it has one, is meant without.
+
     >>> model = tiny_model()
     >>> run = model.run(torch.tensor([[5, 6, 7]]), capture=["z", "resid_post.1"])
     >>> run.cache["z"].shape, run.cache["resid_post.1"].shape
@@ -56,13 +61,14 @@ class Model:
         id: str = "model",
         *,
         notes: Sequence[str] = (),
+        stack: str | None = None,
     ):
         self.module = module.eval()
         self.tokenizer = tokenizer
-        self.id = id
         self.notes = tuple(notes)
         before = replaced.kinds(self.module)
-        self.spec = probe(self.module)
+        self.spec = probe(self.module, called=stack)
+        self.id = f"{id}:{stack}" if self.spec.named else id
         self.notes += replaced.note(before, replaced.kinds(self.module))
         if self.module in drawing:
             self.notes += (DRAWS,)

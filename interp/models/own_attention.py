@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 KERNEL = "scaled_dot_product_attention"
 own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Modules that compute attention themselves, and how many heads: some fold them into the batch."""
+beside_interface: WeakSet[nn.Module] = WeakSet()
+"""Those of models whose other modules call the attention interface."""
 
 
 @contextmanager

@@ -31,11 +31,14 @@ from interp.models.codebooks import with_codebooks
 from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.find_own import find_own
+from interp.models.find_stack import SeveralStacks, is_within
 from interp.models.forwards import find_called
 from interp.models.grids import packed_patches
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.kernels import between_kernels, eager_instead
+from interp.models.named import last_returned
+from interp.models.own_attention import own
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
 from interp.models.verify import relative_error, relative_tolerance, verify
@@ -44,15 +47,16 @@ from interp.run.batch import Batch
 PROBE_TARGET = 5
 
 
-def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
+def probe(module: nn.Module, batch: Batch | None = None, called: str | None = None) -> Spec:
     """The verified map of `module`.
 
     Args:
         module: a Hugging Face model in eval mode.
         batch: what to probe with; random tokens or pixels of the config's shape if not given.
+        called: of a model with several stacks of blocks, the one that is wanted.
 
     Raises:
-        BadInput: the probe forward fails. Refused: no stack of blocks can be made out.
+        BadInput: the probe forward fails, or no stack is called so. Refused: no stack of blocks can be made out.
     """
     batch = (probe_batch(module) if batch is None else batch).to(module_device(module))
     with torch.no_grad():
@@ -68,26 +72,38 @@ def probe(module: nn.Module, batch: Batch | None = None) -> Spec:
         for apart in (attention.needs_masks, attention.softmax_in_float32):
             if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
                 seen = _told_apart(apart, module, batch, seen, plain)
-        mapped = discover(seen, batch)
+        attending = (seen.names[call.module] for call in seen.attention)
+        if called is not None and not any(is_within(name, called) for name in attending):
+            seen = _with_own(module, batch, seen)
+        try:
+            mapped = discover(seen, batch, called)
+        except SeveralStacks:
+            again = _with_own(module, batch, seen)
+            if again is seen:
+                raise
+            mapped = discover(seen := again, batch, called)
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
-        spec = verify(mapped, seen, plain)
+        verified = verify
+        if mapped.named:  # of one stack of several, what the model returns says little
+            verified = partial(verify, ends=last_returned(mapped, module, batch))
+        spec = verified(mapped, seen, plain)
         if any(check.name == "window" and not check.passed for check in spec.checks):
             if not torch.equal(output_tensor(call_model(module, batch)), plain):
                 if module not in drawing:
                     drawing.add(module)
-                    return probe(module, batch)
+                    return probe(module, batch, called)
                 raise Refused(
                     f"{type(module).__name__} returns something else at every call on the same inputs "
                     "whatever the state of torch's generator: no two runs can be compared"
                 )
             if plain.dtype in (torch.bfloat16, torch.float16):
-                return verify(mapped, seen, plain, between_kernels(module, batch))
+                return verified(mapped, seen, plain, between_kernels(module, batch))
             if (eager := eager_instead(module, batch, plain, seen.output)) is not None:
                 apart = relative_error(plain, eager)[0]
                 return replace(
-                    verify(mapped, seen, eager, of="that of its eager attention"),
+                    verified(mapped, seen, eager, of="that of its eager attention"),
                     between_kernels=apart,
                 )
         return spec
@@ -109,6 +125,14 @@ def _at_once(module: nn.Module, batch: Batch, seen: Recording) -> Recording:
             return again
     in_chunks.difference_update(chunked)
     return seen
+
+
+def _with_own(module: nn.Module, batch: Batch, seen: Recording) -> Recording:
+    """The recording with attention that some modules compute themselves, where others call the interface."""
+    known = {call.module for call in seen.attention}
+    if not known or any(part in own for part in known) or find_own(module, batch, known):
+        return seen
+    return record(module, batch)
 
 
 def _told_apart(

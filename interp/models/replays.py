@@ -38,6 +38,7 @@ def replayed(
     starts = [first_changed(offered, variant) for variant in variants]
     results: list[Any] = [None] * len(variants)
     per_forward = max(1, tokens_per_forward // (run.batch.size * _length(run)))
+    per_forward = 1 if offered.spec.together else per_forward
     order = sorted(range(len(variants)), key=lambda i: starts[i])
     for start in sorted(set(starts)):
         same = [i for i in order if starts[i] == start]

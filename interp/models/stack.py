@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.feeding import fed_stack
-from interp.models.in_parts import AND, as_one, inside, lists_in_turn, members
+from interp.models.in_parts import AND, as_one, inside, members
 from interp.models.layout import PLAIN, shown
 from interp.models.placed import Placed
-from interp.models.reads import given, merged, reads_any
-from interp.models.recording import AttentionCall, ModuleCall, Recording, record
+from interp.models.reads import given, reads_any
+from interp.models.recording import AttentionCall, ModuleCall, Recording
 from interp.models.several import seen_as_one
-from interp.models.towers import alike, parts_named
-from interp.run.batch import Batch
-from interp.sites import AXES, CROSS_SITES
 
 
 @dataclass(frozen=True)
@@ -75,64 +71,6 @@ class Layer:
         if "n_streams" not in self.axes or self.call.output is None:
             return self.in_a_row
         return self.call.output.shape[self.axes.index("n_streams")]
-
-
-def find_stack(
-    seen: Recording, batch: Batch, refused: dict[str, str]
-) -> tuple[str, list[Layer], int | str]:
-    """The name of the list of blocks, its layers, and where their calls have the hidden state."""
-    placed, outside = _place(seen)
-    placed = _decoder(seen, placed) or placed
-    if not placed:
-        why = (
-            seen.without
-            if not outside
-            else f"attention module '{outside[0]}' stands in no ModuleList of blocks"
-        )
-        for site in set(AXES) - {"embed", "resid_pre", "resid_post", *CROSS_SITES}:
-            refused[site] = f"{why}; resid_pre, resid_post and logits still work"
-        stack = _largest_chain(seen)
-    elif len(placed) > 1 and (why := _not_one_stream(seen, placed, batch)):
-        fed = [] if alike(seen.module, placed) else fed_stack(seen, placed, batch)
-        if not fed or (len(fed) > 1 and _not_one_stream(seen, fed, batch)):
-            raise Refused(
-                f"{type(seen.module).__name__} has {len(placed)} stacks of attention blocks "
-                f"({', '.join(placed)}){why}"
-            )
-        stack = ", ".join(fed)
-    else:
-        stack = ", ".join(placed)
-        stack = lists_in_turn(seen, stack) or stack if len(placed) == 1 else stack
-    layers = layers_of(seen, stack)
-    key = _hidden_key(layers)
-    if key is None:
-        raise Refused(
-            f"blocks of '{stack}' are not called with a hidden state that the next one reads: "
-            "nothing can be addressed"
-        )
-    layers = [with_cross(layer, key) for layer in layers]
-    shapes = {layer.hidden(key).shape for layer in layers}
-    if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
-        raise Refused(
-            f"members of '{stack}' are stages: several blocks each, of streams that differ"
-        )
-    return stack, layers, key
-
-
-def _decoder(seen: Recording, placed: list[str]) -> list[str]:
-    """Of several lists the one whose blocks attend to a source besides, where all others are called before it."""
-    if len(placed) < 2:
-        return []
-    stacks = {name: layers_of(seen, name) for name in placed}
-    last = max(placed, key=lambda name: stacks[name][-1].call.order)
-    begins = stacks[last][0].call.start
-    if any(stacks[name][-1].call.order > begins for name in placed if name != last):
-        return []  # two streams that attend to each other, block by block
-    key = _hidden_key(stacks[last])
-    attends = key is not None and any(
-        with_cross(layer, key).cross or merged(layer, key) for layer in stacks[last]
-    )
-    return [last] if attends else []
 
 
 def with_cross(layer: Layer, key: int | str) -> Layer:
@@ -200,7 +138,7 @@ def outputs_of(layers: Sequence[Layer]) -> dict[str, list[Tensor]]:
     return returned
 
 
-def _hidden_key(layers: list[Layer]) -> int | str | None:
+def hidden_key(layers: list[Layer]) -> int | str | None:
     """The argument in which every block gets what the one before it returned, but for the first of a stage."""
     first = layers[0].call
     for key in first.keys:
@@ -233,128 +171,3 @@ def starts_stage(before: Layer, layer: Layer, key: int | str) -> bool:
 
 def _same_shape(call: ModuleCall, shape: torch.Size) -> bool:
     return call.output is not None and call.output.shape == shape
-
-
-def _place(seen: Recording) -> tuple[list[str], list[str]]:
-    """The ModuleLists that hold the attention calls, and the names of attention modules in no list.
-
-    The nearest list counts, unless a list further out holds all calls (T5's blocks are lists too).
-    """
-    levels: list[list[str]] = []
-    outside = []
-    around = []
-    for call in seen.attention:
-        places = _lists_around(seen.module, seen.names[call.module])
-        around.append(places)
-        if not places:
-            outside.append(seen.names[call.module])
-        for level, name in enumerate(places):
-            while len(levels) <= level:
-                levels.append([])
-            if name not in levels[level]:
-                levels[level].append(name)
-    single = [level for level in levels if len(level) == 1]
-    if single and levels[0] != single[0]:
-        if _stages(seen, levels[0]) or _reshapes(seen, single[0][0]):
-            return _innermost(levels[0]), outside
-    # Two stacks of blocks that are lists: the fewest lists that hold every call.
-    whole = [level for i, level in enumerate(levels) if all(len(each) > i for each in around)]
-    lists = (single or sorted(whole, key=len) or levels or [[]])[0]
-    if len(lists) == 1 and _reshapes(seen, lists[0]):  # stages, whose blocks may be in a Sequential
-        inner = [
-            _around(seen.module, seen.names[call.module], nn.Sequential) for call in seen.attention
-        ]
-        if all(inner):
-            lists = list(dict.fromkeys(places[0] for places in inner))
-    return lists, outside
-
-
-def _innermost(lists: list[str]) -> list[str]:
-    """The lists, less those that hold others of them: attention of theirs stands behind the blocks of a stage."""
-    return [name for name in lists if not any(each.startswith(f"{name}.") for each in lists)]
-
-
-def _lists_around(module: nn.Module, name: str) -> list[str]:
-    """Every ModuleList that holds the module called `name`, nearest first; where none does, every Sequential."""
-    return _around(module, name, nn.ModuleList) or _around(module, name, nn.Sequential)
-
-
-def _around(module: nn.Module, name: str, kind: type) -> list[str]:
-    parts = name.split(".")
-    ends = [end for end in range(len(parts) - 1, 0, -1) if parts[end].isdigit()]
-    around = [".".join(parts[:end]) for end in ends]
-    return [each for each in around if isinstance(module.get_submodule(each), kind)]
-
-
-def _not_one_stream(seen: Recording, stacks: list[str], batch: Batch) -> str:
-    """Why several lists do not work on one residual stream, one after the other; "" if they do.
-
-    They do where what the last block of one list returns, changed, changes what the next block reads. Blocks
-    of one class may work on streams of several shapes: they are the stages of one model.
-    """
-    layers = layers_of(seen, ", ".join(stacks))
-    key = _hidden_key(layers)
-    apart = f"; pass one part of the model{parts_named(seen.module, stacks)}"
-    if key is None:
-        return apart
-    lists = [layer.name.rpartition(".")[0] for layer in layers]
-    if len({layer.hidden(key).shape for layer in layers}) > 1 and not alike(seen.module, lists):
-        return apart
-    ends = [i for i in range(len(layers) - 1) if lists[i] != lists[i + 1]]
-    returned: dict[str, list[Tensor]] = {}
-    for i, layer in enumerate(layers):
-        out = layer.output.flip(-1) if i in ends else layer.output  # a norm sees more than its size
-        returned.setdefault(layer.name, []).append(out)
-    again = layers_of(record(seen.module, batch, restored=returned), ", ".join(stacks))
-    unmoved = (torch.equal(again[i + 1].hidden(key), layers[i + 1].hidden(key)) for i in ends)
-    return apart if any(unmoved) else ""
-
-
-def _stages(seen: Recording, lists: list[str]) -> bool:
-    """Whether some list has several members of one class that attend: blocks, and what is around a stage.
-
-    (T5's blocks are lists too, of different classes.)
-    """
-    members: dict[str, set[str]] = {}
-    for call in seen.attention:
-        name = seen.names[call.module]
-        for around in lists:
-            if name.startswith(around + "."):
-                member, _, inner = name.removeprefix(around + ".").partition(".")
-                if inner:  # not a list of attention modules
-                    members.setdefault(around, set()).add(f"{around}.{member}")
-    return any(
-        len({type(seen.module.get_submodule(name)) for name in found}) < len(found)
-        for found in members.values()
-    )
-
-
-def _reshapes(seen: Recording, stack: str) -> bool:
-    """Whether a member of the list returns another shape than it reads: a stage, and what follows it."""
-    members = range(len(seen.module.get_submodule(stack)))  # type: ignore[arg-type]
-    calls = [call for i in members for call in seen.calls.get(f"{stack}.{i}", [])]
-    return any(
-        call.inputs and call.output is not None and call.inputs[0].shape != call.output.shape
-        for call in calls
-    )
-
-
-def _largest_chain(seen: Recording) -> str:
-    """The longest ModuleList whose members were each called once, each on its predecessor's output."""
-    chains = []
-    for name, submodule in seen.module.named_modules():
-        if isinstance(submodule, nn.ModuleList) and len(submodule):
-            calls = [seen.once(f"{name}.{i}") for i in range(len(submodule))]
-            linked = all(
-                call is not None
-                and call.output is not None
-                and call.inputs
-                and call.inputs[0].shape == call.output.shape
-                for call in calls
-            )
-            if linked and all(torch.equal(a.output, b.inputs[0]) for a, b in pairwise(calls)):  # type: ignore
-                chains.append((len(submodule), name))
-    if not chains:
-        why = f"{seen.without}; it" if seen.without else type(seen.module).__name__
-        raise Refused(f"{why} shows no stack of blocks: nothing can be addressed")
-    return max(chains)[1]

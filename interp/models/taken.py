@@ -50,8 +50,9 @@ def batch_of(
             )
         batch = begun(module, batch)
     batch = with_images_apart(module, in_codebooks(module, batch))
-    if spec.blocks[0].axes in ONE_AFTER_THE_OTHER and not has_tokens(module, batch):
-        # A mask of frames or pixels: rows are packed without padding.
+    packed = spec.blocks[0].axes in ONE_AFTER_THE_OTHER
+    if spec.beside or (packed and not has_tokens(module, batch)):
+        # A mask of frames or pixels: rows are packed without padding. Or one of tokens, beside the stack.
         batch = replace(batch, mask=None)
     if has_tokens(module, batch):
         n, n_ctx = batch.ids.shape[1], spec.n_ctx

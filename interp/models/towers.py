@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -21,18 +22,27 @@ def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def parts_named(module: nn.Module, stacks: list[str]) -> str:
-    """ ": `model.text_model` or …", the smallest models inside `module`, with inputs of their own, that hold a stack
-    of these or the stages of one; and which stacks are in none."""
-    found = {stack: _part(module, stack, stacks) for stack in stacks}
-    names = list(dict.fromkeys(name for name in found.values() if name))
-    if not names:
-        return ""
-    left = [stack for stack, name in found.items() if not name]
-    rest = (
-        f" ({', '.join(left)}: in no part that is a model with inputs of its own)" if left else ""
-    )
-    return f": {' or '.join(f'`model.{name}`' for name in names)}{rest}"
+def parts_around(module: nn.Module, stacks: list[str]) -> dict[str, str]:
+    """By stack the smallest model inside `module`, with inputs of its own, that holds it (or its stages), or ""."""
+    return {stack: _part(module, stack, stacks) for stack in stacks}
+
+
+def side_by_side(module: nn.Module, lists: list[str]) -> list[list[str]]:
+    """The stacks that these lists are: those of one part, which are the stages of one stack, are one."""
+    found: dict[str, list[str]] = {}
+    for name, part in parts_around(module, lists).items():
+        found.setdefault(part or name, []).append(name)
+    return list(found.values())
+
+
+def common(names: list[str]) -> str:
+    """The innermost module that is around all of these, or the only one itself."""
+    split = [name.split(".") for name in names]
+    same = [
+        parts[0]
+        for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    ]
+    return ".".join(same)
 
 
 def _part(module: nn.Module, stack: str, stacks: list[str]) -> str:

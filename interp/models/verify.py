@@ -39,11 +39,13 @@ def verify(
     plain: Tensor,
     between_kernels: float = 0.0,
     of: str = "the model's own",
+    ends: Sequence[Tensor] = (),
 ) -> Spec:
     """The map with every identity tried; sites whose identity fails are refused.
 
     `between_kernels`: how far the model's own attention kernels are from each other on the probe. Ours
-    may be twice as far from them. `of`: whose logits `plain` are.
+    may be twice as far from them. `of`: whose logits `plain` are. `ends`: what the last block of a stack that is
+    one of several returns in a plain forward.
     """
     checks, refused = [], dict(spec.refused)
     layers = as_mapped(spec, seen)
@@ -86,6 +88,19 @@ def verify(
             [_whole_maps(spec, plain)],
             f"logits under the window equal {of}",
             ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
+            max(relative, 2 * between_kernels),
+        )
+    if ends:
+        check(
+            "stack",
+            [
+                call.output
+                for call in seen.calls[spec.blocks[-1].returns]
+                if call.output is not None
+            ],
+            ends,
+            "what the last block returns under the window is what it returns without",
+            (*SELF_SITES, "resid_post"),
             max(relative, 2 * between_kernels),
         )
     _check_heads(spec, layers, check)

@@ -198,7 +198,8 @@ class Weights:
     def embedding(self) -> Tensor:
         """Token embedding [d_vocab d_model]."""
         if self.offered.spec.embedding is None:
-            raise Refused(f"{self.offered.id} has no token embedding")
+            where = " where its stack begins" if self.offered.spec.named else ""
+            raise Refused(f"{self.offered.id} has no token embedding{where}")
         return self.module.get_submodule(self.offered.spec.embedding).weight  # type: ignore[return-value]
 
     def unembedding(self) -> Tensor:

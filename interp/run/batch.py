@@ -115,8 +115,9 @@ class Batch:
 
     @property
     def source_mask(self) -> Bool[Tensor, "batch source_pos"] | None:
-        """Which positions of an encoder-decoder's source are real; None where all are."""
-        mask = self.inputs.get("attention_mask") if self.has_source else None
+        """Which positions of a source (or of tokens beside a stack of images) are real; None where all are."""
+        beside = self.mask is None and "input_ids" in self.inputs  # of tokens that others attend to
+        mask = self.inputs.get("attention_mask") if self.has_source or beside else None
         return None if mask is None or bool(mask.all()) else mask.bool()
 
     def mask_of(self, site: str) -> Bool[Tensor, "batch pos"] | None:

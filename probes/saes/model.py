@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interp.data.activations import site_shape
 from interp.errors import BadInput, Refused, unknown
-from interp.models.load import weights_sha256
+from interp.models.load import model_sha256
 from interp.models.model import Model
 from interp.sites import Site
 from probes.saes.sparse import Codes, decode, top_k
@@ -208,9 +208,10 @@ class SAE(nn.Module):
                 "sae.to(model.device)"
             )
         # Every edit asks; all weights are read once, and again when one was replaced or written to.
-        stamp = tuple((w.data_ptr(), w._version) for w in model.module.parameters())
+        weights = ((w.data_ptr(), w._version) for w in model.module.parameters())
+        stamp = (model.spec.stack, *weights)
         if c.sha256 and stamp != self._compared:
-            found = weights_sha256(model.module)
+            found = model_sha256(model)
             if c.sha256 != found:
                 raise BadInput(
                     f"this SAE was trained on {c.model or 'a model'} with weights {c.sha256[:16]}, "

@@ -312,7 +312,7 @@ def test_the_stack_behind_the_towers_is_the_models_own() -> None:
 
 def test_streams_that_attend_to_each_other_have_no_own_stack() -> None:
     module = tiny_model("bridgetower", "BridgeTowerModel", partial(runs, strict=True))
-    with pytest.raises(Refused, match="3 stacks of attention blocks"):
+    with pytest.raises(Refused, match="4 stacks of attention blocks"):
         Model(module)
 
 
@@ -378,12 +378,14 @@ def test_tokens_may_be_given_by_the_name_for_inputs_of_any_kind() -> None:
     assert not torch.equal(first.cache["resid_post.0"], other.cache["resid_post.0"])
 
 
-def test_the_sweep_tries_towers_side_by_side_each_as_a_model_of_its_own() -> None:
+def test_the_sweep_tries_every_stack_side_by_side_as_a_model_or_by_its_name() -> None:
     row = examine("altclip", "", ["AltCLIPModel"])
     assert row is not None and (row.kind, row.outcome) == ("multimodal", "in full")
     assert row.reason.endswith("vision_model, text_model.roberta")
-    two_streams = examine("bridgetower", "", ["BridgeTowerModel"])
-    assert two_streams is not None and two_streams.outcome == "refused"
+    row = examine("bridgetower", "", ["BridgeTowerModel"])
+    assert row is not None and (row.outcome, row.n_layers) == ("in full", 12)
+    left = "resblocks, cross_modal_text_layers, cross_modal_image_layers"
+    assert "model of its own: text_model; by stack=" in row.reason and row.reason.endswith(left)
 
 
 # --- images beside images -------------------------------------------------------------------------

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from interp.models.model import Model
+
 Source = Literal["embedded", "hub", "folder", "gguf", "live"]
 
 
@@ -73,6 +75,17 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def model_sha256(model: Model) -> str:
+    """SHA-256 of a Model: of its weights, and of its stack where that is one of several of the same weights.
+
+    What is made of a model is kept and found again by this.
+    """
+    digest = weights_sha256(model.module)
+    if not model.spec.named:
+        return digest
+    return hashlib.sha256(f"{digest}\0{model.spec.stack}".encode()).hexdigest()
 
 
 def check_finite(module: nn.Module, shown: str) -> None:

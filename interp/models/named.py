@@ -1,0 +1,71 @@
+"""What hangs on there being one stack of blocks, tried for a stack that was named of several.
+
+The whole model runs, and what it returns need not be made of this stack: whether its positions are the tokens',
+whether it begins with their embedding, and whether the model's rows are apart is not taken for granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.models.calls import call_model, output_tensor
+from interp.models.recording import Recording, record
+from interp.models.spec import Spec, first_tensor
+from interp.models.stack import Layer, calls_of
+from interp.models.verify import relative_error, relative_tolerance
+from interp.run.batch import Batch
+
+
+def reads_tokens(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
+    """Whether the positions of the stack are tokens: as many, and its first block reads something else of others."""
+    hidden, ids = first.hidden(key), batch.inputs.get("input_ids")
+    if batch.has_source or ids is None or hidden.shape[:2] != ids.shape[:2]:
+        return False
+    others = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(0)})
+    return not torch.equal(_read(record(seen.module, others), first, key), hidden)
+
+
+def begins_anew(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
+    """Whether no attention has been at work on what the stack begins with: scaling every z changes none of it."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        1 + torch.rand(call.tensors["z"].shape, generator=generator).to(call.tensors["z"])
+        for call in seen.attention
+    ]
+    return torch.equal(_read(record(seen.module, batch, factors), first, key), first.hidden(key))
+
+
+def rows_apart(seen: Recording, batch: Batch) -> bool:
+    """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images)."""
+    out = seen.output
+    twice = output_tensor(call_model(seen.module, batch.repeat(2))).to(out.device)
+    if twice.shape != (2 * len(out), *out.shape[1:]):
+        return False
+    allowed = relative_tolerance(out.dtype)
+    return all(relative_error(half, out)[0] <= allowed for half in twice.split(len(out)))
+
+
+def last_returned(spec: Spec, module: nn.Module, batch: Batch) -> list[Tensor]:
+    """What the last block of the stack returns in a plain forward, call by call."""
+    returned: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+        x = first_tensor(output)
+        assert x is not None
+        returned.append(x.detach().to("cpu", copy=True))
+
+    hook = module.get_submodule(spec.blocks[-1].returns).register_forward_hook(keep)
+    try:
+        call_model(module, batch)
+    finally:
+        hook.remove()
+    return returned
+
+
+def _read(again: Recording, first: Layer, key: int | str) -> Tensor:
+    (call,) = calls_of(again, [first])
+    return replace(first, call=call).hidden(key)
