@@ -1,7 +1,8 @@
-"""Hiera: attention within units that lie across positions, of one layer that makes q, k and v, with pooled queries."""
+"""Hiera: attention within units that lie across positions, of one layer that makes q, k and v, pooled at a stage."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -95,13 +96,13 @@ def test_patterns_are_the_models_own_between_positions() -> None:
 
 def test_an_empty_edit_changes_nothing() -> None:
     model = hiera()
-    sites = ["pattern", "scores", "v", "z", "resid_post", "mlp_out"]
+    sites = ["pattern", "scores", "q", "k", "v", "z", "resid_post", "mlp_out"]
     same = [Edit.apply(site, lambda x, seen: x) for site in sites]
     assert torch.equal(model.run(PIXELS, edits=same).logits, model.run(PIXELS).logits)
 
 
 @pytest.mark.parametrize("layer", [1, POOLED, 3])
-@pytest.mark.parametrize("site", ["z", "v", "pattern"])
+@pytest.mark.parametrize("site", ["z", "q", "k", "v", "pattern"])
 def test_an_edit_of_a_head_is_a_plain_hook_on_the_module(site: str, layer: int) -> None:
     model = hiera()
     attn, of = model.blocks[layer].attn, model.spec.blocks[layer]
@@ -114,13 +115,13 @@ def test_an_edit_of_a_head_is_a_plain_hook_on_the_module(site: str, layer: int) 
 
     def returned(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         out = out.clone()
-        start = 2 * attn.hidden_size_output + columns.start
+        start = "qkv".index(site) * attn.hidden_size_output + columns.start
         out[..., start : start + of.d_head] = 0
         return out
 
     hook = (
         attn.qkv.register_forward_hook(returned)
-        if site == "v"
+        if site in "qkv"
         else attn.proj.register_forward_pre_hook(read)
     )
     with torch.no_grad():
@@ -135,9 +136,9 @@ def test_an_edit_of_a_head_is_a_plain_hook_on_the_module(site: str, layer: int) 
 
 def test_gradients_are_those_of_small_changes() -> None:
     model = hiera()
-    run = model.run(PIXELS, capture=["v", "z", "pattern"], grad=True)
+    run = model.run(PIXELS, capture=["q", "k", "v", "z", "pattern"], grad=True)
     target = run.logits[:, 1].sum()
-    for site in ("v.1", "z.2", "pattern.2", "pattern.3"):
+    for site in ("q.2", "k.2", "v.1", "z.2", "pattern.2", "pattern.3"):
         step = torch.randn(run.cache[site].shape, generator=torch.Generator().manual_seed(2))
         step = step * (run.cache[site] != 0)
         slope = float((run.gradients(target, site) * step).sum())
@@ -148,11 +149,56 @@ def test_gradients_are_those_of_small_changes() -> None:
         assert float(near[1] - near[0]) / 2e-2 == pytest.approx(slope, rel=5e-2, abs=1e-3)
 
 
-def test_what_is_pooled_of_one_layer_with_keys_is_refused() -> None:
+@torch.no_grad()
+def test_queries_and_keys_make_the_scores() -> None:
+    """Those that are pooled too: the largest of four, from what the module's layer returns."""
     model = hiera()
+    run = model.run(PIXELS, capture=["q", "k", "v", "scores", "resid_pre"])
+    for layer, block in enumerate(model.blocks):
+        q, k, scores = (run.cache[f"{site}.{layer}"] for site in ("q", "k", "scores"))
+        visible = scores.isfinite()
+        wanted = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        assert bool(visible.any()) and off(scores[visible], wanted[visible]) < ROUNDING
+        made: Any = block
+        made = made.attn.qkv(made.layernorm_before(run.cache[f"resid_pre.{layer}"]))
+        parts = made.unflatten(-1, (3, *k.shape[2:])).unbind(2)
+        largest = parts[0].unflatten(1, (4, -1)).amax(1) if layer == POOLED else parts[0]
+        assert off(q, largest) < ROUNDING and off(k, parts[1]) < ROUNDING
+        assert off(run.cache[f"v.{layer}"], parts[2]) < ROUNDING
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, POOLED])
+def test_an_edit_of_one_query_changes_its_scores_alone(layer: int) -> None:
+    model = hiera()
+    run = model.run(PIXELS, capture=["q", "k", "scores"])
+    new = run.cache[f"q.{layer}"].flip(1)
+    edits = [Edit.patch("q", new, heads=[(layer, 1)], positions=[3])]
+    edits += [Edit.scale("v", 2.0, heads=[(layer, 0)])]  # of the same layer's columns
+    both = model.run(PIXELS, ["q", "k", "v", "scores"], edits)
+    k, scores = run.cache[f"k.{layer}"][:, :, 1], run.cache[f"scores.{layer}"].clone()
+    row = torch.einsum("bd,bkd->bk", new[:, 3, 1], k) / k.shape[-1] ** 0.5
+    scores[:, 1, 3] = row.where(scores[:, 1, 3].isfinite(), scores[:, 1, 3])
+    seen, got = scores.isfinite(), both.cache[f"scores.{layer}"]
+    assert torch.equal(seen, got.isfinite()) and off(got[seen], scores[seen]) < ROUNDING
+    assert off(got[seen], run.cache[f"scores.{layer}"][seen]) > 10 * ROUNDING
+    v = model.run(PIXELS, [f"v.{layer}"]).cache[f"v.{layer}"]
+    v[:, :, 0] *= 2
+    assert torch.equal(both.cache[f"v.{layer}"], v)
+
+
+def test_queries_that_are_not_the_largest_or_the_mean_are_refused(monkeypatch: Any) -> None:
+    model, largest = hiera(), torch.Tensor.max
+
+    def smallest(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return largest(x, *args, **kwargs) if x.ndim != 6 else x.min(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "max", smallest)
+    other = Model(deepcopy(model.module), id="smallest")
     for site in ("q", "k"):
         with pytest.raises(Refused, match="through queries and keys alone"):
-            model.run(PIXELS, capture=[site])
+            other.run(PIXELS, capture=[site])
+    assert other.layers_with("z") == [0, 1, POOLED, 3]
 
 
 @torch.no_grad()

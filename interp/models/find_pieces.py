@@ -6,9 +6,10 @@ with, the pattern held, are values; those that rows of the scores change with ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from interp.models.pieces import (
     once,
     pieces,
 )
+from interp.models.pooling import Pooling, poolings
 from interp.models.tape import Step, Tape, key_of, softmax_of_rows, tensors
 from interp.run.batch import Batch
 
@@ -118,10 +120,10 @@ def _understood(
             order = (own[0], *(i for i in v if i != own[0]))
             seen = _verified(Seen(*ran, replace(of, v=order, turned=(before, after))))
             if seen is not None:
-                alone = not seen[
-                    0
-                ].of.columns  # else the layer of values makes queries and keys, too
-                found.append(_with_queries(*seen, run, hidden) if alone else seen[0].of)
+                fused = bool(seen[0].of.columns)  # the layer of values makes queries and keys, too
+                found.append(
+                    _of_columns(*seen, run) if fused else _with_queries(*seen, run, hidden)
+                )
                 break
     return found[0] if len(found) == 1 else None
 
@@ -163,7 +165,7 @@ def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
     if any(seen.made[i].shape[-1] != width for i in seen.of.v):
         if (columns := value_columns(seen)) is None:
             return None
-        seen = replace(seen, of=replace(seen.of, columns=columns))
+        seen = replace(seen, of=replace(seen.of, columns={"v": columns}))
     whole = is_product(seen, known[0]) and is_whole(seen, known[0])
     return (seen, known[0]) if whole else None
 
@@ -224,14 +226,70 @@ def _with_queries(
         return of
     known = replace(seen, of=replace(of, q=(q[0],), k=tuple(found[0] for found in k)))
     change = moved(q[0], torch.ones(n_pos, device=at.device))
-    product = known.joined(known.of.q).double() @ known.joined(known.of.k).double().mT
-    product = product.flatten()[at[visible]]
-    scale = (change @ product) / (product @ product)
-    if close(scale * product, change, eps):
+    if _follows(change, known, at[visible], eps):
         return known.of
     through = {id(seen.linears[i]) for i in (*known.of.q, *known.of.k)}
     whole = all(seen.made[i].numel() for i in known.of.k) and not _reads(hidden, seen, through)
     return known.of if whole and all(map(by_heads, (*known.of.q, *known.of.k))) else of
+
+
+def _follows(change: Tensor, seen: Seen, at: Tensor, eps: float) -> bool:
+    """Whether a change of scores is a multiple of the queries times the keys."""
+    of_pairs = (seen.joined("q").double() @ seen.joined("k").double().mT).flatten()[at]
+    scale = (change @ of_pairs) / (of_pairs @ of_pairs)
+    return close(scale * of_pairs, change, eps)
+
+
+def _of_columns(
+    seen: Seen, at: Tensor, run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]]
+) -> Pieces:
+    """With queries and keys that are columns of the layer of values, pooled or not, where these make the scores.
+
+    Twice the queries must be scores that are larger by a multiple of queries times keys. Columns are tried that lie
+    to each other as those of values do, and that with these are all there are.
+    """
+    (number,), (z, _) = seen.of.v, seen.z
+    made, columns = seen.made[number], seen.of.columns["v"]
+    n_pos = rows_of(made, seen.of.turned[0])[1]
+    ways: Iterable[Pooling | None] = [None]
+    if n_pos != seen.n_queries:
+        ways = () if seen.of.turned[0] else poolings(made.shape, z.shape)
+    visible = (at >= 0) & (seen.weights > 0)
+    eps = CLOSE.get(seen.scores.dtype, CLOSE[torch.bfloat16])
+
+    def larger(columns: tuple[int, ...]) -> Tensor:
+        """How the scores change where these are twice as large."""
+        twice = made.clone()
+        twice[..., list(columns)] *= 2
+        other = Seen(*run(Substitutes({number: twice})), seen.of)
+        return (other.scores - seen.scores)[visible].double()
+
+    others = _like(columns, made.shape[-1])
+    if not others:
+        return seen.of
+    changes = {of: larger(of) for of in others}
+    for pooling, (q, k) in product(ways, permutations(others)):
+        by_role = {"q": q, "k": k, "v": columns}
+        of = replace(seen.of, q=(number,), k=(number,), columns=by_role, pooling=pooling)
+        if _follows(changes[q], replace(seen, of=of), at[visible], eps):
+            return of
+    return seen.of
+
+
+def _like(columns: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
+    """The two sets of columns that are these, moved, and with these all of `width`; [] where there are none.
+
+    >>> _like((4, 5), 6), _like((1, 4), 6), _like((0, 2), 6)
+    ([(0, 1), (2, 3)], [(0, 3), (2, 5)], [])
+    """
+    left, found = sorted(set(range(width)) - set(columns)), list[tuple[int, ...]]()
+    while left and len(found) < 2:
+        moved = tuple(column - min(columns) + left[0] for column in columns)
+        if not set(moved) <= set(left):
+            return []
+        left = sorted(set(left) - set(moved))
+        found.append(moved)
+    return [] if left or len(found) < 2 else found
 
 
 def _reads(hidden: Tensor, seen: Seen, through: set[int]) -> bool:

@@ -11,7 +11,7 @@ A module is run by itself first, for its attention to be looked at, and then onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.pairs import pairs, rows_of
+from interp.models.pooling import Pooling
 from interp.models.spec import first_tensor, with_first
 from interp.models.tape import Step, Tape
 
@@ -41,7 +42,8 @@ class Pieces:
     the module returns it. `q` and `k` are () where the scores are not made of the stream through them alone.
     `turned`: whether q, k and v, and whether z, have positions before rows of the batch. `empty`: keys and values
     of which the probe had none. `calls`: the softmaxes and linear layers, in the order of their calls.
-    `columns`: those of the one layer of values that are values, where it makes something else besides.
+    `columns`: where one layer makes more than one of q, k and v, those that are "v", and "q" and "k" if they are known;
+    `pooling`: what makes queries of several positions each of the former.
     """
 
     softmax: int
@@ -53,7 +55,12 @@ class Pieces:
     k: tuple[int, ...] = ()
     empty: tuple[int, ...] = ()
     calls: tuple[str, ...] = ()
-    columns: tuple[int, ...] = ()
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pooling: Pooling | None = None
+
+    def made_by(self, role: str) -> tuple[int, ...]:
+        """The linear layers of "q", "k" or "v"."""
+        return {"q": self.q, "k": self.k, "v": self.v}[role]
 
 
 pieces: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
@@ -150,38 +157,43 @@ class Seen:
         """Positions that z has: fewer than v has where queries are pooled."""
         return rows_of(self.z[0], self.of.turned[1])[1]
 
-    def shown(self, number: int) -> Tensor:
-        """[batch heads pos d_head] of what a linear layer returned, or of its columns that are values."""
+    def shown(self, number: int, role: str = "v") -> Tensor:
+        """[batch heads pos d_head] of what a linear layer returned, or of its columns that play this role."""
         x = self.made[number]
-        if self.of.columns:
-            x = x[..., list(self.of.columns)]
+        if columns := self.of.columns.get(role):
+            x = x[..., list(columns)]
+        if role == "q" and self.of.pooling is not None:
+            x = self.of.pooling(x)
         return by_head(x, self.of.turned[0], self.of.n_heads)
 
-    def held(self, number: int, x: Tensor) -> Tensor:
-        """The inverse: what a linear layer is to return."""
+    def held(self, x: Tensor, role: str, made: Tensor) -> Tensor:
+        """The inverse: what a linear layer is to return, that else would return `made`."""
         x = as_held(x, self.of.turned[0])
-        if not self.of.columns:
+        if role == "q" and self.of.pooling is not None:
+            x = self.of.pooling.alike(x)
+        columns = self.of.columns.get(role)
+        if not columns:
             return x
-        whole = self.made[number].clone()
-        whole[..., list(self.of.columns)] = x
+        whole = made.clone()
+        whole[..., list(columns)] = x
         return whole
 
-    def joined(self, numbers: Sequence[int]) -> Tensor:
-        """The same of several, one behind the other."""
-        return torch.cat([self.shown(number) for number in numbers], 2)
+    def joined(self, role: str) -> Tensor:
+        """The same of all layers that play a role, one behind the other."""
+        return torch.cat([self.shown(number, role) for number in self.of.made_by(role)], 2)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v; q and k of no width where the scores are not made of them alone."""
-        v = self.joined(self.of.v)
+        v = self.joined("v")
         if not self.of.q:
             return v[:, :, : self.n_queries, :0], v[..., :0], v
-        return self.joined(self.of.q), self.joined(self.of.k), v
+        return self.joined("q"), self.joined("k"), v
 
     def spread(
         self, x: Tensor, at: Int[Tensor, "..."], fill: float
     ) -> Float[Tensor, "batch heads query key"]:
         """Entries over all pairs of positions, `fill` where a query has no entry for a key."""
-        there, v = at >= 0, self.joined(self.of.v)
+        there, v = at >= 0, self.joined("v")
         shape = (*v.shape[:2], self.n_queries, v.shape[2])
         whole = x.new_full((torch.Size(shape).numel(),), fill)
         return whole.index_put((at[there],), x[there]).reshape(shape)
@@ -221,11 +233,13 @@ def watched(
 
     seen = looked_at()
     given = seen.inputs()
-    for numbers, x, y in zip((of.q, of.k, of.v), given, watch.inputs(*given), strict=True):
+    for role, x, y in zip("qkv", given, watch.inputs(*given), strict=True):
+        numbers = of.made_by(role)
         if numbers and _changed(y, x):
-            parts = y.split([seen.shown(number).shape[2] for number in numbers], 2)
+            parts = y.split([seen.shown(number, role).shape[2] for number in numbers], 2)
             for number, part in zip(numbers, parts, strict=True):
-                new.linear[number] = seen.held(number, part)
+                made = new.linear.get(number, seen.made[number])
+                new.linear[number] = seen.held(part, role, made)
     seen = looked_at() if new.linear else seen
     if watch.needs_rows:
         seen = _show_rows(watch, seen, new, looked_at)
@@ -293,7 +307,7 @@ def calls_of(tape: Tape) -> tuple[str, ...]:
 
 def is_product(seen: Seen, at: Tensor) -> bool:
     """Whether z is the pattern over all pairs of positions times v."""
-    z, v = seen.z[0].detach(), seen.joined(seen.of.v).detach().double()
+    z, v = seen.z[0].detach(), seen.joined("v").detach().double()
     pattern = seen.spread(seen.weights.detach(), at, 0.0).double()
     wanted = by_head(z, seen.of.turned[1], seen.of.n_heads).double()
     return close(pattern @ v, wanted, CLOSE.get(z.dtype, CLOSE[torch.bfloat16]))

@@ -46,6 +46,12 @@ class Pooling:
         x = x.unflatten(1, (n, -1) if self.of == ACROSS else (-1, n))
         return POOLINGS[self.kind](x, 1 if self.of == ACROSS else 2)
 
+    def alike(self, x: Tensor) -> Tensor:
+        """Positions [batch pos d] that are all as the x that they are pooled to."""
+        assert self.of != SQUARES
+        (n,) = self.sides
+        return x.repeat(1, n, 1) if self.of == ACROSS else x.repeat_interleave(n, 1)
+
 
 def poolings(shape: torch.Size, wanted: torch.Size) -> Iterator[Pooling]:
     """Poolings to try, of tensors [batch height width d] or [batch pos d], to as few positions as `wanted` has."""
