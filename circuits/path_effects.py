@@ -1,10 +1,7 @@
-"""Effects of paths from senders to receivers: exact ones, and a screen of all of them.
+"""Exact effects of paths from senders to receivers.
 
-Exact: the sender's corrupted output is followed to the receiver's input with every z held (and the MLPs
+The sender's corrupted output is followed to the receiver's input with every z held (and the MLPs
 recomputed, or held too), the receiver's output is made from that input, and the model runs on from there.
-Screen: the same with MLPs held, exact up to the receiver's z, and then Δz · ∂metric/∂z: one backward pass
-serves all pairs. It underestimates receivers whose effect bends on its way to the logits, so its
-strongest pairs want an exact look.
 """
 
 from __future__ import annotations
@@ -17,14 +14,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.columns import Columns, columns_of
 from circuits.graph import Receiver, Sender
-from circuits.path_replay import TOKENS, Columns, PathReplay, Streams, columns_of
+from circuits.path_names import Path
+from circuits.path_replay import TOKENS, PathReplay, Streams
 from interp.models.calls import at_home
 from interp.models.verify import relative_error, relative_tolerance
 from interp.run.cache import Run
 from interp.run.resume import Checkpoint
 
-Path = tuple[Sender, Receiver]
 STREAM_BYTES = 2**28
 """Residual streams that are kept at once; more senders are followed in several groups."""
 
@@ -212,7 +210,7 @@ def _effects_at(
             change = replay.read(streams) - replay.read(replay.clean_streams(layer, columns))
             places = {sender: i for i, sender in enumerate(earlier)}
             return change[[places[sender] for sender, _ in paths]]
-        streams = _masked(replay, layer, streams, columns, mask)
+        streams = masked(replay, layer, streams, columns, mask)
     for receiver, mine in by_receiver.items():
         if receiver.kind == "mlp":
             from_senders = [paths[i][0] for i in mine]
@@ -232,7 +230,7 @@ def _effects_at(
     return values
 
 
-def _masked(
+def masked(
     replay: PathReplay, layer: int, streams: Streams, columns: Columns, mask: Tensor
 ) -> Streams:
     """Streams that are clean again where a prompt does not name the position."""
@@ -315,84 +313,6 @@ def _into_mlp(
     after[:, :, [suffix.index(column) for column in columns]] += delta
     values[rows] = replay.read(replay.rest(layer + 1, after, suffix)) - replay.clean_metric
     return values
-
-
-class Screen:
-    """What one layer's receivers do with a changed input, to first order in z and exactly before it.
-
-    With MLPs held: Δresid → q, k, v → z is exact, and Δz meets ∂metric/∂z. For q and k,
-    Δz · g = Σ ΔA[t, s] (g_t · v_s), for v Δz · g = Σ (Aᵀg)_s · Δv_s: no Δz is formed.
-
-    Args:
-        gradient: ∂metric/∂z of the layer, [n pos n_heads d_v].
-    """
-
-    def __init__(
-        self,
-        senders: Senders,
-        layer: int,
-        mask: Bool[Tensor, "n pos"],
-        gradient: Float[Tensor, "n pos n_heads d_v"],
-    ):
-        replay = self.replay = senders.replay
-        self.senders, self.layer, self.mask, self.columns = senders, layer, mask, columns_of(mask)
-        softmax = replay.softmaxes[layer]
-        assert softmax is not None
-        self.softmax, self.suffix = softmax, replay.suffix(self.columns)
-        places, rows = list(self.columns), list(self.suffix)
-        self.k, self.v = (replay.clean(f"{site}.{layer}").float() for site in "kv")
-        self.groups = self.k.shape[2]
-        self.q = replay.clean(f"q.{layer}").float().unflatten(2, (self.groups, -1))[:, rows]
-        g = gradient.float().unflatten(2, (self.groups, -1))[:, rows]
-        of_columns = [self.suffix.index(column) for column in self.columns]
-        reads = torch.einsum("nqhgd,nkhd->nhgqk", g, self.v).flatten(1, 2)
-        self.reads = {"q": reads[:, :, of_columns], "k": reads}
-        self.products = torch.einsum("nqhgd,nkhd->nhgqk", self.q, self.k).flatten(1, 2)
-        pattern = softmax.weights(self.products[None].clone(), self.suffix, slice(None))[0]
-        self.pattern = {"q": pattern[:, :, of_columns], "k": pattern}
-        grouped = pattern[..., places].unflatten(1, (self.groups, -1))
-        self.pulled = torch.einsum("nhgqk,nqhgd->nhkdg", grouped, g)
-
-    def __call__(self, changes: Streams) -> Float[Tensor, "senders 3 n_heads"]:
-        """First-order change of the mean metric by each sender's write change, into q, k and v of each head."""
-        replay, places = self.replay, list(self.columns)
-        streams = replay.clean_streams(self.layer, self.columns) + changes
-        streams = _masked(replay, self.layer, streams, self.columns, self.mask)
-        q, k, v = (x.float() for x in replay.projections(self.layer, streams, self.columns))
-        q = q.unflatten(2, (self.groups, -1))
-        by_q = torch.einsum("xnhgqd,nkhd->xnhgqk", q, self.k).flatten(2, 3)
-        by_k = self.products.expand(len(streams), *self.products.shape).clone()
-        by_k[..., places] = torch.einsum("nqhgd,xnhkd->xnhgqk", self.q, k).flatten(2, 3)
-        moved = v - self.v[:, places].transpose(1, 2)
-        effects = (
-            self._moved("q", by_q, self.columns),
-            self._moved("k", by_k, self.suffix),
-            torch.einsum("xnhkd,nhkdg->xhg", moved, self.pulled).flatten(1),
-        )
-        return torch.stack(effects, 1) / replay.size
-
-    def _moved(
-        self, part: str, products: Tensor, rows: Columns
-    ) -> Float[Tensor, "senders n_heads"]:
-        weights = self.softmax.weights(products, rows, slice(None)).sub_(self.pattern[part])
-        return weights.mul_(self.reads[part]).sum((1, 3, 4))
-
-
-@torch.no_grad()
-def screened_effects(
-    senders: Senders, chosen: Sequence[Sender], screens: Sequence[Screen]
-) -> Float[Tensor, "layers senders 3 n_heads"]:
-    """What every screen makes of every sender; all senders of layers before those of the screens."""
-    replay, columns = senders.replay, screens[0].columns
-    most = max(1, TOKENS // (replay.size * len(columns)))
-    step = -(-len(chosen) // -(-len(chosen) // most))
-    found: list[list[Tensor]] = [[] for _ in screens]
-    with replay.seen():
-        for start in range(0, len(chosen), step):
-            changes = senders.write_changes(chosen[start : start + step], columns)
-            for screen, parts in zip(screens, found, strict=True):
-                parts.append(screen(changes).cpu())
-    return torch.stack([torch.cat(parts) for parts in found])
 
 
 def _by_layer(senders: Sequence[Sender]) -> dict[int, list[int]]:

@@ -6,37 +6,30 @@ receiver's input is recorded; (D) the clean run with the receiver reading that i
 In (C) MLPs are recomputed from what reaches them, or held too: two definitions, which differ (for 20.0 →
 23.0.q of the default model −0.3 and −0.6 logits), so every row says which it is.
 
-`naive=True` does just that, two or three full forwards a path. The fast engine (`path_effects.py`) does
-the same arithmetic where something changes and nowhere else.
+`naive=True` does just that (`path_plain.py`), two or three full forwards a path. The fast engine
+(`path_effects.py`) does the same arithmetic where something changes and nowhere else.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path as Folder
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from circuits.graph import Receiver, Sender
+from circuits.columns import as_mask, columns_of
 from circuits.heads_alone import require_heads_alone
 from circuits.measure import METRICS, Measure, measure_of
-from circuits.path_effects import (
-    Path,
-    Screen,
-    Senders,
-    as_array,
-    exact_effects,
-    screened_effects,
-)
-from circuits.path_replay import SITES, PathReplay, as_mask, columns_of
+from circuits.path_effects import Senders, as_array, exact_effects
+from circuits.path_names import PARTS, Names, Path, parsed, paths_of, split_names
+from circuits.path_plain import naive_forwards, plain_effect
+from circuits.path_replay import SITES, PathReplay
+from circuits.path_screen import screened_changes
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.errors import BadInput, Refused, unknown
@@ -44,16 +37,12 @@ from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.run.cache import Run
-from interp.run.edits import Edit
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 
 DEFINITIONS = ("recompute", "frozen")
-PARTS = ("q", "k", "v")
 CONFIRM = 50
 """Strongest screened paths of a full sweep that are computed exactly."""
-
-Names = str | Sequence[str]
 
 
 def check_options(
@@ -76,12 +65,12 @@ def check_options(
         )
     if n < 1:
         raise BadInput(f"n={n}: give at least one pair of prompts")
-    for name in _split(receiver):
+    for name in split_names(receiver):
         if name not in ("logits", "all"):
-            _parsed(name, receiver=True)
-    for name in _split(senders or "heads"):
+            parsed(name, receiver=True)
+    for name in split_names(senders or "heads"):
         if name not in ("heads", "mlps"):
-            _parsed(name, receiver=False)
+            parsed(name, receiver=False)
 
 
 def summary(report: Report) -> pd.DataFrame:
@@ -166,15 +155,15 @@ def path_patch(
     )
     _check_model(model)
     pairs = as_pairs(model, task, n=n, seed=seed)
-    confirm = CONFIRM if confirm is None and "all" in _split(receiver) else confirm
-    paths = _paths(model, senders, receiver, mlps)
-    named = [pairs.position(name) for name in _split(positions or [])]
+    confirm = CONFIRM if confirm is None and "all" in split_names(receiver) else confirm
+    paths = paths_of(model, senders, receiver, mlps)
+    named = [pairs.position(name) for name in split_names(positions or [])]
     mask = _reached(model, pairs, as_mask(named, len(pairs), pairs.length))
     options = {
         "task": pairs.name,
-        "senders": ",".join(_split(senders or "heads")),
-        "receiver": ",".join(_split(receiver)),
-        "positions": None if positions is None else ",".join(_split(positions)),
+        "senders": ",".join(split_names(senders or "heads")),
+        "receiver": ",".join(split_names(receiver)),
+        "positions": None if positions is None else ",".join(split_names(positions)),
         "mlps": mlps,
         "metric": metric,
         "confirm": confirm,
@@ -217,7 +206,7 @@ def path_patch(
             )
     table = _table(paths, exact, screened, measure, mlps)
     plain = 2 * len(paths) + 2
-    ours = _naive_forwards(paths) if replay is None else 2 + replay.forwards()
+    ours = naive_forwards(paths) if replay is None else 2 + replay.forwards()
     if confirm is not None and replay is not None:
         ours += 2  # the backward pass and its own forward
     meta: dict[str, Any] = source | {
@@ -233,72 +222,6 @@ def path_patch(
     return Report("path_patch", {"path_patch": table}, {}, meta)
 
 
-# --- what was asked for ---------------------------------------------------------------------------
-
-
-def _split(names: Names) -> list[str]:
-    parts = names.split(",") if isinstance(names, str) else list(names)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _parsed(name: str, *, receiver: bool) -> Sender | Receiver:
-    """The sender or receiver that a name means; whether the model has it is not looked at."""
-    kind, *rest = name.split(".")
-    if kind == "mlp" and len(rest) == 1 and rest[0].isdigit():
-        return (Receiver if receiver else Sender)("mlp", int(rest[0]))
-    if kind.isdigit() and rest and rest[0].isdigit():
-        if receiver and len(rest) == 2 and rest[1] in PARTS:
-            return Receiver(rest[1], int(kind), int(rest[0]))
-        if not receiver and len(rest) == 1:
-            return Sender("head", int(kind), int(rest[0]))
-    if receiver:
-        raise BadInput(
-            f"no receiver '{name}'; write 'logits', '23.0.q' (layer.head and q, k or v), 'mlp.5' or 'all'"
-        )
-    raise BadInput(f"no sender '{name}'; write '23.0' (layer.head), 'mlp.5', 'heads' or 'mlps'")
-
-
-def _paths(model: Model, senders: Names | None, receiver: Names, mlps: str) -> list[Path]:
-    """Every pair of a sender and a receiver that reads what it wrote."""
-    spec = model.spec
-    heads = [Sender("head", layer, head) for layer, head in spec.heads]
-    found: list[Sender] = []
-    for name in _split(senders or "heads"):
-        if name == "heads":
-            found += heads
-        elif name == "mlps":
-            found += [Sender("mlp", layer) for layer in model.layers_with("mlp_write")]
-        else:
-            sender = _parsed(name, receiver=False)
-            _check_exists(model, name, sender)
-            found.append(Sender(*sender))
-    wanted: list[Receiver] = []
-    for name in _split(receiver):
-        if name == "all":
-            wanted += [Receiver(part, *place) for place in spec.heads for part in PARTS]
-        elif name == "logits":
-            wanted.append(Receiver("logits", model.n_layers))
-        else:
-            one = _parsed(name, receiver=True)
-            _check_exists(model, name, one)
-            wanted.append(Receiver(*one))
-    if mlps == "frozen":
-        model.require_sum("paths past frozen MLPs")
-        model.layers_with("mlp_write")
-    paths = [
-        (sender, one)
-        for one in dict.fromkeys(wanted)
-        for sender in dict.fromkeys(found)
-        if sender.layer < one.layer or _within_block(model, sender, one)
-    ]
-    if not paths:
-        raise BadInput(
-            f"no path: no sender of '{','.join(_split(senders or 'heads'))}' comes before receiver "
-            f"'{','.join(_split(receiver))}'; name senders of earlier layers"
-        )
-    return paths
-
-
 def _reached(model: Model, pairs: Pairs, mask: Bool[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
     """The mask without positions before the first token that differs: in a causal model nothing moves there."""
     if not model.spec.causal:
@@ -306,24 +229,6 @@ def _reached(model: Model, pairs: Pairs, mask: Bool[Tensor, "n pos"]) -> Bool[Te
     later = mask.clone()
     later[:, : int((pairs.clean != pairs.corrupted).any(0).int().argmax())] = False
     return later if bool(later.any()) else mask
-
-
-def _within_block(model: Model, sender: Sender, receiver: Receiver) -> bool:
-    """Whether the receiver is the MLP that reads the sender's block after its attention."""
-    sequential = not model.spec.blocks[sender.layer].parallel
-    same = receiver.layer == sender.layer and receiver.kind == "mlp"
-    return same and sender.kind == "head" and sequential
-
-
-def _check_exists(model: Model, name: str, node: Sender | Receiver) -> None:
-    if not node.layer < model.n_layers:
-        raise BadInput(f"'{name}': layers of {model.id} are 0 to {model.n_layers - 1}")
-    if node.kind == "mlp":
-        if node.layer not in model.layers_with("mlp_write"):
-            raise BadInput(f"'{name}': layer {node.layer} of {model.id} has no MLP write")
-    elif not node.head < model.spec.blocks[node.layer].n_heads:
-        last = model.spec.blocks[node.layer].n_heads - 1
-        raise BadInput(f"'{name}': heads of layer {node.layer} of {model.id} are 0 to {last}")
 
 
 def _check_model(model: Model) -> None:
@@ -408,120 +313,13 @@ def _fast(
     chosen = list(paths)
     if confirm is not None:
         of_heads = [path for path in paths if path[1].kind in PARTS]
-        screened = _screened(senders, of_heads, mask, units, bars)
+        screened = screened_changes(senders, of_heads, mask, units, bars)
         strongest = sorted(screened, key=lambda path: -abs(screened[path]))[:confirm]
         kept = set(strongest)
         chosen = [path for path in paths if path in kept or path not in screened]
     advance = bars.stage("Patching paths", len(chosen))
     values = exact_effects(senders, chosen, mask, units=units, advance=advance)
     return dict(zip(chosen, values.mean(1).tolist(), strict=True)), screened
-
-
-def _screened(
-    senders: Senders,
-    paths: Sequence[Path],
-    mask: Bool[Tensor, "n pos"],
-    units: Checkpoint,
-    bars: Progress,
-) -> dict[Path, float]:
-    """First-order mean change of each path into q, k or v; one backward pass for all."""
-    of_layer: dict[int, list[Sender]] = defaultdict(list)
-    for sender in dict.fromkeys(sender for sender, _ in paths):
-        of_layer[sender.layer].append(sender)
-    layers = sorted({receiver.layer for _, receiver in paths})
-    screens: list[Screen] = []
-
-    def unit(layer: int) -> dict[str, np.ndarray]:
-        if not screens:
-            gradients = z_gradients(senders.replay)
-            screens.extend(Screen(senders, i, mask, gradients[i]) for i in layers)
-        later = [screen for screen in screens if screen.layer > layer]
-        return {"change": as_array(screened_effects(senders, of_layer[layer], later))}
-
-    advance = bars.stage("Screening senders", len(of_layer))
-    found: dict[tuple[Sender, int], np.ndarray] = {}
-    for layer in sorted(of_layer):
-        values = units.compute(f"screen {layer}", partial(unit, layer))["change"]
-        later = [other for other in layers if other > layer]
-        for other, by_sender in zip(later, values, strict=True):
-            found |= {(s, other): x for s, x in zip(of_layer[layer], by_sender, strict=True)}
-        advance(1)
-    return {
-        (sender, receiver): float(
-            found[sender, receiver.layer][PARTS.index(receiver.kind), receiver.head]
-        )
-        for sender, receiver in paths
-    }
-
-
-def z_gradients(replay: PathReplay) -> dict[int, Float[Tensor, "n pos n_heads d_v"]]:
-    """∂ (sum over prompts of the metric) / ∂z of every layer of the clean run."""
-    model, pairs = replay.model, replay.measure.pairs
-    run = model.run(pairs.clean_batch, ["z"], logits=torch.tensor([pairs.end]), grad=True)
-    assert run.logits is not None
-    target = replay.measure(run.logits[:, -1].float()).sum()
-    z = run.cache.by_layer("z")
-    return dict(zip(z, torch.autograd.grad(target, list(z.values())), strict=True))
-
-
-# --- plain --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def plain_effect(
-    model: Model,
-    clean: Run,
-    corrupted: Run,
-    measure: Measure,
-    path: Path,
-    mask: Bool[Tensor, "n pos"],
-    mlps: str,
-) -> Float[Tensor, " n"]:
-    """Change of the metric of every prompt by one path, in full forwards of the whole model."""
-    sender, receiver = path
-    layer, batch, last = receiver.layer, clean.batch, torch.tensor([measure.pairs.end])
-    # (C) What is held: q, k and v of the heads before the receiver, with mlps="frozen" the MLPs too.
-    after_attention = receiver.kind in ("mlp", "logits")
-    held = range(min(layer + after_attention, model.n_layers))
-    edits = [
-        Edit.patch(f"{part}.{i}", clean.cache[f"{part}.{i}"])
-        for i in held
-        for part in PARTS
-        if model.spec.blocks[i].attention
-    ]
-    if mlps == "frozen":
-        writers = [i for i in model.layers_with("mlp_write") if i < layer]
-        edits += [Edit.patch(f"mlp_write.{i}", clean.cache[f"mlp_write.{i}"]) for i in writers]
-    site = "z" if sender.kind == "head" else "mlp_write"
-    value = corrupted.cache[f"{site}.{sender.layer}"]
-    place = f".{sender.head}" if sender.kind == "head" else ""
-    edits.append(Edit.patch(f"{site}.{sender.layer}{place}", value))
-
-    def metric(edits: Sequence[Edit]) -> Tensor:
-        logits = model.run(batch, edits=edits, logits=last).logits
-        assert logits is not None
-        return measure(logits[:, -1].float()) - measure.clean
-
-    if receiver.kind == "logits":
-        return metric(edits)
-    recorded = f"{'mlp_write' if receiver.kind == 'mlp' else receiver.kind}.{layer}"
-    heard = model.run(batch, capture=[recorded], edits=edits, logits=False).cache[recorded]
-    # (D) The receiver's own output from that input, everything after it recomputed.
-    if receiver.kind == "mlp":
-        return metric([Edit.patch(recorded, heard, positions=mask)])
-    if receiver.kind == "q":
-        return metric([Edit.patch(f"{recorded}.{receiver.head}", heard, positions=mask)])
-    # k and v of one query head: its z is taken from a run in which its whole group reads them.
-    group = model.spec.kv_group(layer, receiver.head)
-    patch = Edit.patch(f"{recorded}.{group}", heard, positions=mask)
-    z = model.run(batch, capture=[f"z.{layer}"], edits=[patch], logits=False).cache[f"z.{layer}"]
-    return metric([Edit.patch(f"z.{layer}.{receiver.head}", z)])
-
-
-def _naive_forwards(paths: Sequence[Path]) -> int:
-    """How many forwards the plain engine ran."""
-    each: dict[str, int] = {"logits": 1, "q": 2, "mlp": 2, "k": 3, "v": 3}
-    return 2 + sum(each[receiver.kind] for _, receiver in paths)
 
 
 # --- the table ---------------------------------------------------------------------------------------

@@ -11,21 +11,21 @@ does not reproduce it, the plain engine has to do the work.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache
 
+from circuits.block_calls import Call, recorded_calls
+from circuits.columns import Columns
 from circuits.measure import Measure
+from circuits.softmaxes import Softmax, fitted
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import at_home, call_model, text_config
+from interp.models.calls import at_home, text_config
 from interp.models.forwards import other_forwards
 from interp.models.hooks import Stop, with_hidden
 from interp.models.layout import shown
@@ -33,53 +33,16 @@ from interp.models.model import Model
 from interp.models.spec import first_tensor, module_device, with_first
 from interp.models.verify import relative_error, relative_tolerance
 from interp.models.weights import linear_map
-from interp.run.batch import Batch
 from interp.run.cache import Run
 
 TOKENS = 1024
 """Tokens of one call, variants × prompts × positions: what an MLP makes of more leaves the processor's cache."""
-HIDDEN = -1e30
-"""Scores below this are masked out."""
 
 Streams = Float[Tensor, "variants n pos d_model"]
 """Residual vectors of several variants of every prompt, at some positions."""
-Columns = tuple[int, ...]
-"""Positions that are computed, the same in every prompt."""
 
 SITES = ("resid_pre", "attn_out", "q", "k", "v", "z")
 """What the clean run has to have captured, beside the last `resid_post`."""
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """How a layer makes weights of q · k: scale, soft-cap, mask [pos pos], a sink logit a head."""
-
-    scale: float
-    cap: float | None
-    hidden: Bool[Tensor, "pos pos"]
-    sinks: Float[Tensor, " n_heads"] | None
-
-    def weights(
-        self, products: Float[Tensor, "*variants n_heads queries keys"], rows: Columns, heads: slice
-    ) -> Float[Tensor, "*variants n_heads queries keys"]:
-        """Pattern of these query rows over all keys; may overwrite `products`."""
-        scores = products.mul_(self.scale)
-        if self.cap is not None:
-            scores = torch.tanh(scores / self.cap) * self.cap
-        scores = scores.masked_fill_(self.hidden[list(rows)], -torch.inf)
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sink = self.sinks[heads, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls a block (beside the hidden state), and what its attention module returns."""
-
-    args: tuple
-    kwargs: dict[str, Any]
-    attention: Any
 
 
 class PathReplay:
@@ -126,7 +89,7 @@ class PathReplay:
         it are never used: z is held, or computed by `head_outputs`.
         """
         if columns not in self._calls:
-            self._calls[columns] = _recorded_calls(self.model, self.run.batch.ids[:1], columns)
+            self._calls[columns] = recorded_calls(self.model, self.run.batch.ids[:1], columns)
         return self._calls[columns]
 
     @cached_property
@@ -138,7 +101,7 @@ class PathReplay:
         found: list[Softmax | None] = []
         for layer in range(self.model.n_layers):
             q, k, scores, pattern = (run.cache[f"{site}.{layer}"][0].float() for site in sites)
-            found.append(_fit(q, k, scores, pattern, cap, self.model.dtype))
+            found.append(fitted(q, k, scores, pattern, cap, self.model.dtype))
         return found
 
     # --- parts of a block ----------------------------------------------------------------------------
@@ -487,87 +450,3 @@ def replace_rows(measure: Measure, rows: slice) -> Measure:
     ):
         object.__setattr__(few, name, value)
     return few
-
-
-def _recorded_calls(model: Model, ids: Int[Tensor, "1 pos"], columns: Columns) -> list[Call]:
-    """The call of every block in a pass over one prompt's tokens at `columns`, at their positions."""
-    places = torch.tensor([columns], device=ids.device)
-    batch = Batch({"input_ids": ids[:, list(columns)], "position_ids": places})
-    seen: list[tuple[tuple, dict]] = []
-    outputs: dict[nn.Module, Any] = {}
-    modules = [
-        None if block.attention is None else model.module.get_submodule(block.attention)
-        for block in model.spec.blocks
-    ]
-    with ExitStack() as stack:
-        for block, attention in zip(model.blocks, modules, strict=True):
-            hook = block.register_forward_pre_hook(
-                lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-            )
-            stack.callback(hook.remove)
-            if attention is not None:
-                after = attention.register_forward_hook(
-                    lambda m, args, output: outputs.__setitem__(m, output)
-                )
-                stack.callback(after.remove)
-        stack.enter_context(window(model.module, lambda m: Watch()))
-        call_model(model.module, batch, model.spec.first_position)
-    return [
-        # A key/value cache that the model made for itself would grow with every call.
-        Call(
-            args,
-            {name: None if isinstance(x, Cache) else x for name, x in kwargs.items()},
-            None if attention is None else outputs[attention],
-        )
-        for (args, kwargs), attention in zip(seen, modules, strict=True)
-    ]
-
-
-def _fit(
-    q: Tensor, k: Tensor, scores: Tensor, pattern: Tensor, cap: float | None, dtype: torch.dtype
-) -> Softmax | None:
-    """The Softmax that makes `pattern` of q and k [pos heads d_head]; None where none does."""
-    groups = k.shape[1]
-    grouped = q.unflatten(1, (groups, -1))
-    products = torch.einsum("qhgd,khd->hgqk", grouped, k).flatten(0, 1)
-    shown = scores > HIDDEN
-    if not bool((shown == shown[:1]).all()):  # heads see different keys
-        return None
-    x, y = products[shown], scores[shown]
-    for soft in (None, cap) if cap is not None else (None,):
-        raw = y if soft is None else soft * torch.atanh((y / soft).clamp(-1 + 1e-7, 1 - 1e-7))
-        scale = float((x * raw).sum() / (x * x).sum().clamp_min(1e-30))
-        made = Softmax(scale, soft, ~shown[0], _sinks(scores, pattern, dtype))
-        rows = tuple(range(len(q)))
-        error = (made.weights(products.clone(), rows, slice(None)) - pattern).abs().max()
-        # Weights are at most 1: a hundred float32 steps, four of the coarse 16-bit ones.
-        if float(error) < max(1e-5, 4 * torch.finfo(dtype).eps):
-            return made
-    return None
-
-
-def _sinks(
-    scores: Float[Tensor, "h q k"], pattern: Float[Tensor, "h q k"], dtype: torch.dtype
-) -> Tensor | None:
-    """The logit that takes what is missing from a row's weights; None where nothing is missing."""
-    missing = 1 - pattern.sum(-1)
-    if float(missing.abs().max()) < max(1e-4, 4 * torch.finfo(dtype).eps):
-        return None
-    share, row = missing.max(-1)
-    whole = scores.logsumexp(-1).gather(-1, row[:, None])[:, 0]
-    return whole + torch.log(share / (1 - share))
-
-
-def columns_of(mask: Bool[Tensor, "n pos"]) -> Columns:
-    """The positions that any prompt names."""
-    return tuple(int(i) for i in mask.any(0).nonzero()[:, 0])
-
-
-def as_mask(positions: Sequence[Tensor], n: int, length: int) -> Bool[Tensor, "n pos"]:
-    """Positions, one a prompt each, as a mask; all of them where none is named."""
-    if not positions:
-        return torch.ones(n, length, dtype=torch.bool)
-    mask = torch.zeros(n, length, dtype=torch.bool)
-    for where in positions:
-        mask[torch.arange(n), where] = True
-    return mask

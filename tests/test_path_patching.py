@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import interp
-from circuits import path_effects, path_patching
+from circuits import path_effects, path_screen
+from circuits.columns import as_mask
 from circuits.edges import edge_attribution
 from circuits.graph import Receiver, Sender
 from circuits.heads_alone import require_heads_alone
 from circuits.ioi_roles import ioi_roles
-from circuits.path_effects import Screen, Senders, screened_effects
-from circuits.path_patching import both_runs, path_patch, plain_effect, z_gradients
-from circuits.path_replay import PathReplay, as_mask
+from circuits.path_effects import Senders
+from circuits.path_patching import both_runs, path_patch
+from circuits.path_plain import plain_effect
+from circuits.path_replay import PathReplay
+from circuits.path_screen import Screen, screened_effects, z_gradients
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs
 from interp.direction import logit_direction
@@ -399,7 +402,7 @@ def test_finished_units_are_not_made_again(tiny, tmp_path, monkeypatch):
         raise AssertionError("made again")
 
     monkeypatch.setattr(path_effects, "_effects_at", never)
-    monkeypatch.setattr(path_patching, "screened_effects", never)
+    monkeypatch.setattr(path_screen, "screened_effects", never)
     again = path_patch(tiny, pairs_of(), resume=True, **options)
     assert first.table.equals(again.table)
     with pytest.raises(BadInput, match="cannot resume"):
