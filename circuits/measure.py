@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -55,6 +55,16 @@ class Measure:
     def __call__(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
         """The metric of each pair at these last-position logits; differentiable."""
         return METRICS[self.metric][1](logits, self.pairs, self.clean_logits)
+
+    def rows(self, rows: slice) -> Measure:
+        """The measure of some of the pairs."""
+        return replace(
+            self,
+            pairs=self.pairs.rows(rows),
+            clean=self.clean[rows],
+            corrupted=self.corrupted[rows],
+            clean_logits=self.clean_logits[rows],
+        )
 
     def normalised(self, values: Float[Tensor, "*variants n"]) -> Float[Tensor, "*variants"]:
         """0 where corrupted, 1 where clean: a ratio of means over the pairs, not a mean of ratios."""

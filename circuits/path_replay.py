@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 from circuits.block_calls import Call, recorded_calls
 from circuits.columns import Columns
+from circuits.final_metric import FinalMetric
 from circuits.measure import Measure
 from circuits.softmaxes import Softmax, fitted
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import at_home, text_config
+from interp.models.calls import text_config
 from interp.models.forwards import other_forwards
 from interp.models.hooks import Stop, with_hidden
 from interp.models.layout import shown
 from interp.models.model import Model
 from interp.models.spec import first_tensor, module_device, with_first
 from interp.models.verify import relative_error, relative_tolerance
-from interp.models.weights import linear_map
 from interp.run.cache import Run
 
 TOKENS = 1024
@@ -60,6 +60,7 @@ class PathReplay:
         self.model, self.run, self.measure = model, run, measure
         self.size, self.length = run.batch.ids.shape
         self.rows = slice(None)
+        self._metric = FinalMetric(model, measure)
         self.work = 0
         self._calls: dict[Columns, list[Call]] = {}
         self._watch: Callable[[nn.Module], Watch] = lambda module: Watch()
@@ -227,50 +228,13 @@ class PathReplay:
     def read(self, final: Streams) -> Float[Tensor, "variants n"]:
         """The metric of every variant and prompt, from final residuals [variants n 1 d_model]."""
         final = final[:, :, -1]
-        spec = self.model.spec
-        pairs = self.measure.pairs.rows(self.rows)
-        if self.measure.metric == "logit_diff":
-            return self._logit_diffs(final)
-        d_vocab = spec.d_vocab or 1
-        values = []
-        few = replace_rows(self.measure, self.rows)
-        for start in range(0, len(final), max(1, TOKENS // len(pairs))):
-            logits = self.model.unembed(final[start : start + max(1, TOKENS // len(pairs))]).float()
-            values += [few(variant) for variant in logits]
-        self._worked(final.shape[:2].numel(), d_vocab * spec.d_model)
-        return torch.stack(values)
+        self._worked(final.shape[:2].numel(), self._metric.parameters)
+        return self._metric(final, self.rows)
 
     @cached_property
     def clean_metric(self) -> Float[Tensor, "1 n"]:
         """The metric of the clean prompts, read in the same way."""
         return self.read(self.clean_streams(self.model.n_layers, (self.length - 1,)))
-
-    def _logit_diffs(self, final: Float[Tensor, "variants n d_model"]) -> Tensor:
-        """Logits of the answers and wrong answers alone: a few columns of W_U."""
-        spec, module = self.model.spec, self.model.module
-        weights, W, b = self._answer_columns
-        norm = None if spec.final_norm is None else module.get_submodule(spec.final_norm)
-        x = final if norm is None else at_home(norm, final.flatten(0, 1)).reshape(final.shape)
-        logits = torch.einsum("xnd,nkd->xnk", x.float(), W[self.rows]) + b[self.rows]
-        logits = logits * spec.logit_scale
-        if spec.logit_softcap is not None:
-            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-        return (logits * weights[self.rows]).sum(-1)
-
-    @cached_property
-    def _answer_columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(weight in the mean, row of W_Uᵀ, bias) of every answer (+) and wrong answer (−) of a prompt."""
-        self.model.layers_with("resid_pre")
-        _ = self.model.W_U
-        module = self.model.module.get_submodule(self.model.spec.unembedding or "")
-        W, b = linear_map(module, self.model.spec.d_model, self.model.device)
-        sides = (self.measure.pairs.answers, self.measure.pairs.wrong)
-        weights = [
-            sign * (ids >= 0) / (ids >= 0).sum(1, keepdim=True)
-            for ids, sign in zip(sides, (1, -1), strict=True)
-        ]
-        ids = torch.cat(sides, 1).clamp_min(0).to(W.device)
-        return torch.cat(weights, 1).to(W.device), W.T[ids].float(), b[ids].float()
 
     def forwards(self, work: int | None = None) -> float:
         """Work so far in units of F, a plain forward over the batch: parameters × tokens over the same of F."""
@@ -437,16 +401,3 @@ class _SuffixAttention(Watch):
         z = torch.einsum("xnhgqk,nkhd->xnqhgd", weights[..., :first], earlier_v)
         z = z + torch.einsum("xnhgqk,xnhkd->xnqhgd", weights[..., first:], v)
         return z.flatten(0, 1).flatten(2, 3).to(dtype)
-
-
-def replace_rows(measure: Measure, rows: slice) -> Measure:
-    """The measure of some of the pairs."""
-    few = copy.copy(measure)
-    for name, value in (
-        ("pairs", measure.pairs.rows(rows)),
-        ("clean_logits", measure.clean_logits[rows]),
-        ("clean", measure.clean[rows]),
-        ("corrupted", measure.corrupted[rows]),
-    ):
-        object.__setattr__(few, name, value)
-    return few
