@@ -223,7 +223,9 @@ def mapped(model: Any) -> tuple[Spec, dict[str, int]]:
     """Spec of an nnsight model, its weights here or not, and the order in which its modules return."""
     module = model._module
     if module not in _maps:
-        if any(parameter.is_meta for parameter in module.parameters()):
+        # Inside a trace a forward of ours would be taken for the traced one: its modules would have run.
+        tracing = model.interleaver.interleaving
+        if tracing or any(parameter.is_meta for parameter in module.parameters()):
             spec, seen = skeleton(module)
         else:
             spec, seen = probe(module.eval()), record(module, probe_batch(module))

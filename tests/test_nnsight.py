@@ -133,6 +133,7 @@ def test_served_weights_are_verified(pair: tuple[Model, RemoteModel]) -> None:
     checks = pair[1].verify()
     assert len(checks) == 2 and all(check.passed for check in checks)
     assert max(check.error for check in checks) < 1e-5  # float32
+    assert all(check.detail.startswith("each block") for check in checks)
     assert "random weights" in pair[1].notes[0]
 
 
@@ -163,6 +164,17 @@ def test_sites_inside_a_trace(folder: Path) -> None:
     assert torch.allclose(before, clean.cache["z.0.1"], atol=1e-6)
     assert torch.allclose(after, wanted.cache["attn_write.1"], atol=1e-6)
     assert torch.allclose(logits, wanted.logits, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_site_is_first_asked_for_inside_a_trace(llama: Path) -> None:
+    """Finding it runs a forward, which must not be taken for the traced one."""
+    theirs = lazy(llama)
+    with theirs.trace(IDS):
+        theirs.lm_head.output.save()  # dispatched on the way
+    assert theirs.dispatched
+    with theirs.trace(IDS):
+        z = bridge.at(theirs, "z.1").get().save()
+    assert same(z, interp.load(llama).run(IDS, capture=["z"]).cache["z.1"])
 
 
 def test_sites_inside_a_remote_trace(folder: Path) -> None:
