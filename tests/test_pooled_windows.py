@@ -206,6 +206,43 @@ def test_an_edit_at_one_position_is_that_of_the_block_written_out(layer: int, si
 
 
 @torch.no_grad()
+def test_a_replay_gives_stages_that_it_skips_to_whatever_reads_them() -> None:
+    """The neck behind the blocks reads what every stage ends with; and of images that are no squares."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "embed_dim_per_stage": [16, 24, 32, 40],
+        "num_attention_heads_per_stage": [2, 2, 4, 4],
+        "blocks_per_stage": [1, 2, 2, 1],
+        "window_size_per_stage": [4, 4, 6, 4],
+    }
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        image_size=[64, 64],
+        global_attention_blocks=[4],
+        window_positional_embedding_background_size=[4, 4],
+        **sizes,
+    )
+    config = transformers.Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[40, 32, 24, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+    )
+    module: Any = transformers.Sam2VisionModel(config).eval()
+    model = Model(module, id="with neck")
+    batch = {"pixel_values": torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))}
+    run = model.run(batch, capture=["resid_pre"])
+    edits = [[Edit.zero("z", heads=[(layer, 1)])] for layer in range(model.n_layers)]
+    for edit, got in zip(
+        edits, model.replay(run, edits, lambda variant: variant.logits), strict=True
+    ):
+        wanted = model.run(batch, edits=edit).logits
+        assert got is not None and wanted is not None and run.logits is not None
+        assert off(got, wanted) < ROUNDING < off(wanted, run.logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layer", POOLED)
 def test_writes_may_be_edited_and_the_middle_is_their_sum(layer: int) -> None:
     model, batch = sam2(), images()

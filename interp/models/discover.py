@@ -58,9 +58,12 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
             d_model=shape[-1],
             axes=layer.axes,
             starts_stage=start,
+            ends_stage=layer.reshapes(key) and layer.output.shape == after,
             members=tuple(Member(name, seen.call(name).is_tuple) for name in layer.members),
         )
-        for layer, shape, start in zip(layers, shapes, starts, strict=True)
+        for layer, shape, start, after in zip(
+            layers, shapes, starts, [*shapes[1:], None], strict=True
+        )
     ]
     absent: set[str] = set()
     if any(layer.attention for layer in layers):

@@ -14,6 +14,7 @@ from interp.models.forwards import other_forwards
 from interp.models.hooks import argument, with_hidden
 from interp.models.spec import Spec
 from interp.run.cache import Run
+from interp.sites import Site
 
 
 @contextmanager
@@ -28,14 +29,17 @@ def skipping(
     skipped: dict[nn.Module, list[Any]] = {}
     for layer, block in enumerate(blocks[:start]):
         rest = tuple(_repeated(x, size, times) for x in clean.extras.get(layer, ()))
-        output = None if layer < begin else resid  # other stages return what they are given
-        skipped.setdefault(block, []).append((layer, output, rest))
+        after = Site("resid_pre", layer + 1)
+        output, held = None, None  # other stages return what they are given
+        if layer >= begin:
+            output, held = resid, like
+        elif spec.blocks[layer].ends_stage and after in clean.cache:
+            output, held = clean.cache[after].repeat(times, 1, 1), clean.held.get(layer + 1)
+        skipped.setdefault(block, []).append((layer, output, held, rest))
     for block in blocks[start:]:  # a module that is called again later on works then
         if block in skipped:
             skipped[block].append(None)
-    others = {
-        block: _returning(outputs, block.forward, spec, like) for block, outputs in skipped.items()
-    }
+    others = {block: _returning(outputs, block.forward, spec) for block, outputs in skipped.items()}
     for member in chain.from_iterable(block.members[:-1] for block in spec.blocks[:start]):
         others[model.get_submodule(member.name)] = _given_back if not member.in_tuple else _in_tuple
     with ExitStack() as stack:
@@ -56,14 +60,14 @@ def skipping(
 
 
 def _returning(
-    outputs: Sequence[tuple[int, Tensor | None, tuple] | None],
+    outputs: Sequence[tuple[int, Tensor | None, torch.Size | None, tuple] | None],
     forward: Callable[..., Any],
     spec: Spec,
-    like: torch.Size | None,
 ) -> Callable[..., Any]:
     """A block's forward that returns one output a call in turn, and works as before where it is None.
 
-    An output is a layer, a hidden state (its own input, where that is None), and what comes besides.
+    An output is a layer, a hidden state (its own input, where that is None), in which shape it is held, and what
+    comes besides.
     """
     turns = cycle(outputs)
 
@@ -71,14 +75,12 @@ def _returning(
         output = next(turns)
         if output is None:
             return forward(*args, **kwargs)
-        layer, resid, rest = output
+        layer, resid, like, rest = output
         if spec.blocks[layer].members:
             # This is the last of them, whose output code outside may change in place.
             return args[0] if resid is None else resid.clone()
         if resid is not None:
-            args, kwargs = with_hidden(
-                args, kwargs, resid, spec, layer, like
-            )  # as a block holds it
+            args, kwargs = with_hidden(args, kwargs, resid, spec, layer, like)
         hidden = argument(args, kwargs, spec.hidden)
         if spec.dict_key:
             return {spec.dict_key: hidden}

@@ -130,7 +130,8 @@ class BlockMap:
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `placed`: of inputs in
     several parts, which part attends to which in each of these calls. `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
-    that the block reads. `starts_stage`: it is of another width or length than the block before read.
+    that the block reads. `starts_stage`: it is of another width or length than the block before read. `ends_stage`:
+    the block itself returns what is of the width and length that the next one reads, and is not what it reads.
     `repeated`: modules called several times, of which the call on the stream is meant.
     `turned`: modules that return [batch channels pos]. `reshapes_behind`: where a block pools the stream on its
     way, the module that reads `resid_mid` before; the writes known are those up to there.
@@ -142,6 +143,7 @@ class BlockMap:
     d_model: int = 0
     axes: tuple[str, ...] = PLAIN
     starts_stage: bool = False
+    ends_stage: bool = False
     windows: Windows | None = None
     attention: str | None = None
     attends: tuple[str, ...] = ()
