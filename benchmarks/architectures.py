@@ -402,7 +402,8 @@ def markdown(rows: list[Row]) -> str:
         "build, its map discovered and every identity tried. A model type is *in full* where every "
         "site its architecture has passes; other rows say what is refused and why. Types that could "
         "not be built from a shrunken default config are listed too: of them nothing is known. A model of "
-        "towers side by side is tried as its parts, each a model of its own. "
+        "towers side by side is tried as its parts, each a model of its own, and as stacks of the whole by "
+        "name where they are in none. "
         "Whatever a table says, `interp inspect MODEL` tries the identities on your own model.",
         "```text\n" + counts(rows) + "\n```",
     ]

@@ -71,5 +71,8 @@ def load(
     if stack is not None or (found := image_part(loaded.module)) is None:
         return Model(loaded.module, loaded.tokenizer, loaded.id, notes=loaded.notes, stack=stack)
     name, part = found
-    note = f"a model of images and texts: opened as its '{name}', which reads images; `interp clip-heads` reads both"
+    note = (
+        f"a model of images and texts: opened as its '{name}', which reads images; stack= (--stack) opens any stack "
+        "in the whole model, `interp clip-heads` reads both"
+    )
     return Model(part, loaded.tokenizer, loaded.id, notes=[*loaded.notes, note])

@@ -17,8 +17,14 @@ from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput, Refused
 from interp.generate import generate
+from interp.models.calls import call_model, output_tensor
+from interp.models.discover import discover
 from interp.models.load import weights_sha256
 from interp.models.model import Model
+from interp.models.named import last_returned
+from interp.models.probe import probe_batch
+from interp.models.recording import record
+from interp.models.verify import verify
 from interp.report import provenance
 from interp.run.edits import Edit
 from interp.sites import AXES
@@ -201,6 +207,21 @@ def test_a_head_behind_one_of_the_stacks_is_its_unembedding_alone() -> None:
     assert off(text.unembed(run.cache["resid_post.2"]), run.logits) < ROUNDING
     with pytest.raises(Refused, match="cannot be unembedded"):
         words.unembed(torch.zeros(1, 64))
+
+
+@torch.no_grad()
+def test_a_window_that_changes_what_the_output_is_not_made_of_is_found_out() -> None:
+    """The text's features say nothing of the image's last layer: what its blocks return is compared besides."""
+    module, called = bridge(), "cross_modal_image_layers"
+    batch = probe_batch(module)
+    seen, want = record(module, batch), output_tensor(call_model(module, batch))
+    mapped = discover(seen, batch, called)
+    (end,) = last_returned(mapped, module, batch)
+    for ends, refused in (([end], set()), ([end + 0.1], {"z", "pattern", "resid_post"})):
+        spec = verify(mapped, seen, want, ends=ends)
+        assert refused <= set(spec.refused) - spec.absent
+        assert bool(refused) == bool(set(spec.refused) - spec.absent)
+        assert next(c for c in spec.checks if c.name == "window").passed
 
 
 # --- names ----------------------------------------------------------------------------------------
