@@ -188,10 +188,10 @@ def direct_attribution(
         neurons: how many neurons to name for each prompt, the largest contributions of either sign.
 
     Returns: a Report. Table "attribute": one row for each (prompt, component): component ("embed",
-        "head", "attn_bias", "mlp", "constant"), layer, head, contribution (logits), which sum over a
-        prompt to meta["logits"][prompt]. Table "sources": (prompt, layer, head, source, token, weight,
-        contribution) of every head by the position it read. Table "neurons": (prompt, layer, neuron,
-        contribution, activation), parts of their MLP's contribution, strongest first;
+        "head", "attn_bias", "mlp", "constant"), layer, head (missing where it has none), contribution
+        (logits), which sum over a prompt to meta["logits"][prompt]. Table "sources": (prompt, layer,
+        head, source, token, weight, contribution) of every head by the position it read. Table
+        "neurons": (prompt, layer, neuron, contribution, activation), parts of their MLP's contribution, strongest first;
         meta["notes"] says where a model has no neurons to name.
 
     Raises:
@@ -374,24 +374,24 @@ def _uncapped(model: Model, final: Tensor, answer: Tensor, instead: Tensor | Non
 def _component_table(model: Model, found: Contributions) -> pd.DataFrame:
     """One row for every prompt and component, prompts innermost."""
     size = len(found.logits)
-    rows: list[tuple[str, float, float, Tensor]] = [
-        ("embed", np.nan, np.nan, found.embed),
-        ("constant", np.nan, np.nan, found.constant),
+    rows: list[tuple[str, int | None, int | None, Tensor]] = [
+        ("embed", None, None, found.embed),
+        ("constant", None, None, found.constant),
     ]
     for layer, block in enumerate(model.spec.blocks):
         if block.mlp_write is not None:
-            rows.append(("mlp", layer, np.nan, found.mlps[:, layer]))
+            rows.append(("mlp", layer, None, found.mlps[:, layer]))
         if block.attn_write is not None:
             heads = found.heads[:, layer].unbind(1)[: block.n_heads]
             rows += [("head", layer, head, values) for head, values in enumerate(heads)]
-            rows.append(("attn_bias", layer, np.nan, found.attn_biases[:, layer]))
+            rows.append(("attn_bias", layer, None, found.attn_biases[:, layer]))
     components, layers, heads, values = zip(*rows, strict=True)
     return pd.DataFrame(
         {
             "prompt": np.tile(np.arange(size), len(rows)),
             "component": np.repeat(np.array(components, dtype=object), size),
-            "layer": np.repeat(np.array(layers, dtype=float), size),
-            "head": np.repeat(np.array(heads, dtype=float), size),
+            "layer": pd.array(layers, dtype="Int64").repeat(size),
+            "head": pd.array(heads, dtype="Int64").repeat(size),
             "contribution": torch.cat(list(values)).numpy(),
         }
     )

@@ -283,20 +283,20 @@ def _shares(parts: Parts, heads: list[tuple[int, int]]) -> pd.DataFrame:
 
     Biases of attention outputs have a share: they are scaled by each image's norm.
     """
-    found: list[tuple[str, float, float, Tensor]] = [("embed", np.nan, np.nan, parts.embed)]
+    found: list[tuple[str, int | None, int | None, Tensor]] = [("embed", None, None, parts.embed)]
     for layer in range(parts.mlps.shape[1]):
         found += [
             ("head", layer, head, parts.heads[:, at, head]) for at, head in heads if at == layer
         ]
-        found.append(("bias", layer, np.nan, parts.biases[:, layer]))
-        found.append(("mlp", layer, np.nan, parts.mlps[:, layer]))
+        found.append(("bias", layer, None, parts.biases[:, layer]))
+        found.append(("mlp", layer, None, parts.mlps[:, layer]))
     return pd.DataFrame(
         [
             (part, layer, head, _share(c, parts.embedding), float(c.norm(dim=-1).mean()))
             for part, layer, head, c in found
         ],
         columns=["part", "layer", "head", "share", "length"],
-    )
+    ).astype({"layer": "Int64", "head": "Int64"})
 
 
 def _ablation(parts: Parts, directions: Tensor, first: int, rebuilt: Tensor) -> pd.DataFrame:

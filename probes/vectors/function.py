@@ -220,7 +220,7 @@ def vector_function(
         for layer, head in best_heads(aie, n_heads)
     )
     tables = {
-        "vector_function": pd.DataFrame(rows),
+        "vector_function": pd.DataFrame(rows).astype({"layer": "Int64"}),
         "layers": pd.concat(by_layer, ignore_index=True),
         "heads": head_table,
     }

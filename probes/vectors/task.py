@@ -324,7 +324,11 @@ def vector_task(
         "left_out": dict(made.left_out),
         "wall_time_s": round(time.perf_counter() - started, 2),
     }
-    tables = {"vector_task": pd.DataFrame(rows), "weights": table, "curve": curve}
+    tables = {
+        "vector_task": pd.DataFrame(rows).astype({"layer": "Int64"}),
+        "weights": table,
+        "curve": curve,
+    }
     arrays = {"vectors": torch.stack(list(vectors.values())).cpu().numpy()}
     return Report("vector_task", tables, arrays, meta)
 

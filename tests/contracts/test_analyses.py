@@ -186,6 +186,16 @@ def test_the_report_comes_back_from_disk(made, tmp_path):
     assert "wall_time_s" in loaded.meta and loaded.meta["schema_version"] == SCHEMA_VERSION
 
 
+WHOLE = {"layer", "head", "position", "prompt", "source", "neuron", "pair", "place", "feature"}
+"""Columns that say where: missing (`<NA>`) where a row has none, but never 3.0."""
+
+
+def test_where_is_told_in_whole_numbers(made):
+    for name, table in made[1].tables.items():
+        for column in WHOLE & set(table.columns):
+            assert not pd.api.types.is_float_dtype(table[column]), f"'{column}' of '{name}'"
+
+
 def test_the_report_satisfies_its_schema(made):
     """`python -m interp.schemas NAME` writes the schema anew after an analysis has changed."""
     name, report, _ = made
