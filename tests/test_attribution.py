@@ -243,6 +243,8 @@ def test_bad_input(tiny, smollm):
     for position in (3, -4):
         with pytest.raises(BadInput, match="positions are 0 to 2, or -1 to -3 from the end"):
             direct_attribution(tiny, ids, answer=1, position=position)
+    with pytest.raises(BadInput, match="the token is empty: wanted"):
+        direct_attribution(smollm, "The capital", answer="")
     with pytest.raises(BadInput, match="splits into"):
         direct_attribution(smollm, "The capital", answer=" Ouagadougou")
     bert = Model(FAMILIES["bert"](), id="bert")

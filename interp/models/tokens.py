@@ -75,6 +75,10 @@ class Tokens:
             raise BadInput(
                 f"token id {token} is outside the vocabulary: {self.id} has ids 0 to {self.d_vocab - 1}"
             )
+        if not token:
+            raise BadInput(
+                "the token is empty: wanted the text of one token, as ' Paris', or its id"
+            )
         if self.tokenizer is None:
             raise BadInput(
                 f"{self.id} was loaded without a tokenizer: give the id of {token!r} instead"
