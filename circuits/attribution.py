@@ -191,8 +191,8 @@ def direct_attribution(
         "head", "attn_bias", "mlp", "constant"), layer, head (missing where it has none), contribution
         (logits), which sum over a prompt to meta["logits"][prompt]. Table "sources": (prompt, layer,
         head, source, token, weight, contribution) of every head by the position it read. Table
-        "neurons": (prompt, layer, neuron, contribution, activation), parts of their MLP's contribution, strongest first;
-        meta["notes"] says where a model has no neurons to name.
+        "neurons": (prompt, layer, neuron, contribution, activation), parts of their MLP's contribution,
+        strongest first; meta["notes"] says where a model has no neurons to name.
 
     Raises:
         BadInput: a token that is not one, a position not in the prompt. Refused: writes or unembedding
