@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from interp.commands import (
     DEVICE,
@@ -217,19 +216,25 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
         interp models
     """
+    import pandas as pd
+
     from interp.models.load import available_models
 
     rows = available_models()
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("MODEL", "from", "here", "note")
     marks = {True: "yes", False: "no", None: ""}
-    for row in rows:
-        table.add_row(
-            *map(escape, (row["model"], row["source"], marks[row["installed"]], row["note"]))
-        )
-    Console().print(table)
+    shown = [
+        {
+            "MODEL": row["model"],
+            "from": row["source"],
+            "here": marks[row["installed"]],
+            "note": row["note"],
+        }
+        for row in rows
+    ]
+    print_listing(pd.DataFrame(shown))
 
 
 @app.command()

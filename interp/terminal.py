@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from interp.models.model import Model
+    from interp.models.spec import Check
     from interp.report import Report
 
 
@@ -48,7 +49,8 @@ def print_table(rows: pd.DataFrame, *, wrap: bool = False, where: str = "a wider
     for name in shown:
         more = min(left, max(map(cell_len, (name, *cells[name]))) - least[name])
         left -= more
-        table.add_column(escape(name), no_wrap=not wrap, max_width=least[name] + more)
+        cut = "fold" if wrap else "ellipsis"
+        table.add_column(escape(name), no_wrap=not wrap, overflow=cut, max_width=least[name] + more)
     for row in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
@@ -191,13 +193,10 @@ def map_of(model: Model) -> dict[str, Any]:
 
 def print_map(model: Model) -> None:
     """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
-    console = Console()
     data = map_of(model)
-    facts = Table(show_header=False, title=escape(model.id), title_justify="left")
-    for key, value in data.items():
-        if key not in ("model", "blocks", "checks", "refused") and value is not None:
-            facts.add_row(key, escape(str(value)))
-    console.print(facts)
+    other = ("model", "blocks", "checks", "refused")
+    facts = {key: value for key, value in data.items() if key not in other and value is not None}
+    _print_pairs(model.id, {key: str(value) for key, value in facts.items()})
 
     keys = ("attention", "W_O", "v", "attn_write", "W_out", "mlp_out", "mlp_write")
     keys += ("n_heads", "n_kv_heads", "d_mlp")
@@ -213,28 +212,37 @@ def print_map(model: Model) -> None:
         alike.setdefault(row, []).append(layer)
     for row, layers in alike.items():
         shown = f"blocks {ranges(layers)} of {model.spec.stack}"
-        table = Table(show_header=False, title=escape(shown), title_justify="left")
-        for key, value in zip(keys, row, strict=True):
-            table.add_row(key, escape(value))
-        console.print(table)
+        _print_pairs(shown, dict(zip(keys, row, strict=True)))
 
-    checks = Table(
-        "identity",
-        "relative error",
-        "allowed",
-        "",
-        title="verified on a probe",
-        title_justify="left",
-    )
-    for check in model.spec.checks:
-        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
-        checks.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
-    console.print(checks)
+    _print_checks(model.spec.checks)
+    console = Console()
     reasons: dict[str, list[str]] = {}
     for site, reason in model.spec.refused.items():
         reasons.setdefault(reason, []).append(site)
     for reason, sites in reasons.items():
         console.print(f"refused {', '.join(sites)}: {reason}", markup=False)
+
+
+def _print_pairs(title: str, pairs: dict[str, str]) -> None:
+    """Names and what they stand for, under a title; what has no room goes on in the next line."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in pairs.items():
+        table.add_row(*map(escape, row))
+    Console().print(Text(title, "bold"), table)
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    """The identities that were tried, with how far each is off."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("verified on a probe")
+    for name in ("error", "allowed", ""):
+        table.add_column(name, no_wrap=True)
+    for check in checks:
+        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
+        table.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
+    Console().print(table)
 
 
 def _relative(value: Any, prefix: str) -> str:

@@ -259,6 +259,15 @@ def test_inspect_prints_the_map(run, folder):
     assert all(check["passed"] for check in spec["checks"])
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_listings_of_models_are_printed_as_other_tables(run, folder, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command, said in ((["models"], "smollm2-135m"), (["inspect", folder], "attn.c_proj")):
+        _, text, _ = run(*command)
+        assert said in text and not set("┃│┏┌") & set(text)
+        assert max(map(len, text.splitlines())) <= width
+
+
 def test_models_lists_the_embedded_default(run):
     code, text, _ = run("models", "--json")
     assert code == 0
