@@ -17,7 +17,7 @@ import torch
 
 import interp
 from circuits import discovery
-from circuits.decomposition import Decomposition
+from circuits.contextual import Decomposition
 from circuits.discovery import acdc, top_circuit
 from circuits.edge_replay import EdgeReplay
 from circuits.edge_scores import input_scores

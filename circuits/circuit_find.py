@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.decomposition import Decomposition, search
+from circuits.contextual import Decomposition
+from circuits.decomposition import search
 from circuits.discovery import (
     acdc,
     greedy_circuit,

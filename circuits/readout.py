@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.decomposition import answer_direction
+from circuits.answer_direction import answer_direction
 from circuits.graph import Graph
 from circuits.stream import HeadWrites, Writes, head_writers
 from circuits.tasks import as_pairs, check_task

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.decomposition import Decomposition, decompose, search
+from circuits.contextual import Decomposition
+from circuits.decomposition import decompose, search
 from circuits.frozen import Frozen
 from circuits.tasks import as_pairs
 from interp.data.pairs import Pairs

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import circuits
 import interp
-from circuits.decomposition import Decomposition
+from circuits.contextual import Decomposition
 from circuits.frozen import Frozen
 from interp.data.pairs import Pairs
 from interp.models.model import Model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from circuits.attribution import direct_contributions
-from circuits.decomposition import Decomposition
+from circuits.contextual import Decomposition
 from circuits.edges import edge_attribution
 from circuits.flow import flow_graph
 from circuits.heads.own_token import written
