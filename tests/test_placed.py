@@ -307,3 +307,47 @@ def test_a_stream_in_parts_is_shown_part_after_part_and_held_again() -> None:
     seen_ = shown(x, PARTED, 2)
     assert torch.equal(seen_[1, 4 + 2], x[1, 1, :, 1, 0])
     assert torch.equal(held(seen_, PARTED, x.shape), x)
+
+
+def test_a_matcher_whose_blocks_are_given_the_other_images_besides() -> None:
+    """SuperGlue: its blocks attend to their own image and to the other one in turn, in a row for each image."""
+    model = model_of("superglue", "SuperGlueForKeypointMatching")
+    assert [[place.keys for place in block.placed] for block in model.spec.blocks[:2]] == [
+        [],
+        [(1, 0)],
+    ]
+    cache = model.run(images(1), capture=["v", "pattern", "z", "resid_pre"]).cache
+    for layer, block in enumerate(model.blocks[:2]):
+        attention: Any = block.get_submodule("attention.self")
+        v, z = cache[f"v.{layer}"], cache[f"z.{layer}"]
+        with torch.no_grad():
+            wanted = attention.value(cache[f"resid_pre.{layer}"]).unflatten(-1, v.shape[2:])
+        assert close(v, wanted)
+        assert close(torch.einsum("bhqk,bkhd->bqhd", cache[f"pattern.{layer}"], v), z)
+
+
+def test_a_layer_whose_rows_are_of_several_parts_refuses_its_own_attention() -> None:
+    module = loftr().module
+    values = module.get_submodule(f"{loftr().spec.blocks[1].attention}.v_proj")
+    hook = values.register_forward_hook(lambda part, args, out: out + out.flip(0))
+    try:
+        spec = Model(module, id="mixed").spec
+    finally:
+        hook.remove()
+    assert "which parts of an input" in spec.refused["z.1"]
+    assert not {"z", "z.0", "z.2"} & set(spec.refused)
+
+
+def test_where_a_model_returns_next_to_nothing_what_its_blocks_return_is_compared() -> None:
+    """Matches of random images are none: an attention that computes something else would look the same."""
+    module = loftr().module
+    assert "stack" not in {check.name for check in loftr().spec.checks}
+    hook = module.register_forward_hook(
+        lambda part, args, out: type(out)(feature_maps=tuple(0 * x for x in out.feature_maps))
+    )
+    try:
+        spec = Model(module, id="silent").spec
+    finally:
+        hook.remove()
+    assert spec.refused.keys() == spec.absent
+    assert any(check.name == "stack" and check.passed for check in spec.checks)

@@ -124,17 +124,20 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
 
 
 def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> None:
-    """Refuse attention's sites where the calls of a layer are no one attention."""
-    for layer in layers:
-        if layer.attention is None and (several := len(layer.inside.attention)):
-            why = f"block '{layer.name}' attends {several} times, with heads of different shapes"
-            if layer.axes in (PARTS, PARTED) and not layer.placed:
-                why = (
-                    f"which parts of an input the queries and keys of '{layer.name}' are of was not found: its rows "
-                    "of attention are not of one part each, and together of all"
-                )
-            for site in (*SELF_SITES, "attn_out", "attn_write"):
-                refused[site] = why
+    """Refuse attention's sites where the calls of a layer are no one attention, in that layer or everywhere."""
+    alone = any(layer.attention for layer in layers)
+    for i, layer in enumerate(layers):
+        if layer.attention is not None or not layer.inside.attention:
+            continue
+        in_parts = layer.axes in (PARTS, PARTED) and not layer.placed
+        why = (
+            f"which parts of an input the queries and keys of '{layer.name}' are of was not found: its rows of "
+            "attention are not of one part each, and together of all"
+            if in_parts
+            else f"block '{layer.name}' attends {len(layer.inside.attention)} times, with heads of different shapes"
+        )
+        for site in (*SELF_SITES, "attn_out", "attn_write"):
+            refused[f"{site}.{i}" if in_parts and alone else site] = why
 
 
 def _with_parts(draft: Draft) -> Draft:

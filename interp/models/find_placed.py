@@ -144,10 +144,14 @@ class _Told:
 
                 def change(module: nn.Module, args: tuple, kwargs: dict, left: Any = left) -> Any:
                     x = argument(args, kwargs, self.key)
-                    new = self._changed(x, next(left), bit, wanted)
-                    if isinstance(self.key, str):
-                        return args, {**kwargs, self.key: new}
-                    return (*args[: self.key], new, *args[self.key + 1 :]), kwargs
+                    number = next(left)
+                    new = self._changed(x, number, bit, wanted)
+                    sizes = self.batch.size, self.n_parts[number]
+
+                    def other(y: Any) -> Any:
+                        return _as_changed(y, x, new, *sizes)
+
+                    return tuple(map(other, args)), {at: other(y) for at, y in kwargs.items()}
 
                 stack.callback(reads.register_forward_pre_hook(change, with_kwargs=True).remove)
             held_ = [call.tensors["z"] for call in self.seen.attention]
@@ -175,6 +179,25 @@ class _Told:
         stream = shown(x, axes, size).unflatten(1, (n_parts, -1))
         new = torch.where(some[:, :, None, None], stream.flip(-1), stream)
         return held(new.flatten(1, 2), axes, x.shape)
+
+
+def _as_changed(y: Any, x: Tensor, new: Tensor, size: int, n_parts: int) -> Any:
+    """What a block is given, with the parts of its stream x as they are in `new`: x itself, or its parts reordered.
+
+    Of parts that look alike an input's own come first.
+    """
+    if y is x:
+        return new
+    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        return y
+    before, after, given = (each.reshape(size * n_parts, -1) for each in (x, new, y))
+    order = []
+    for number, part in enumerate(given):
+        alike = [i for i, other in enumerate(before) if other.equal(part)]
+        if not alike:
+            return y
+        order.append(min(alike, key=lambda i: i // n_parts != number // n_parts))
+    return after[order].reshape(y.shape)
 
 
 def _rows_moved(before: AttentionCall, after: AttentionCall) -> dict[str, Tensor]:

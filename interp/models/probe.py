@@ -86,7 +86,8 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
         verified = verify
-        if mapped.named:  # of one stack of several, what the model returns says little
+        # Of one stack of several, or where no match is found, what the model returns says little.
+        if mapped.named or 2 * int(plain.count_nonzero()) < plain.numel():
             verified = partial(verify, ends=last_returned(mapped, module, batch))
         spec = verified(mapped, seen, plain)
         if any(check.name == "window" and not check.passed for check in spec.checks):

@@ -44,8 +44,8 @@ def verify(
     """The map with every identity tried; sites whose identity fails are refused.
 
     `between_kernels`: how far the model's own attention kernels are from each other on the probe. Ours
-    may be twice as far from them. `of`: whose logits `plain` are. `ends`: what the last block of a stack that is
-    one of several returns in a plain forward.
+    may be twice as far from them. `of`: whose logits `plain` are. `ends`: what the last block returns in a plain
+    forward, where that says more than the logits.
     """
     checks, refused = [], dict(spec.refused)
     layers = as_mapped(spec, seen)
@@ -405,7 +405,7 @@ def relative_tolerance(dtype: torch.dtype) -> float:
 
 def _whole_maps(spec: Spec, x: Tensor) -> Tensor:
     """A model's output; a map over an image, whose last axis holds no channels, as one vector an image."""
-    return x.flatten(1) if spec.d_vocab is None and x.ndim == 4 else x
+    return x.flatten(1) if spec.d_vocab is None and x.ndim >= 4 else x
 
 
 def _side_by_side(
