@@ -24,10 +24,12 @@ import torch
 
 import interp
 from interp.data.labelled import LabelledTexts, labelled_texts, of
+from probes.balanced import balanced_accuracy
 from probes.captured import capture_features
 from probes.controls import random_weights
 from probes.estimators import estimator
-from probes.linear import balanced_accuracy, folds_by_group, linear_probes
+from probes.folds import folds_by_group
+from probes.linear import linear_probes
 from probes.ridge_sweep import ridge_sweep
 
 T = TypeVar("T")

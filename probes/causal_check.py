@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
-from interp.data.labelled import LabelledTexts, labelled_texts, of, word_span
+from interp.data.labelled import LabelledTexts, labelled_texts
 from interp.data.prompts import text_windows
 from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
 from interp.resampling import INTERVAL, draw_counts
-from interp.run.batch import Batch
 from interp.run.progress import Progress
 from interp.sites import Site
-from probes.captured import capture_features, features_of, last_token_of
+from probes.captured import capture_features, features_of
 from probes.controls import shuffled_labels
 from probes.directions import (
     DIRECTIONS,
@@ -44,14 +41,12 @@ from probes.directions import (
     random_directions,
     with_turned,
 )
+from probes.two_classes import Data, answer_ids, batch_at, split, two_classes
 
 WINDOW = 16
 """Tokens of a control prompt."""
-FEWEST_GROUPS = 6
 SHUFFLES = 5
 BOOTSTRAP = 1000
-
-Data = LabelledTexts | Mapping[str, Sequence[str]] | str | Path
 
 
 def check_options(
@@ -226,20 +221,20 @@ def probe_causal(
         control_prompts=control_prompts,
     )
     _check_model(model)
-    texts, pair = _two_classes(data, classes, template, until_word)
+    texts, pair = two_classes(data, classes, template, until_word)
     where = position or ("last" if texts.words is None or until_word else "word")
     if where == "word" and texts.words is None:
         raise BadInput(f"position word: {texts.name} has no words; give a column 'word', or last")
     sites = [f"resid_post.{model.n_layers // 2}"] if sites is None else list(sites)
     features = features_of(model, sites, where)
-    words = _answer_ids(model, answers, pair)
+    words = answer_ids(model, answers, pair)
     y = np.array([label == pair[1] for label in texts.labels])
-    train, test = _split(texts, y, items, seed)
+    train, test = split(texts, y, items, seed)
     found = capture_features(
         model, texts.rows(train.tolist()), sites, positions=where, progress=progress
     )
     texts_here = texts.rows(test.tolist())
-    here = bench_of(model, _batch(model, texts_here, where), features, words)
+    here = bench_of(model, batch_at(model, texts_here, where), features, words)
     control = text_windows(model, control_prompts, length=WINDOW, seed=seed).batch
     last = torch.full((control.size,), control.ids.shape[1] - 1)
     away = bench_of(model, (model.as_batch(control), last), features, None)
@@ -410,9 +405,6 @@ def _resampling(groups: Sequence[str], seed: int) -> Float[np.ndarray, "draws it
     return draw_counts(len(names), BOOTSTRAP, seed)[:, of_item].astype(float)
 
 
-# --- the data ----------------------------------------------------------------------------------------
-
-
 def _check_model(model: Model) -> None:
     """It reads texts and predicts a next token."""
     if model.tokenizer is None:
@@ -424,92 +416,3 @@ def _check_model(model: Model) -> None:
             f"{model.id} predicts no next token, which is what the effect is measured on; probe it "
             "with `interp probe` instead"
         )
-
-
-def _two_classes(
-    data: Data, classes: Sequence[str] | None, template: str, until_word: bool
-) -> tuple[LabelledTexts, tuple[str, str]]:
-    """The texts of two classes as the model reads them, and the classes."""
-    if isinstance(data, Mapping):
-        labels = [label for label, texts in data.items() for _ in texts]
-        data = of([text for texts in data.values() for text in texts], labels)
-    elif not isinstance(data, LabelledTexts):
-        data = labelled_texts(data)
-    known = sorted(set(data.labels))
-    for label in classes or ():
-        if label not in known:
-            raise unknown(f"class of {data.name}", label, known)
-    chosen = known if classes is None else list(classes)
-    if len(chosen) != 2:
-        raise BadInput(
-            f"{data.name} has {len(chosen)} classes ({', '.join(chosen)}); two are compared: choose "
-            "them with classes="
-        )
-    data = data.rows([i for i, label in enumerate(data.labels) if label in chosen])
-    texts = data.texts
-    if until_word:
-        if data.words is None:
-            raise BadInput(
-                f"until_word: {data.name} does not say which word each text is asked about"
-            )
-        ends = [word_span(*pair) for pair in zip(texts, data.words, strict=True)]
-        texts = tuple(t[: end[1]] for t, end in zip(texts, ends, strict=True) if end is not None)
-    texts = tuple(template.replace("{text}", text) for text in texts)
-    return replace(data, texts=texts), (chosen[0], chosen[1])
-
-
-def _answer_ids(
-    model: Model, answers: Sequence[str] | None, pair: tuple[str, str]
-) -> tuple[list[int], list[int]] | None:
-    """Token ids of the answers of class 2 and of class 1."""
-    if answers is None:
-        return None
-    ids: dict[str, list[int]] = {label: [] for label in pair}
-    for answer in answers:
-        label, _, word = answer.partition("=")
-        if label not in ids:
-            raise unknown("class with answers", label, pair)
-        spaced = model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        ids[label].append(model.token_id(f" {word}" if len(spaced) == 1 else word))
-    if empty := [label for label in pair if not ids[label]]:
-        raise BadInput(f"class '{empty[0]}' has no answer: add {empty[0]}=word")
-    if both := set(ids[pair[0]]) & set(ids[pair[1]]):
-        token = model.tokens(both)[0]
-        raise BadInput(f"both classes have the answer {token!r}: their log-odds would be 0")
-    return ids[pair[1]], ids[pair[0]]
-
-
-def _split(
-    texts: LabelledTexts, y: np.ndarray, items: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items to find a direction on, and items of other groups to judge it on: a third, or `items`."""
-    groups = np.asarray(texts.groups)
-    names = np.random.default_rng(seed).permutation(np.unique(groups))
-    if len(names) < FEWEST_GROUPS:
-        raise BadInput(
-            f"{texts.name} has {len(names)} groups: {FEWEST_GROUPS} or more are needed to find a "
-            "direction on some and judge it on others"
-        )
-    most, chosen = min(items, len(y) // 3), np.zeros(len(y), dtype=bool)
-    for name in names:
-        grown = chosen | (groups == name)
-        chosen = grown if grown.sum() <= most else chosen
-    for part, what in ((y[~chosen], "found"), (y[chosen], "judged")):
-        if not 0 < part.sum() < len(part):
-            raise BadInput(
-                f"{texts.name}: the texts on which the direction is {what} lack a class; give more or "
-                "smaller groups, more items, or another seed"
-            )
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def _batch(model: Model, texts: LabelledTexts, where: str) -> tuple[Batch, Int[Tensor, " items"]]:
-    """The texts padded on the left, so that all end together, and where each is changed."""
-    batch = model.as_batch(model.tokenize(texts.texts, padding_side="left"))
-    width = batch.ids.shape[1]
-    if where == "last":
-        return batch, torch.full((len(texts),), width - 1)
-    assert texts.words is not None
-    within = [last_token_of(model, *pair) for pair in zip(texts.texts, texts.words, strict=True)]
-    mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
-    return batch, torch.tensor(within) + width - mask.sum(1).cpu()

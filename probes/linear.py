@@ -5,33 +5,30 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
 
 from interp.data.labelled import LabelledTexts, labelled_texts
-from interp.errors import BadInput, Refused, unknown
+from interp.errors import BadInput, unknown
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
-from interp.resampling import INTERVAL, draw_counts
 from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
-from probes.captured import Feature, capture_features, features_of, position_list, site_list
-from probes.controls import control_labels, random_weights, shuffled_labels
+from probes.balanced import balanced_accuracy, group_interval
+from probes.captured import Feature, features_of, position_list, site_list
 from probes.estimators import METHODS, STRENGTHS, sweep_of
+from probes.folds import Task, check_folds
+from probes.held_features import HeldFeatures
 from probes.mdl import NUMBERS, mdl_table
 from probes.ridge_sweep import NO_INNER_FOLDS
 
 BLOCK = 32
 """Sites of one ridge sweep, which is what a resumed run does not repeat."""
-RESAMPLES = 1000
 SCORES = ("accuracy", "shuffled", "control", "random_model")
 
 
@@ -65,41 +62,11 @@ def check_options(
             f"position 'word': {texts.name} does not say which word each text is asked about; give a "
             "column 'word', or position last or mean"
         )
-    _check_folds(texts, folds)
+    check_folds(texts, folds)
 
 
 def _opened(data: LabelledTexts | str | Path) -> LabelledTexts:
     return data if isinstance(data, LabelledTexts) else labelled_texts(data)
-
-
-def _check_folds(data: LabelledTexts, folds: int) -> None:
-    lengths = {"labels": len(data.labels), "groups": len(data.groups)}
-    lengths |= {} if data.words is None else {"words": len(data.words)}
-    for what, count in lengths.items():
-        if count != len(data):
-            raise BadInput(f"{data.name} has {len(data)} texts but {count} {what}: give one a text")
-    classes = sorted(set(data.labels))
-    if len(classes) < 2:
-        raise BadInput(
-            f"{data.name} has one class only ({', '.join(classes)}): a probe needs two or more"
-        )
-    if folds < 2:
-        raise BadInput(f"folds={folds}: give at least 2")
-    if len(data) < folds:
-        raise BadInput(f"{data.name} has {len(data)} items, fewer than folds={folds}")
-    groups = len(set(data.groups))
-    if groups < folds:
-        raise BadInput(
-            f"{data.name} has {groups} groups, fewer than folds={folds}, and a group is never split: "
-            "give more groups, or fewer folds"
-        )
-    for name in classes:
-        of_class = {g for g, label in zip(data.groups, data.labels, strict=True) if label == name}
-        if len(of_class) < folds:
-            raise BadInput(
-                f"class '{name}' of {data.name} is in {len(of_class)} groups, fewer than folds={folds}: "
-                "some fold would have none of it; give more of it, or fewer folds"
-            )
 
 
 def _best(report: Report) -> pd.DataFrame:
@@ -218,10 +185,10 @@ def linear_probes(
     ).hexdigest()
     key = {"model": meta["model"], "options": options, "seed": seed, "texts": told}
     units = Checkpoint(checkpoint, key, resume=resume)
-    task = _Task.of(texts, folds, seed)
+    task = Task.of(texts, folds, seed)
     notes = [*model.notes, *task.notes]
     with Progress(progress) as bars:
-        held = _Held(model, texts, sites, position, bars, random_model, seed)
+        held = HeldFeatures(model, texts, sites, position, bars, random_model, seed)
         blocks = _blocks(model, features, BLOCK if method == "ridge" else 1)
         advance = bars.stage("Fitting probes", len(features))
         found: dict[str, dict[str, np.ndarray]] = {}
@@ -263,7 +230,7 @@ def linear_probes(
 
 
 def _code(
-    held: _Held,
+    held: HeldFeatures,
     key: str,
     data: LabelledTexts,
     units: Checkpoint,
@@ -287,158 +254,7 @@ def _code(
     return found.astype({"layer": "Int64", "head": "Int64"})
 
 
-# --- labels and folds ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Labels as class numbers, the controls, and who is held out when."""
-
-    classes: list[str]
-    labels: Int[np.ndarray, " items"]
-    shuffled: Int[np.ndarray, " items"]
-    control: Int[np.ndarray, " items"]
-    folds: Int[np.ndarray, " items"]
-    control_folds: Int[np.ndarray, " items"]
-    groups: Int[np.ndarray, " items"]
-    notes: list[str]
-
-    @staticmethod
-    def of(data: LabelledTexts, folds: int, seed: int) -> _Task:
-        classes, labels = np.unique(data.labels, return_inverse=True)
-        _, groups = np.unique(data.groups, return_inverse=True)
-        words = [word.lower() for word in data.words or ()]
-        recurring = 1 < len(set(words)) < len(words)
-        keys = words if recurring else list(data.groups)
-        notes = []
-        if len(set(keys)) == len(keys):
-            notes.append(
-                "The control says little here: no word or group occurs twice, so there is nothing that a "
-                "probe could memorise."
-            )
-        return _Task(
-            classes.tolist(),
-            labels,
-            shuffled_labels(labels, data.groups, seed),
-            control_labels(keys, labels, seed),
-            folds_by_group(labels, data.groups, folds, seed),
-            folds_within_keys(keys, folds, seed),
-            groups,
-            notes,
-        )
-
-
-def folds_by_group(
-    labels: Shaped[np.ndarray, " items"], groups: Sequence, folds: int, seed: int
-) -> Int[np.ndarray, " items"]:
-    """The fold of every item: classes as even as whole groups allow.
-
-    >>> folds = folds_by_group(np.array([0, 1, 0, 1, 0, 1]), ["a", "a", "b", "b", "c", "c"], 3, 0)
-    >>> (folds[::2] == folds[1::2]).all(), sorted(folds[::2].tolist())
-    (np.True_, [0, 1, 2])
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    of_item = np.zeros(len(labels), dtype=np.int64)
-    for fold, (_, held_out) in enumerate(split.split(np.zeros(len(labels)), labels, groups)):
-        of_item[held_out] = fold
-    return of_item
-
-
-def folds_within_keys(keys: Sequence[str], folds: int, seed: int) -> Int[np.ndarray, " items"]:
-    """The fold of every item, the items of a key in as many folds as they can be.
-
-    >>> folds = folds_within_keys(["a", "a", "b", "b"], 2, 0)
-    >>> folds[0] != folds[1] and folds[2] != folds[3]
-    np.True_
-    """
-    rng = np.random.default_rng(seed)
-    _, of_item = np.unique(np.asarray(keys), return_inverse=True)
-    rank = rng.permutation(of_item.max() + 1)[of_item]
-    order = np.lexsort((rng.permutation(len(rank)), rank))  # key after key, each in random order
-    folds_of = np.empty(len(rank), dtype=np.int64)
-    folds_of[order] = np.arange(len(rank)) % folds
-    return folds_of
-
-
 # --- fitting ---------------------------------------------------------------------------------------
-
-
-class _Held:
-    """The features of both models, read when a probe first needs them."""
-
-    def __init__(
-        self,
-        model: Model,
-        data: LabelledTexts,
-        sites: str | Sequence[str],
-        position: str,
-        bars: Progress,
-        random_model: bool,
-        seed: int,
-    ):
-        self.model, self.data, self.sites, self.position = model, data, sites, position
-        self.bars, self.random_model, self.seed = bars, random_model, seed
-        self.features = features_of(model, sites, position)
-        self.refusal = ""
-
-    @cached_property
-    def trained(self) -> dict[str, np.ndarray]:
-        """Of the model itself; BadInput for features that no probe could use."""
-        found = self._read(self.model)
-        check_features(found, self.data.name)
-        return found
-
-    @cached_property
-    def random(self) -> dict[str, np.ndarray] | None:
-        """Of the model with random weights; None where it is not wanted or cannot be made."""
-        if not self.random_model:
-            return None
-        try:
-            return self._read(random_weights(self.model, self.seed))
-        except Refused as refusal:
-            self.refusal = str(refusal)
-            return None
-
-    def _read(self, model: Model) -> dict[str, np.ndarray]:
-        found = capture_features(
-            model, self.data, self.sites, positions=self.position, progress=self.bars
-        )
-        return {key: without_rounding(x) for key, x in found.items()}
-
-
-def without_rounding(x: Float[np.ndarray, "items width"]) -> Float[np.ndarray, "items width"]:
-    """The features, those that differ between items by float32 rounding alone made the same for all.
-
-    Divided by its deviation, as probes have it, such a feature would be noise as loud as any other, and the
-    direction's largest coordinate.
-
-    >>> without_rounding(np.array([[5000.0, 1.0], [np.nextafter(np.float32(5000), 0), 2.0]])).tolist()
-    [[5000.0, 1.0], [5000.0, 2.0]]
-    """
-    with np.errstate(invalid="ignore"):  # what is not finite is told by check_features
-        constant = x.std(0, dtype=np.float64) <= 1e-6 * np.abs(x).max(0, initial=0.0)
-    return np.where(constant, x[:1], x)
-
-
-def check_features(found: Mapping[str, Float[np.ndarray, "items width"]], name: str) -> None:
-    """Raise BadInput for sites whose activations are not finite, or the same for every text."""
-    broken = [key for key, x in found.items() if not np.isfinite(x).all()]
-    if broken:
-        raise BadInput(
-            f"{broken[0]} has infinite or NaN activations on {name}: load the model with dtype=float32"
-        )
-    # padding and batching move the last bits of a float32
-    constant = [
-        key for key, x in found.items() if np.ptp(x, axis=0).max() <= 1e-5 * np.abs(x).max()
-    ]
-    if constant:
-        raise BadInput(
-            f"the activation at {', '.join(constant[:4])}{' …' if len(constant) > 4 else ''} is the same for "
-            f"all {len(found[constant[0]])} texts of {name}, as where all have the same token there: probe "
-            "a later site, or another position (mean, word, -2)"
-        )
 
 
 def _blocks(model: Model, features: Mapping[str, Feature], size: int) -> list[list[str]]:
@@ -452,9 +268,9 @@ def _blocks(model: Model, features: Mapping[str, Feature], size: int) -> list[li
 
 
 def _fitted(
-    held: _Held,
+    held: HeldFeatures,
     keys: list[str],
-    task: _Task,
+    task: Task,
     method: str,
     alphas: Sequence[float],
     device: torch.device,
@@ -488,7 +304,7 @@ def _fitted(
 def _table(
     features: Mapping[str, Feature],
     found: Mapping[str, Mapping[str, np.ndarray]],
-    task: _Task,
+    task: Task,
     seed: int,
 ) -> pd.DataFrame:
     """One row a site, layer, head and position."""
@@ -521,40 +337,3 @@ def _table(
     columns = ["site", "layer", "head", "position", "accuracy", "low", "high", "majority"]
     columns += ["shuffled", "control", "selectivity", "random_model", "p", "q", "alpha"]
     return pd.DataFrame(table, columns=columns)
-
-
-def balanced_accuracy(
-    predicted: Int[np.ndarray, " items"], labels: Int[np.ndarray, " items"]
-) -> float:
-    """The mean over classes of the share of its items that are predicted right.
-
-    >>> balanced_accuracy(np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1]))
-    0.5
-    """
-    right = predicted == labels
-    return float(np.mean([right[labels == c].mean() for c in np.unique(labels)]))
-
-
-def group_interval(
-    right: Bool[np.ndarray, "sites items"],
-    labels: Int[np.ndarray, " items"],
-    groups: Int[np.ndarray, " items"],
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(low, high, standard error) of every site's balanced accuracy, resampling whole groups.
-
-    The same resamples serve all sites. The interval is the middle 95 % of resamples.
-    """
-    from scipy.sparse import csr_array
-
-    n_groups, classes = int(groups.max()) + 1, np.unique(labels)
-    draws = draw_counts(n_groups, RESAMPLES, seed)
-    shares = []
-    for c in classes:
-        member = csr_array((labels == c, (np.arange(len(labels)), groups))).astype(float)
-        count = draws @ member.sum(0)
-        with np.errstate(invalid="ignore"):  # a resample without the class says nothing of it
-            shares.append(((right @ member) @ draws.T) / count)
-    resampled = np.nanmean(shares, axis=0)
-    low, high = np.quantile(resampled, INTERVAL, axis=1)
-    return low, high, resampled.std(1)

@@ -21,9 +21,10 @@ from interp.models.passes import Passes
 from interp.report import Report
 from interp.run.edits import Edit
 from probes.captured import capture_features, last_token_of
-from probes.causal_check import _split, check_options, probe_causal, summary
+from probes.causal_check import check_options, probe_causal, summary
 from probes.directions import direction_of
 from probes.erasure import leace
+from probes.two_classes import split
 
 
 def labelled_vectors(n=240, width=10, classes=2, seed=0) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +294,7 @@ def test_the_table_is_what_plain_runs_give(tiny_model, planted):
         model, swapped, sites=["resid_post.0", "z.1.2"], answers=ANSWERS, doses=[0.5], items=12, **FEW
     )  # fmt: skip
     y = np.array([label == "plus" for label in swapped.labels])
-    train, test = _split(swapped, y, 12, 0)
+    train, test = split(swapped, y, 12, 0)
     assert not {swapped.groups[i] for i in train} & {swapped.groups[i] for i in test}
     x = capture_features(model, swapped, ["resid_post.0", "z.1.2"], positions="word")
     for key, table in (

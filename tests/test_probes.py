@@ -22,16 +22,12 @@ from interp.data.labelled import LabelledTexts, labelled_texts, of
 from interp.errors import BadInput, Refused
 from interp.report import Report
 from probes import captured, linear
+from probes.balanced import balanced_accuracy, group_interval
 from probes.captured import capture_features, features_of, last_token_of
 from probes.estimators import METHODS, estimator, linear_form
-from probes.linear import (
-    balanced_accuracy,
-    check_options,
-    folds_by_group,
-    group_interval,
-    linear_probes,
-    without_rounding,
-)
+from probes.folds import Task, folds_by_group
+from probes.held_features import without_rounding
+from probes.linear import check_options, linear_probes
 from probes.ridge_sweep import ridge_sweep
 from tests.families import FAMILIES
 from tests.ground_truth.induction_model import character_tokenizer
@@ -325,7 +321,7 @@ def test_words_that_recur_are_memorised_by_the_control():
 def test_the_control_is_of_what_recurs(asked, groups, keys):
     """Words if one occurs twice, else groups; and a note where neither does."""
     texts = [f"{i} {word}" for i, word in zip("xyzw", asked, strict=True)]
-    task = linear._Task.of(of(texts, [0, 1, 1, 0], groups, asked), 2, 0)
+    task = Task.of(of(texts, [0, 1, 1, 0], groups, asked), 2, 0)
     assert bool(task.notes) == (keys == "none")
     if keys != "none":
         of_key = {"words": asked, "groups": groups}[keys]
