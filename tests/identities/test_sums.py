@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from circuits.attribution import direct_contributions
 from circuits.contextual import Decomposition
@@ -95,3 +96,25 @@ def test_heads_of_a_rescaled_stream_are_read_as_weights_where_w_o_is_times_a_num
     heads = torch.einsum("bphd,hdm->bpm", run.cache["z.0"], written(model, 0))
     bias = run.cache["attn_write.0"] - heads
     torch.testing.assert_close(bias, bias[:, :1].expand_as(bias), atol=1e-5, rtol=0)
+
+
+class Mixer(nn.Module):
+    """In place of attention: a linear map of each position, `share` of the one before it, and a constant."""
+
+    def __init__(self, width: int, share: float, constant: float) -> None:
+        super().__init__()
+        self.own, self.share, self.constant = nn.Linear(width, width), share, constant
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        own = self.own(hidden_states)
+        return own + self.share * own.roll(1, 1) + self.constant, None
+
+
+@pytest.mark.parametrize(("share", "constant"), [(1e-4, 0.0), (0.5, 1e3)])
+def test_a_mixer_of_which_little_is_seen_is_no_mlp(share: float, constant: float) -> None:
+    """What it takes from other positions may be little beside its own, as untrained, or beside a bias."""
+    module = FAMILIES["llama"]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module.model.layers[0].self_attn = Mixer(module.config.hidden_size, share, constant)
+    assert Model(module).spec.blocks[0].mlp_out == "model.layers.0.mlp"
