@@ -71,13 +71,8 @@ def perform(job: Job) -> None:
         raise BadInput("the prompt is empty: give at least one token of text")
     analysis.validate(**options_known_to(analysis.validate, data))
     if out is None:
-        stack = job.loading.get("stack")
-        names = [
-            _slug(*job.sources),
-            *([_slug(stack)] if stack else []),
-            command_slug(analysis.name),
-        ]
-        out = Path("reports") / "-".join(names)
+        name = _slug(*job.sources, stack=job.loading.get("stack"))
+        out = Path("reports") / f"{name}-{command_slug(analysis.name)}"
     check_writable(out)
     first: Any = list(job.sources)
     if analysis.reads == "model":
@@ -354,12 +349,15 @@ def _open(name: str, **options: Any) -> Model:
     return model
 
 
-def _slug(model: str, *others: str) -> str:
-    """A folder name for a model: its last path part, without an ending; of several, how many follow it.
+def _slug(model: str, *others: str, stack: str | None = None) -> str:
+    """A folder name for a model: its last path part, without an ending, and its stack; of several, how many follow it.
 
     >>> _slug("org/Model.gguf"), _slug("a/one", "a/two", "a/three")
     ('Model', 'one-and-2-more')
+    >>> _slug("org/clip", stack="text_model")
+    'clip-text_model'
     """
     name = re.sub(r"\.gguf$", "", model.rstrip("/").split("/")[-1])
+    name = name if stack is None else f"{name}-{stack}"
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
     return f"{slug}-and-{len(others)}-more" if others else slug

@@ -379,6 +379,13 @@ def test_commands_take_the_name_of_a_stack(run, checkpoint: Path) -> None:
     assert code == 2 and "did you mean 'text_model.encoder.layers'?" in err
 
 
+def test_a_mask_of_frames_stays_where_no_tokens_stand_beside() -> None:
+    """Of a model of several stacks that reads no tokens, the rows' real positions are as for its parts."""
+    module = tiny_model("nemotron3_5_transcribe_audio", "Nemotron3_5TranscribeAudioModel", runs)
+    spec = Model(module, stack="asr_encoder").spec
+    assert spec.named and not spec.beside and opened("cross_modal_image_layers").spec.beside
+
+
 def test_units_of_two_stacks_are_two(checkpoint: Path, tmp_path: Path) -> None:
     from interp.batch.run import lay_out
 

@@ -274,9 +274,10 @@ def _normalisation(model: Model, channels: int) -> tuple[Tensor, Tensor, str]:
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
     config: dict[str, Any] = {}
-    if Path(model.id).is_dir() or model.id.count("/") == 1:
+    home = model.id.rpartition(":")[0] if model.spec.named else model.id
+    if Path(home).is_dir() or home.count("/") == 1:
         try:
-            config = get_image_processor_config(model.id)
+            config = get_image_processor_config(home)
         except OSError:  # neither in the folder nor, without a network, in the cache
             config = {}
     note = ""

@@ -23,7 +23,7 @@ from interp.models.find_stack import find_stack
 from interp.models.find_writes import with_writes
 from interp.models.layout import PARTED, PARTS, POSITIONS_FIRST, as_held_inside
 from interp.models.mixed import WHY, streams_in_a_row
-from interp.models.named import begins_anew, reads_tokens, rows_apart
+from interp.models.named import before_attention, rows_apart, stands_beside_tokens
 from interp.models.pieces import pieces
 from interp.models.projections import (
     attention_map,
@@ -81,7 +81,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
     if "input_ids" in batch.inputs and main not in ("input_ids", "pixel_values") and not named:
         if not batch.has_source and shapes[0][1] != batch.ids.shape[1]:
             beside_tokens.add(seen.module)
-    beside = named and not reads_tokens(seen, layers[0], key, batch)
+    beside = named and stands_beside_tokens(seen, layers[0], key, batch)
     of_ids = has_tokens(seen.module, batch) and not beside
     config: Any = getattr(seen.module, "config", None)
     text = text_config(seen.module) if config is not None else None
@@ -118,7 +118,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
         why = f"what blocks of {of} return is read by more than the block after them"
         spec = replace(spec, bypassed=why)
     spec = with_ends(spec, seen, layers, batch)
-    if named and not begins_anew(seen, layers[0], key, batch):
+    if named and not before_attention(seen, layers[0], key, batch):
         spec = replace(spec, embedding=None)
     return spec
 

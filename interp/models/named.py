@@ -6,13 +6,14 @@ whether it begins with their embedding, and whether the model's rows are apart i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import call_model, output_tensor
+from interp.models.calls import FAILURES, call_model, output_tensor
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, first_tensor
 from interp.models.stack import Layer, calls_of
@@ -20,16 +21,17 @@ from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 
-def reads_tokens(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
-    """Whether the positions of the stack are tokens: as many, and its first block reads something else of others."""
+def stands_beside_tokens(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
+    """Whether the model reads tokens and these are not the positions of the stack: there are more or fewer of them, or
+    its first block reads the same of other tokens."""
     hidden, ids = first.hidden(key), batch.inputs.get("input_ids")
-    if batch.has_source or ids is None or hidden.shape[:2] != ids.shape[:2]:
-        return False
+    if ids is None or hidden.shape[:2] != ids.shape[:2]:
+        return ids is not None
     others = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(0)})
-    return not torch.equal(_read(record(seen.module, others), first, key), hidden)
+    return torch.equal(_read(record(seen.module, others), first, key), hidden)
 
 
-def begins_anew(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
+def before_attention(seen: Recording, first: Layer, key: int | str, batch: Batch) -> bool:
     """Whether no attention has been at work on what the stack begins with: scaling every z changes none of it."""
     generator = torch.Generator().manual_seed(0)
     factors = [
@@ -41,9 +43,10 @@ def begins_anew(seen: Recording, first: Layer, key: int | str, batch: Batch) -> 
 
 def rows_apart(seen: Recording, batch: Batch) -> bool:
     """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images)."""
-    out = seen.output
-    twice = output_tensor(call_model(seen.module, batch.repeat(2))).to(out.device)
-    if twice.shape != (2 * len(out), *out.shape[1:]):
+    out, twice = seen.output, None
+    with suppress(*FAILURES):
+        twice = output_tensor(call_model(seen.module, batch.repeat(2))).to(out.device)
+    if twice is None or twice.shape != (2 * len(out), *out.shape[1:]):
         return False
     allowed = relative_tolerance(out.dtype)
     return all(relative_error(half, out)[0] <= allowed for half in twice.split(len(out)))
