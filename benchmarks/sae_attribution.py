@@ -27,7 +27,8 @@ import torch
 
 import interp
 from interp.data.prompts import text_windows
-from probes.saes.attribute import FeatureAttribution, direct_feature_attribution, encoded_values
+from probes.saes.attention import encoded_values
+from probes.saes.attribute import FeatureAttribution, direct_feature_attribution
 from probes.saes.model import SAE, SAEConfig
 
 LAYER, D_SAE = 12, 4608

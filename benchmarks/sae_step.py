@@ -18,7 +18,8 @@ import torch
 
 from interp.run.store import MemoryRows
 from probes.saes.model import SAE, SAEConfig
-from probes.saes.train import Options, Training
+from probes.saes.options import Options
+from probes.saes.training import Training
 
 D_IN, K, BATCH = 576, 32, 4096
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from probes.linear import linear_probes
     from probes.mdl import mdl_table, online_code
     from probes.ridge_sweep import ridge_sweep
-    from probes.saes.attribute import direct_feature_attribution, feature_contributions
+    from probes.saes.attribute import direct_feature_attribution
     from probes.saes.causal import (
         feature_patching,
         feature_paths,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         zero_features,
     )
     from probes.saes.commands import sae_eval, sae_train
+    from probes.saes.contributions import feature_contributions
     from probes.saes.evaluate import evaluate_sae
     from probes.saes.families import feature_families
     from probes.saes.features import sae_features
@@ -50,7 +51,7 @@ _HOMES = {
     "control_labels": "probes.controls",
     "direct_feature_attribution": "probes.saes.attribute",
     "evaluate_sae": "probes.saes.evaluate",
-    "feature_contributions": "probes.saes.attribute",
+    "feature_contributions": "probes.saes.contributions",
     "feature_families": "probes.saes.families",
     "feature_patching": "probes.saes.causal",
     "feature_paths": "probes.saes.causal",

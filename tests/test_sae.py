@@ -31,9 +31,11 @@ from probes.saes.evaluate import (
     sparse_probing,
 )
 from probes.saes.model import SAE, SAEConfig
+from probes.saes.options import Options
 from probes.saes.sparse import Codes, batch_top_k, decode, encode_at, top_k
 from probes.saes.splice import splice
-from probes.saes.train import CHECKPOINT, geometric_median, train_sae
+from probes.saes.train import train_sae
+from probes.saes.training import CHECKPOINT, CURVE, Training, geometric_median
 from probes.training import Diverged
 
 
@@ -245,11 +247,11 @@ def test_dead_latents_are_revived():
     dead = {}
     for revive in ("none", "auxk", "resample"):
         config = SAEConfig(d_in=32, d_sae=96, k=3)
-        options = train.Options(
+        options = Options(
             rows=80_000, batch_size=400, lr=1e-2, warmup=0, decay=0.2, sparsity=0, init="random",
             encoder_scale=0.1, revive=revive, aux=1 / 32, dead_after=4000, precision="float32", seed=0,
         )  # fmt: skip
-        training = train.Training(config, options, MemoryRows(x))
+        training = Training(config, options, MemoryRows(x))
         with torch.no_grad():
             training.sae.b_enc[:48] = -2.0
         for epoch in range(10):
@@ -266,22 +268,23 @@ def test_the_same_seed_gives_the_same_curve():
     options = {**SMALL, "epochs": 1, "k": 3}
     curves = [train_sae(x, seed=seed, **options)[1].tables["curve"] for seed in (0, 0, 1)]
     assert curves[0].equals(curves[1]) and not curves[0].equals(curves[2])
-    assert list(curves[0]) == list(train.CURVE) and len(curves[0]) == 7
+    assert list(curves[0]) == list(CURVE) and len(curves[0]) == 7
 
 
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from probes.saes import train
+from probes.saes.train import train_sae
+from probes.saes.training import Training
 torch.set_num_threads(1)
-step = train.Training.step
+step = Training.step
 def dying(self, batch):
     if self.done == 17:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, batch)
-train.Training.step = dying
+Training.step = dying
 options = eval(sys.argv[3])
-train.train_sae(torch.load(sys.argv[1]), checkpoint=Path(sys.argv[2]), **options)
+train_sae(torch.load(sys.argv[1]), checkpoint=Path(sys.argv[2]), **options)
 """
 
 

@@ -13,19 +13,13 @@ from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.sites import Site
-from probes.saes.attribute import (
-    active_parts,
-    direct_feature_attribution,
-    feature_contributions,
-    feature_logits,
-    head_weights,
-    top_heads,
-    top_tokens,
-)
+from probes.saes.attribute import active_parts, direct_feature_attribution, head_weights, top_heads
+from probes.saes.contributions import feature_contributions
 from probes.saes.families import _shuffled, feature_families, head_polysemanticity
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.prefix import prefix_induction, prefix_kinds, prefix_prompts
 from probes.saes.upstream import recursive_attribution
+from probes.saes.written import feature_logits, top_tokens
 from tests.families import FAMILIES
 from tests.ground_truth.blank import slot
 from tests.ground_truth.induction_model import (

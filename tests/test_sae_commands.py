@@ -15,6 +15,7 @@ from probes.saes import commands, train
 from probes.saes.commands import TRAINING, disk_needed, sae_train
 from probes.saes.interop import load_sae, save_sae
 from probes.saes.model import SAE, SAEConfig
+from probes.saes.training import Training
 
 TRAIN = ("--site", "z.1", "--d-sae", 32, "--k", 4, "--tokens", 700, "--context", 24)
 TRAIN += ("--batch-size", 100, "--shard-mb", 0.2, "--store-dtype", "float32")
@@ -236,7 +237,7 @@ def test_a_folder_without_a_report_is_told(run, tmp_path):
 def test_interrupted_training_goes_on_with_the_same_curve(
     run, folder, text, trained, tmp_path, monkeypatch
 ):
-    out, real = tmp_path / "killed", train.Training.step
+    out, real = tmp_path / "killed", Training.step
     monkeypatch.setattr(
         commands, "train_sae", lambda *a, **o: train.train_sae(*a, checkpoint_every=5, **o)
     )
@@ -248,7 +249,7 @@ def test_interrupted_training_goes_on_with_the_same_curve(
 
     arguments = ("sae", "train", folder, text, *TRAIN, "--out", out)
     with monkeypatch.context() as killing:
-        killing.setattr(train.Training, "step", dying)
+        killing.setattr(Training, "step", dying)
         code, _, err = run(*arguments)
     assert code == 130 and "--resume" in told(err) and str(out) in told(err)
     assert (out / TRAINING).exists() and not (out / "report.json").exists()
@@ -258,7 +259,7 @@ def test_interrupted_training_goes_on_with_the_same_curve(
         steps.append(self.done)
         real(self, x)
 
-    monkeypatch.setattr(train.Training, "step", counting)
+    monkeypatch.setattr(Training, "step", counting)
     assert run(*arguments, "--resume")[0] == 0
     assert steps == list(range(15, 28))
     curves = [interp.Report.load(path).tables["curve"] for path in (trained, out)]

@@ -22,12 +22,12 @@ from interp.models.model import Model
 from interp.report import Report
 from interp.run.progress import Progress
 from probes.saes import evidence
-from probes.saes.attribute import feature_logits
 from probes.saes.evidence import BINS
 from probes.saes.features import feature_words, sae_features
 from probes.saes.model import SAE, SAEConfig
 from probes.saes.splice import lead_spared, splice
 from probes.saes.train import train_sae
+from probes.saes.written import feature_logits
 from tests.families import FAMILIES
 
 SITE = {"site": "z.1", "heads": 4}

@@ -27,7 +27,7 @@ from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Positions, Seen
 from interp.run.progress import Progress
 from interp.sites import Site
-from probes.saes.attribute import Place, attention_of, feature_ids, rows_of, write_sites
+from probes.saes.attention import Place, attention_of, feature_ids, rows_of, write_sites
 from probes.saes.model import SAE
 from probes.saes.splice import splice
 

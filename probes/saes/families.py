@@ -14,16 +14,10 @@ from torch import Tensor
 
 from interp.errors import BadInput
 from interp.models.model import Model
-from probes.saes.attribute import (
-    Prompt,
-    active_parts,
-    attention_of,
-    feature_ids,
-    feature_writes,
-    head_weights,
-    normed,
-)
+from probes.saes.attention import Prompt, attention_of, feature_ids
+from probes.saes.attribute import active_parts, head_weights
 from probes.saes.model import SAE
+from probes.saes.written import feature_writes, normed
 
 TOKENS_PER_FORWARD = 4096
 SHARES = ("induction", "local", "long_range", "lead")

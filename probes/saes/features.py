@@ -27,7 +27,7 @@ from interp.run.progress import Progress
 from interp.run.resume import Checkpoint
 from interp.run.store import ActivationStore
 from interp.sites import Site, has_heads
-from probes.saes.attribute import feature_writes, head_weights, write_logits
+from probes.saes.attribute import head_weights
 from probes.saes.commands import activations_of, check_evaluation, opened_sae
 from probes.saes.evaluate import (
     DENSE,
@@ -38,6 +38,7 @@ from probes.saes.evaluate import (
 )
 from probes.saes.evidence import Found, one_pass
 from probes.saes.model import SAE
+from probes.saes.written import feature_writes, write_logits
 
 TOKENS_PER_FORWARD = 1024
 """Logits of a forward are rows times the vocabulary in float32: 200 MB of 49,152 tokens."""

@@ -19,7 +19,7 @@ from interp.errors import BadInput
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit, Seen
-from probes.saes.attribute import attention_of, feature_ids, rows_of_heads
+from probes.saes.attention import attention_of, feature_ids, rows_of_heads
 from probes.saes.model import SAE
 
 GAP = 8

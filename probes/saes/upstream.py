@@ -23,7 +23,7 @@ from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.weights import linear_map
 from interp.run.cache import Cache
-from probes.saes.attribute import (
+from probes.saes.attention import (
     Place,
     Prompt,
     attention_of,

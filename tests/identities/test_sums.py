@@ -20,7 +20,7 @@ from circuits.word_vectors import word_vectors
 from interp.data.pairs import Pairs
 from interp.errors import Refused
 from interp.models.model import Model
-from probes.saes.attribute import write_sites
+from probes.saes.attention import write_sites
 from tests.families import FAMILIES, NOT_A_SUM, WINDOWED
 
 ROUNDING = 1e-4
