@@ -24,7 +24,7 @@ from interp.models.calls import output_tensor
 from interp.models.find_placed import _parts_of
 from interp.models.layout import PARTED, held, shown
 from interp.models.model import Model
-from interp.models.placed import Placed
+from interp.models.probe import probe_batch
 from interp.run.edits import Edit
 from interp.run.statistics import Expected
 from interp.sites import AXES
@@ -288,11 +288,22 @@ def test_keys_of_a_row_that_asks_another_image_are_that_image_s() -> None:
     assert close(torch.einsum("bhqk,bkhd->bqhd", cache["pattern.1"], shared), z)
 
 
-def test_rows_that_another_input_than_the_probe_s_leaves_out_are_refused() -> None:
-    place = Placed(0, (0, 1), (1, 0), n_parts=2)
-    place.require("q.0", torch.zeros(6, 4, 3, 8), 3)
-    with pytest.raises(Refused, match="stopped early"):
-        place.require("q.0", torch.zeros(4, 4, 3, 8), 3)
+def test_where_some_inputs_stop_early_whose_row_is_whose_is_not_guessed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("lightglue", "LightGlueForKeypointMatching")
+    known = probe_batch(model.module).inputs
+    assert model.run(known, capture=["resid_pre.1", "z.1"]).cache["z.1"].shape[0] == 2
+
+    def stops_first(confidences: Tensor, layer_index: int, mask: Tensor, **given: Any) -> Tensor:
+        pairs = len(mask) // 2
+        return torch.arange(pairs) == 0 if layer_index == 0 else torch.ones(pairs).bool()
+
+    monkeypatch.setattr(model.module, "_get_early_stopped_image_pairs", stops_first)
+    assert model.run(known, capture=["resid_pre.0", "z.0"]).cache["z.0"].shape[0] == 2
+    for site in ("resid_pre.1", "resid_post.1", "mlp_write.1", "z.1", "pattern.1"):
+        with pytest.raises(Refused, match="stopped early"):
+            model.run(known, capture=[site])
 
 
 def test_rows_are_told_apart_where_each_is_of_one_part_in_the_order_of_inputs() -> None:

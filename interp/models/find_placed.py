@@ -200,10 +200,11 @@ def _as_changed(y: Any, x: Tensor, new: Tensor, size: int, n_parts: int) -> Any:
     return after[order].reshape(y.shape)
 
 
-def _rows_moved(before: AttentionCall, after: AttentionCall) -> dict[str, Tensor]:
-    return {
-        name: (after.tensors[name].float() - x.float()).abs().amax((1, 2, 3))
-        > MOVED * x.float().abs().max()
-        for name, x in before.tensors.items()
-        if name in ("q", "k", "v")
-    }
+def _rows_moved(before: AttentionCall, after: AttentionCall) -> dict[str, Bool[Tensor, " rows"]]:
+    """Which rows of q, k and v have changed; none of what is shown without a width."""
+    found = {}
+    for name in ("q", "k", "v"):
+        x, y = before.tensors[name].float().flatten(1), after.tensors[name].float().flatten(1)
+        moved = (y - x).abs() > MOVED * (x.abs().max() if x.numel() else 0)
+        found[name] = moved.any(1)
+    return found

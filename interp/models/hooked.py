@@ -15,8 +15,16 @@ from torch.utils.hooks import RemovableHandle
 
 from interp.errors import BadInput
 from interp.models.attention import Watch, window
-from interp.models.hooks import BlockInput, BlockOutput, Middle, RunWatch, Turns, write_change
-from interp.models.layout import Layout, held_inside, shown_inside
+from interp.models.hooks import (
+    BlockInput,
+    BlockOutput,
+    Middle,
+    RunWatch,
+    Turns,
+    argument,
+    write_change,
+)
+from interp.models.layout import PARTED, Layout, held_inside, shown_inside
 from interp.models.plan import Plan
 from interp.models.pooling import Pooling
 from interp.models.repeated import CallsOnStream
@@ -144,6 +152,9 @@ class _LayerHooks:
             stop=stop_at == layer,
             grad=grad and layer == 0,
         )
+        if block.placed and any(where == layer for _, where in this.plan.sites):
+            whole = on(self._require_all_parts)
+            self._until_done(parts[0].register_forward_pre_hook(whole, with_kwargs=True))
         if pre.needed:
             self._until_done(parts[0].register_forward_pre_hook(on(pre), with_kwargs=True))
         if block.repeated:
@@ -160,6 +171,12 @@ class _LayerHooks:
         post = BlockOutput(layer, self.touch, this.run, this.plan, block.axes, stop=last)
         if post.needed or self.spec.tuple_blocks:
             self._until_done(parts[-1].register_forward_hook(on(post)))
+
+    def _require_all_parts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Refused where the block reads fewer parts than the inputs have."""
+        x, place = argument(args, kwargs, self.spec.hidden), self.block.placed[0]
+        rows = x.shape[:2].numel() if self.block.axes == PARTED else x.shape[0]
+        place.require(self.block.name, rows, self.this.run.batch.size, of=place.n_parts)
 
     def _wants(self, name: str) -> bool:
         return self.this.plan.wants(name, self.layer)

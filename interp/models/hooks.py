@@ -18,7 +18,7 @@ from interp.models.several import HEADS, Part
 from interp.models.spec import Carry, Spec, first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Seen
-from interp.sites import Site
+from interp.sites import SELF_SITES, Site
 
 
 class Stop(Exception):
@@ -45,6 +45,12 @@ class RunWatch(Watch):
         self._whole: dict[str, list[Tensor]] = {}
         self._n_queries = self._n_keys = 0
 
+    @property
+    def looks(self) -> bool:
+        """Whether anything is read or changed of this call."""
+        names = (self.prefix + name for name in SELF_SITES)
+        return self.statistics is not None or self.plan.wants_any(names, self.layer)
+
     def wants(self, which: str) -> bool:
         """Whether something is read or changed of "scores" or of "pattern"."""
         of_rows = self.statistics is not None and which == "pattern"
@@ -52,9 +58,9 @@ class RunWatch(Watch):
 
     def inputs(self, q, k, v):
         self._n_queries, self._n_keys = q.shape[2], k.shape[2]
-        if self.part is not None and self.part.place is not None:
+        if self.part is not None and self.part.place is not None and self.looks:
             for name, x in (("q", q), ("k", k)):
-                self.part.place.require(f"{self.prefix}{name}.{self.layer}", x, self.n_rows)
+                self.part.place.require(f"{self.prefix}{name}.{self.layer}", len(x), self.n_rows)
         seen = []
         for which, x in (("q", q), ("k", k), ("v", v)):
             name = self.prefix + which

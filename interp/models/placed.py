@@ -37,12 +37,13 @@ class Placed:
         """Whether every part attends to itself, in a row of its own, in this one call."""
         return self.queries == self.keys == tuple(range(self.n_parts))
 
-    def require(self, name: str, x: Tensor, size: int) -> None:
-        """Refused where there are not as many rows as `size` inputs have."""
-        if x.shape[0] != size * len(self.queries):
+    def require(self, name: str, rows: int, size: int, of: int | None = None) -> None:
+        """Refused where there are not as many rows as `size` inputs have: those of this call, or `of` for each."""
+        wanted = len(self.queries) if of is None else of
+        if rows != size * wanted:
             raise Refused(
-                f"'{name}' has {x.shape[0]} rows for {size} inputs, where the probe saw {len(self.queries)} rows for "
-                "each: which are whose is not known (some inputs may have stopped early); give them one by one"
+                f"'{name}' has {rows} rows for {size} inputs, where the probe saw {wanted} for each: which are whose "
+                "is not known (some inputs may have stopped early); give them one by one"
             )
 
     def unknown(self, name: str, x: Tensor, count: int) -> Tensor:
