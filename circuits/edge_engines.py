@@ -178,5 +178,20 @@ def engine(
                 raise
             notes.append(f"the plain engine was used: {refusal}")
         else:
-            return lambda pairs, metric: FastJob(task_of(parts, pairs, metric)), [*parts.notes]
-    return lambda pairs, metric: PlainJob(model, graph, measure(model, pairs, metric)), notes
+            fast = _tried(model, lambda pairs, metric: FastJob(task_of(parts, pairs, metric)))
+            return fast, [*parts.notes]
+
+    def plain(pairs: Pairs, metric: str) -> PlainJob:
+        return PlainJob(model, graph, measure(model, pairs, metric))
+
+    return _tried(model, plain), notes
+
+
+def _tried(model: Model, job: Callable[[Pairs, str], Job]) -> Callable[[Pairs, str], Job]:
+    """The same, refused of prompts on which attention reads the stream by more than it did on the probe."""
+
+    def tried(pairs: Pairs, metric: str) -> Job:
+        require_heads_alone(model, "edges", pairs)
+        return job(pairs, metric)
+
+    return tried

@@ -155,6 +155,7 @@ def path_patch(
     )
     _check_model(model)
     pairs = as_pairs(model, task, n=n, seed=seed)
+    require_heads_alone(model, "paths", pairs)
     confirm = CONFIRM if confirm is None and "all" in split_names(receiver) else confirm
     paths = paths_of(model, senders, receiver, mlps)
     named = [pairs.position(name) for name in split_names(positions or [])]

@@ -551,3 +551,24 @@ def test_heads_that_read_the_stream_besides_are_refused(tiny: Model) -> None:
         with pytest.raises(Refused, match="by more than its q, k and v"):
             edge_attribution(model, pairs_of(), method="eap", naive=naive, progress=False)
     require_heads_alone(tiny, "paths")
+
+
+def test_an_indexer_is_seen_where_prompts_are_longer_than_what_it_picks() -> None:
+    """With no more keys than it picks, it picks all: then q, k and v are all through which heads read."""
+    module = FAMILIES["deepseek_v32"]()
+    for part in module.modules():
+        if hasattr(part, "index_topk"):
+            part.index_topk = 12
+    model, clean = Model(module, id="picks 12"), torch.arange(10, 30).repeat(2, 1)
+    corrupted = clean.clone()
+    corrupted[:, 3] = 50
+
+    def of_length(n: int) -> Pairs:
+        return Pairs.of(clean[:, :n], corrupted[:, :n], answers=[3, 5], wrong=[4, 6])
+
+    for naive in (False, True):
+        with pytest.raises(Refused, match=r"q, k and v .*on prompts of 20 tokens"):
+            path_patch(model, of_length(20), receiver="logits", naive=naive, progress=False)
+        with pytest.raises(Refused, match=r"q, k and v .*on prompts of 20 tokens"):
+            edge_attribution(model, of_length(20), method="eap", naive=naive, progress=False)
+    edge_attribution(model, of_length(12), method="eap", progress=False)
