@@ -34,16 +34,14 @@ class SeveralStacks(Refused):
         self.parts = parts
         whole = [stack for stack, part in parts.items() if not part]
         named = [f"`model.{part}`" for part in dict.fromkeys(parts.values()) if part]
-        ways = [f"pass one part of the model: {' or '.join(named)}"] if named else []
-        rest = f" ({', '.join(whole)}: in no part that is a model with inputs of its own)"
-        ways[:1] = [way + rest for way in ways if whole] or ways
-        ways.append(
-            "name one, and the whole model runs: "
-            f"interp.load(model, stack='{whole[0] if whole else next(iter(parts))}')"
-        )
+        part = f"pass one part of the model: {' or '.join(named)}" if named else ""
+        if part and whole:
+            part += f" ({', '.join(whole)}: in no part that is a model with inputs of its own)"
+        example = whole[0] if whole else next(iter(parts))
+        name = f"name one, and the whole model runs: interp.load(model, stack='{example}')"
         super().__init__(
             f"{type(module).__name__} has {len(parts)} stacks of attention blocks ({', '.join(parts)}); "
-            + "; or ".join(ways)
+            + "; or ".join(way for way in (part, name) if way)
         )
 
 
