@@ -392,7 +392,7 @@ def feature_words(
     """The tokens that one unit of each feature raises and lowers most, and by how much.
 
     Returns: "up_ids", "up_logits", "down_ids", "down_logits" [n words], strongest first; in logits
-        times the final norm's scale, as `probes.saes.attribute.feature_logits`.
+        times the final norm's scale, as `probes.saes.written.feature_logits`.
     """
     writes = residual_writes(model, sae)[features]
     words = min(words, model.W_U.shape[1])
