@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,12 @@ class Report:
         name = next(iter(known), "") if name is None else name
         if name not in known:
             raise unknown(f"figure of '{self.analysis}'", name, known)
-        return _named(known[name])(self, **options)
+        draw = _named(known[name])
+        taken = list(inspect.signature(draw).parameters.values())[1:]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            for option in set(options) - {parameter.name for parameter in taken}:
+                raise unknown(f"option of figure '{name}'", option, [p.name for p in taken])
+        return draw(self, **options)
 
     def to_html(self) -> str:
         """The whole report as one page that opens from disk, without network."""

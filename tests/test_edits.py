@@ -359,3 +359,18 @@ def test_the_mean_pattern_is_that_of_each_query_and_key_over_rows(tiny: Model) -
 def test_a_vector_of_the_wrong_width_is_told_with_the_right_one(tiny: Model) -> None:
     with pytest.raises(BadInput, match="give one of width 32"):
         tiny.run(torch.tensor([[5, 6]]), edits=[Edit.add("resid_post.0", torch.ones(31))])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x, "two arguments.*change\\(activation, seen\\)"),
+        (lambda x, seen, more: x, "'more'.*change\\(activation, seen\\)"),
+        (3.0, "by 3.0, which is no function"),
+    ],
+)
+def test_a_function_that_cannot_be_called_so_is_told_where_the_edit_is_made(change, words) -> None:
+    with pytest.raises(BadInput, match=words):
+        Edit.apply("z.1", change)
+    assert Edit.apply("z.1", torch.nn.functional.relu).kind == "apply"  # with an option of its own
+    assert Edit.apply("z.1", lambda *given: given[0]).kind == "apply"

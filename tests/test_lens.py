@@ -273,7 +273,7 @@ def test_a_target_of_several_tokens_says_how_it_splits(smollm: Model) -> None:
         smollm.token_id(" antidisestablishmentarianism")
     with pytest.raises(BadInput, match=r"'Mary Darcy' is \d tokens of smollm2-135m"):
         smollm.token_id("Mary Darcy")
-    with pytest.raises(BadInput, match="is 0 tokens"):
+    with pytest.raises(BadInput, match="the token is empty"):
         smollm.token_id("")
 
 
@@ -596,3 +596,7 @@ def test_the_map_has_room_for_64_tokens(tiny: Model) -> None:
         lens_map(report, "entrop")
     with pytest.raises(BadInput, match="no site 'z'"):
         lens_map(report, site="z")
+    with pytest.raises(BadInput, match="head=\\(1, 2\\): give one number"):
+        lens_map(report, head=(1, 2))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="no option of figure 'map' 'heads'; did you mean 'head'"):
+        report.figure("map", heads=1)

@@ -381,3 +381,10 @@ def test_gradients_need_a_graph(tiny: Model) -> None:
 def test_gradients_change_no_logit(tiny: Model) -> None:
     plain = tiny.run(IDS).logits
     assert torch.equal(tiny.run(IDS, grad=True).logits.detach(), plain)
+
+
+@pytest.mark.parametrize("weight", ["W_O", "b_O", "W_V", "W_out", "b_out"])
+def test_weights_of_a_layer_that_is_not_there(tiny: Model, weight: str) -> None:
+    assert torch.equal(getattr(tiny, weight)(-1), getattr(tiny, weight)(tiny.n_layers - 1))
+    with pytest.raises(BadInput, match=f"no layer 9 in .*: layers are 0 to {tiny.n_layers - 1}"):
+        getattr(tiny, weight)(9)

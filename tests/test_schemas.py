@@ -119,3 +119,9 @@ def test_what_cannot_be_read_is_told(tmp_path, text, words):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(BadInput, match=words):
         Report.load(tmp_path)
+
+
+def test_a_file_of_a_report_is_no_report(tmp_path):
+    path = small().save(tmp_path) / "report.json"
+    with pytest.raises(BadInput, match=f"is a file, and a report is a folder: give {tmp_path}"):
+        Report.load(path)

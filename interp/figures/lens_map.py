@@ -45,6 +45,8 @@ def lens_map(
     """
     if quantity not in QUANTITIES:
         raise unknown("quantity", quantity, QUANTITIES)
+    if np.ndim(head):
+        raise BadInput(f"head={head!r}: give one number, the same head of every layer: head=1")
     table, top = table_of(report, "lens"), report.tables["top"]
     sites = list(dict.fromkeys(table["site"]))
     name: str = sites[0] if site is None else site

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from interp.devices import wide
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.offered import Offered
-from interp.models.spec import first_tensor, module_device
+from interp.models.spec import BlockMap, first_tensor, module_device
 
 
 @torch.no_grad()
@@ -143,10 +143,18 @@ class Weights:
     offered: Offered
     device: torch.device
 
+    def _block(self, layer: int) -> BlockMap:
+        blocks = self.offered.spec.blocks
+        if not -len(blocks) <= layer < len(blocks):
+            raise BadInput(
+                f"no layer {layer} in {self.offered.id}: layers are 0 to {len(blocks) - 1}"
+            )
+        return blocks[layer]
+
     def attention_output(self, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
         """Output projection [n_heads d_head d_model] and bias [d_model] of a layer's attention, or cross-attention."""
         self.offered.layers_to_see("cross_out" if cross else "attn_out")
-        block, id = self.offered.spec.blocks[layer], self.offered.id
+        block, id = self._block(layer), self.offered.id
         of = block.cross if cross else block
         if of is None or of.W_O is None:
             raise Refused(f"layer {layer} of {id} has no attention output projection")
@@ -162,7 +170,7 @@ class Weights:
     def mlp_output(self, layer: int) -> tuple[Tensor, Tensor]:
         """Linear layer from neurons [d_mlp d_model], and its bias [d_model]."""
         self.offered.layers_with("mlp_post")
-        block = self.offered.spec.blocks[layer]
+        block = self._block(layer)
         if block.W_out is None:
             raise Refused(
                 f"layer {layer} of {self.offered.id} has no one linear layer from neurons"
@@ -171,7 +179,7 @@ class Weights:
 
     def values(self, layer: int) -> Tensor:
         """Value projection [n_kv_heads d_model d_head] with its norm's gain."""
-        block, id = self.offered.spec.blocks[layer], self.offered.id
+        block, id = self._block(layer), self.offered.id
         if block.v is None:
             raise Refused(f"layer {layer} of {id}: no linear layer whose outputs are v was found")
         if not block.v.input or self.offered.spec.n_streams > 1:

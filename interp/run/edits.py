@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +24,24 @@ _FORMS = (
 _FROM_THE_END = (
     "; each row's last token is positions=batch.mask.sum(1) - 1 where padding is on the right"
 )
+
+
+def _check_takes_two(change: Any, site: Site) -> None:
+    try:
+        signature = inspect.signature(change)
+    except ValueError:  # of a builtin that tells none
+        return
+    except TypeError:
+        raise BadInput(
+            f"an edit of '{site}' by {change!r}, which is no function: give change(activation, seen)"
+        ) from None
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise BadInput(
+            f"the function of the edit of '{site}' is called with two arguments, the activation and "
+            f"where it is, and {error}: write change(activation, seen)"
+        ) from None
 
 
 def _places(positions: Positions) -> Positions:
@@ -95,6 +114,7 @@ class Edit:
     ) -> Edit:
         """An edit by any function of the activation (all heads of a layer, see `interp.sites`)."""
         site = Site.parse(site)
+        _check_takes_two(change, site)
         if heads is not None:
             try:
                 heads = tuple((int(layer), int(head)) for layer, head in heads)

@@ -69,6 +69,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"no report in {folder}: it has no report.json; make one with `interp heads MODEL --out {folder}`"
         ) from error
+    except NotADirectoryError as error:
+        raise BadInput(
+            f"{folder} is a file, and a report is a folder: give {folder.parent}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{folder}/report.json is damaged: {error!r}; make the report again"
