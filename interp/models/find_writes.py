@@ -106,16 +106,15 @@ def _shapes(layer: Layer, key: int | str) -> str:
 
 def _by_position(draft: Draft, found: list[Found]) -> set[str]:
     """Those of the branches that write to the stream which work position by position."""
-    seen, layers, batch, key = draft.seen, draft.layers, draft.batch, draft.key
     branches = {
         branch_of(layer.name, candidate, layer, candidates)
-        for layer, (sums, candidates) in zip(layers, found, strict=True)
+        for layer, (sums, candidates) in zip(draft.layers, found, strict=True)
         if sums is not None
         for candidate, _ in sums.writes
     }
     turned = branches & {name for block in draft.blocks for name in block.turned}
-    plain = works_by_position(seen, layers, sorted(branches - turned), batch, key)
-    return plain | works_by_position(seen, layers, sorted(turned), batch, key, turned=True)
+    plain = works_by_position(draft, sorted(branches - turned))
+    return plain | works_by_position(draft, sorted(turned), turned=True)
 
 
 def _refuse_unexplained(draft: Draft, unexplained: list[int]) -> None:

@@ -53,7 +53,7 @@ def mixed_blocks(draft: Draft) -> list[BlockMap]:
         for layer, some, few in zip(layers, candidates, chosen, strict=True)
     ]
     tried = sorted({name for branch in branches for name in branch.values()})
-    by_position = works_by_position(draft.seen, layers, tried, draft.batch, key)
+    by_position = works_by_position(draft, tried)
     made = []
     for (layer, block), some, few, branch in zip(
         draft.pairs, candidates, chosen, branches, strict=True

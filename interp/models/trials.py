@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp.models.axes import with_axes
 from interp.models.calls import call_model
+from interp.models.draft import Draft
 from interp.models.in_parts import inside
 from interp.models.layout import POSITIONS_FIRST, shown
 from interp.models.recording import Recording, record
@@ -57,14 +58,7 @@ def roundings(dtype: torch.dtype) -> float:
     return min(64 * eps, 1e-2)
 
 
-def works_by_position(
-    seen: Recording,
-    layers: list[Layer],
-    branches: list[str],
-    batch: Batch,
-    key: int | str,
-    turned: bool = False,
-) -> set[str]:
+def works_by_position(draft: Draft, branches: list[str], turned: bool = False) -> set[str]:
     """Those of the modules `branches` whose output at a position follows from the input there alone.
 
     They are given their input (token ids, and the stream that they add to) with the positions in reverse
@@ -73,6 +67,7 @@ def works_by_position(
     """
     if not branches:
         return set()
+    seen, layers, batch, key = draft.seen, draft.layers, draft.batch, draft.key
     rows, ids = layers[0].hidden(key).shape[0], batch.inputs.get("input_ids")
     first = layers[0].axes == POSITIONS_FIRST
     streams = {layer.call.inputs[layer.call.keys.index(key)].shape for layer in layers}
