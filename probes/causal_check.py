@@ -16,25 +16,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 
-from interp.data.labelled import LabelledTexts, labelled_texts
+from interp.data.labelled import labelled_texts
 from interp.data.prompts import text_windows
 from interp.errors import BadInput, Refused, unknown
 from interp.models.model import Model
 from interp.registry import analysis
 from interp.report import Report, provenance
-from interp.resampling import INTERVAL, draw_counts
 from interp.run.progress import Progress
 from interp.sites import Site
 from probes.captured import capture_features, features_of
-from probes.controls import shuffled_labels
+from probes.causal_effects import effect_row, told_apart
 from probes.directions import (
     DIRECTIONS,
     RANDOM_FROM,
-    Bench,
-    Direction,
-    Vectors,
     bench_of,
     direction_of,
     interventions,
@@ -45,8 +40,6 @@ from probes.two_classes import Data, answer_ids, batch_at, split, two_classes
 
 WINDOW = 16
 """Tokens of a control prompt."""
-SHUFFLES = 5
-BOOTSTRAP = 1000
 
 
 def check_options(
@@ -254,7 +247,7 @@ def probe_causal(
                     raise BadInput(
                         f"both classes have the same mean at {key}: nothing was found there"
                     )
-                told = _told(direction, name, x, seen, texts, y, train, test, seed)
+                told = told_apart(direction, name, x, seen, texts, y, train, test, seed)
                 made = interventions(direction, seen, doses)
                 changes = [c for _, _, c in made for c in with_turned(c, direction, random)]
                 effects = here.measured(site, changes, advance)
@@ -266,7 +259,7 @@ def probe_causal(
                 leaks = away.measured(site, changes, advance)[..., 1].mean(1)
                 for i, (kind, dose, change) in enumerate(made):
                     part = slice(i * (1 + draws), (i + 1) * (1 + draws))
-                    row, others = _row(
+                    row, others = effect_row(
                         kind, effects[part], leaks[part], here, y[test], texts_here.groups, seed
                     )
                     about = {**feature._asdict(), "direction": name, "intervention": kind}
@@ -301,108 +294,6 @@ def probe_causal(
         "draws": pd.DataFrame(drawn).astype(kinds),
     }
     return Report("probe_causal", tables, {}, meta)
-
-
-# --- a row --------------------------------------------------------------------------------------------
-
-
-def _told(
-    direction: Direction,
-    name: str,
-    x: Vectors,
-    seen: Vectors,
-    texts: LabelledTexts,
-    y: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-) -> dict[str, float]:
-    """How well the direction tells the classes apart on new items, and what shuffled labels give."""
-
-    def accuracy(found: Direction, labels: np.ndarray) -> float:
-        score = found.eraser.removed(torch.as_tensor(seen)).numpy() @ found.step
-        return float(((score > 0) == labels).mean())
-
-    shuffled = [shuffled_labels(y, texts.groups, seed + i) for i in range(SHUFFLES)]
-    drawn = [
-        accuracy(direction_of(x, labels[train], name), labels[test])
-        for labels in shuffled
-        if 0 < labels[train].sum() < len(train)
-    ]
-    share = float(y[test].mean())
-    return {
-        "accuracy": accuracy(direction, y[test]),
-        "shuffled_accuracy": float(np.mean(drawn)) if drawn else float("nan"),
-        "majority": max(share, 1 - share),
-        "class_distance": float(np.linalg.norm(direction.step)),
-    }
-
-
-def _row(
-    kind: str,
-    effects: Float[np.ndarray, "changes items 2"],
-    leaks: Float[np.ndarray, " changes"],
-    bench: Bench,
-    second: np.ndarray,
-    groups: Sequence[str],
-    seed: int,
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """An intervention's row, and what each random direction did; the found direction comes first."""
-    clean = bench.odds(bench.run).cpu().double().numpy()
-    divergence = effects[..., 1].mean(1)
-    if bench.words is None:
-        values, gap, before, unit = effects[..., 1], False, 0.0, "nats"
-    else:
-        gap = kind != "add"
-        values, unit = effects[..., 0] - clean, "logits"
-        before = float(_weights(np.ones(len(clean)), second, gap) @ clean)
-    mine, *others = (values @ _weights(np.ones(len(clean)), second, gap)).tolist()
-    resampled = _weights(_resampling(groups, seed), second, gap) @ values[0]
-    low, high = np.nanquantile(resampled, INTERVAL)
-    random_low, random_high = np.quantile(others, INTERVAL)
-    as_large = sum(abs(other) >= abs(mine) for other in others)
-    row = {
-        "effect": mine,
-        "low": float(low),
-        "high": float(high),
-        "random": float(np.mean(others)),
-        "random_low": float(random_low),
-        "random_high": float(random_high),
-        "p": (1 + as_large) / (1 + len(others)),
-        "clean": before,
-        "unit": unit,
-        "kl": float(divergence[0]),
-        "random_kl": float(divergence[1:].mean()),
-        "off_target_kl": float(leaks[0]),
-        "random_off_target_kl": float(leaks[1:].mean()),
-    }
-    drawn = [
-        {"effect": effect, "kl": float(on), "off_target_kl": float(off)}
-        for effect, on, off in zip(others, divergence[1:], leaks[1:], strict=True)
-    ]
-    return row, drawn
-
-
-def _weights(
-    counts: Float[np.ndarray, "*draws items"], second: np.ndarray, gap: bool
-) -> Float[np.ndarray, "*draws items"]:
-    """What items are weighed with: for their mean, or for class 2's mean minus class 1's.
-
-    A draw without items of a class has no gap: NaN.
-    """
-    if not gap:
-        return counts / counts.sum(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        of_second, of_first = counts * second, counts * ~second
-        return of_second / of_second.sum(-1, keepdims=True) - of_first / of_first.sum(
-            -1, keepdims=True
-        )
-
-
-def _resampling(groups: Sequence[str], seed: int) -> Float[np.ndarray, "draws items"]:
-    """How often each item is drawn when groups are drawn with replacement."""
-    names, of_item = np.unique(np.asarray(groups), return_inverse=True)
-    return draw_counts(len(names), BOOTSTRAP, seed)[:, of_item].astype(float)
 
 
 def _check_model(model: Model) -> None:
