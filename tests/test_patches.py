@@ -8,6 +8,7 @@ few blocks deep.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -35,9 +36,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     eager_attention_forward,
 )
 
+from interp.data.patch_numbers import patch_numbers
 from interp.errors import BadInput, Refused
 from interp.models.attention import implementation
 from interp.models.chunks import chunk_mask
+from interp.models.grids import taken_as
 from interp.models.layout import FLAT, PACKED
 from interp.models.model import Model
 from interp.models.probe import probe_batch
@@ -45,6 +48,7 @@ from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.run.statistics import Mass
 from interp.sites import AXES, Site
+from tests.families import FAMILIES
 
 ROUNDING = 1e-5
 SIZES = {"patch_size": 4, "intermediate_size": 48, "num_attention_heads": 4, "num_heads": 4}
@@ -476,3 +480,34 @@ def test_sound_whose_rows_are_packed_and_attend_in_chunks() -> None:
 def test_sound_of_several_lengths_is_refused() -> None:
     with pytest.raises(BadInput, match="these have 65, 56 positions"):
         sound().run(spectrograms([500, 430]), capture=["resid_post"])
+
+
+@FORMS
+def test_each_position_says_whose_patch_it_holds(form: str) -> None:
+    """What it says is what moves: other pixels in one patch of an image move the positions with its number alone."""
+    given = model(form).as_batch(images(form))
+    found, taken = patch_numbers(model(form), given), taken_as(model(form).module)
+    assert taken is not None and torch.equal(found[0], found[1])
+    n = int(found.max()) + 1
+    assert int((found[0] < 0).sum()) == (form == "class token")
+    in_order = torch.equal(found[0], torch.arange(found.shape[1]))
+    assert in_order == (form not in ("windows", "class token"))
+
+    def stream(batch: Batch) -> Tensor:
+        run = model(form).run(batch, capture=["resid_pre.0"], stop_at=0, logits=False)
+        return run.cache["resid_pre.0"]
+
+    plain, x = stream(given), given.inputs[taken.name]
+    for number in (0, 9, n - 1):
+        other = x.clone().movedim(taken.axis, 0)
+        start = (n + number) * taken.entries  # of the second image
+        other[start : start + taken.entries] += 1.0
+        pixels = {taken.name: other.movedim(0, taken.axis)}
+        moved = stream(replace(given, inputs={**given.inputs, **pixels})) - plain
+        changed = moved.abs().amax(-1) > ROUNDING * float(plain.abs().max())
+        assert torch.equal(changed[1], found[1] == number) and not changed[0].any()
+
+
+def test_a_model_of_whole_images_has_no_numbers_of_patches() -> None:
+    with pytest.raises(Refused, match="patch_grid tells"):
+        patch_numbers(Model(FAMILIES["vit"]()), {})

@@ -90,6 +90,11 @@ def inputs_known(module: nn.Module) -> dict[str, Tensor]:
     return _known[module].inputs if module in _known else {}
 
 
+def taken_as(module: nn.Module) -> Patches | None:
+    """How the forward takes the patches of several images in one row; None where it takes none so."""
+    return _known.get(module)
+
+
 def named_as_taken(module: nn.Module, data: Any) -> Any:
     """Inputs as a processor names them (pixel_values, image_grid_thw) by the names that the forward has."""
     patches = _known.get(module)
