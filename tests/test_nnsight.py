@@ -8,6 +8,8 @@ residual multipliers, which are solved for on other random weights: 1e-5 of the 
 
 from __future__ import annotations
 
+import re
+import runpy
 import socket
 from importlib.metadata import version
 from pathlib import Path
@@ -175,6 +177,23 @@ def test_a_site_is_first_asked_for_inside_a_trace(llama: Path) -> None:
     with theirs.trace(IDS):
         z = bridge.at(theirs, "z.1").get().save()
     assert same(z, interp.load(llama).run(IDS, capture=["z"]).cache["z.1"])
+
+
+def test_what_the_docs_show_as_nnsights_runs(llama: Path, tmp_path: Path) -> None:
+    text = (Path(interp.__file__).parents[1] / "docs" / "coming-from.md").read_text()
+    blocks = re.findall(r'```python title="nnsight"\n(.*?)```', text, re.DOTALL)
+    wanted = ("hidden", "logits", "out", "gradient")
+    for number, (block, name) in enumerate(zip(blocks, wanted, strict=True)):
+        path = tmp_path / f"block_{number}.py"  # a trace reads its own source
+        path.write_text(block)
+        theirs = TransformersModel(
+            str(llama), task="text-generation", tokenizer=character_tokenizer(), dispatch=True
+        )
+        vector = torch.ones(theirs.config.hidden_size)
+        got = runpy.run_path(
+            str(path), {"model": theirs, "prompt": torch.tensor([[5, 6, 7]]), "vector": vector}
+        )
+        assert isinstance(got[name], torch.Tensor), block
 
 
 def test_sites_inside_a_remote_trace(folder: Path) -> None:
