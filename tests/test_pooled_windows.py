@@ -18,6 +18,7 @@ from interp.models.model import Model
 from interp.models.pooling import Pooling
 from interp.run.batch import Batch
 from interp.run.edits import Edit
+from interp.run.statistics import Expected
 
 ROUNDING = 1e-5
 """A few float32 roundings, six blocks deep."""
@@ -304,6 +305,14 @@ def test_a_head_is_ablated_and_patched_as_by_a_hook(layer: int) -> None:
         got = model.run(batch, edits=[edit]).logits
         assert got is not None and off(got.reshape(wanted.shape), wanted) < ROUNDING
         assert off(model.module(**batch.inputs)[0], wanted) > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("n_pos", [256, 64])
+def test_row_statistics_of_several_numbers_of_positions_are_refused(n_pos: int) -> None:
+    rows = torch.ones(2, n_pos, dtype=torch.bool)
+    whole = Expected(torch.ones(2, n_pos), rows)
+    with pytest.raises(Refused, match=rf"statistics of {n_pos} positions: layer . has queries at"):
+        sam2().run(images(), statistics={"whole": whole})
 
 
 def test_an_empty_edit_changes_nothing() -> None:

@@ -58,6 +58,9 @@ class RunWatch(Watch):
 
     def inputs(self, q, k, v):
         self._n_queries, self._n_keys = q.shape[2], k.shape[2]
+        if self.statistics is not None and (self.part is None or self.part.place is None):
+            tokens = "input_ids" in self.run.batch.inputs  # before what a model puts besides
+            self.statistics.require(self.layer, self._n_queries, or_more=tokens)
         if self.part is not None and self.part.place is not None and self.looks:
             for name, x in (("q", q), ("k", k)):
                 self.part.place.require(f"{self.prefix}{name}.{self.layer}", len(x), self.n_rows)

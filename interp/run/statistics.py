@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ class RowStatistics:
         if self._expected:
             self._values = torch.stack([s.values.float() for s in self._expected.values()], dim=-1)
             self._value_rows = torch.stack([self._weights[name] for name in self._expected], dim=-1)
+
+    def require(self, layer: int, n_pos: int, *, or_more: bool) -> None:
+        """Refused where a layer has other positions than rows are chosen of; `or_more`: others may come behind."""
+        n_rows = next(iter(self._weights.values())).shape[1]
+        if n_pos < n_rows or (n_pos > n_rows and not or_more):
+            raise Refused(
+                f"row statistics of {n_rows} positions: layer {layer} has queries at {n_pos}, and a model whose layers "
+                "have several numbers of positions has no row that is the same in all; capture 'pattern' of a layer"
+            )
 
     def _prepare_masses(self) -> None:
         """One key list for all masses: distinct columns once, with a weight for each (mass, column).
