@@ -440,7 +440,8 @@ def _neuron_table(found: Contributions, k: int) -> pd.DataFrame:
 def _about_neurons(model: Model) -> list[str]:
     """What to say where MLPs cannot be taken apart."""
     if reason := model.spec.refused.get("mlp_post"):
-        return [f"MLPs are given whole, no neurons are named: {reason}."]
+        whole = any(block.mlp_write is not None for block in model.spec.blocks)
+        return [f"{'MLPs are given whole, no' if whole else 'No'} neurons are named: {reason}."]
     having = model.layers_with("mlp_post")
     without = [
         layer

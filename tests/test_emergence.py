@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import interp
+from circuits.attribution import direct_attribution
 from circuits.emergence import analysis, series, training
 from circuits.emergence.analysis import emergence
 from circuits.emergence.clamping import (
@@ -259,6 +260,16 @@ def test_ideal_patterns_are_patterns():
         assert torch.allclose(pattern.sum(-1), torch.ones(6)) and not pattern.triu(1).any()
     # token 5 at position 5 was followed by 6 at positions 2 and 4
     assert induction_pattern(ids)[0, 5].tolist() == [0, 0, 0.5, 0, 0.5, 0]
+
+
+def test_a_model_of_attention_alone_is_told_so():
+    model = interp.Model(attention_only_llama(d_model=16, n_ctx=24), id="attention")
+    assert "there is no MLP" in model.spec.refused["mlp_post"]
+    report = direct_attribution(model, torch.tensor([[5, 6, 7]]), answer=6)
+    assert report.table.query("component == 'mlp'").empty and report.tables["neurons"].empty
+    assert [note for note in report.meta["notes"] if "neurons" in note] == [
+        f"No neurons are named: {model.spec.refused['mlp_post']}."
+    ]
 
 
 def test_gradients_flow_around_a_clamp_and_are_right(tmp_path):

@@ -280,7 +280,15 @@ def _absent(blocks: list[BlockMap], refused: dict[str, str]) -> set[str]:
         why = f"{names} each return an output of their own: '{several.name}' has no one attention output"
         absent |= dict.fromkeys(("attn_out", "attn_write"), why)
     if not any(block.W_out for block in blocks):
-        absent["mlp_post"] = "no one linear layer makes an MLP's output (experts, or a gate)"
+        attention_alone = all(
+            block.attn_write is not None and list(block.writes) == [block.attn_write]
+            for block in blocks
+        )
+        absent["mlp_post"] = (
+            "all that blocks add is attention's output: there is no MLP"
+            if attention_alone
+            else "no one linear layer makes an MLP's output (experts, or a gate)"
+        )
     if any(block.mixed for block in blocks):
         absent |= dict.fromkeys(("attn_write", "mlp_write", "resid_mid"), WHY)
     elif not any(block.before_mid for block in blocks):
