@@ -129,3 +129,17 @@ def test_three_sums_are_found_with_a_norm_that_is_called_twice() -> None:
 
 def test_what_no_module_returns_is_not_explained() -> None:
     assert found_in(hidden=True) is None
+
+
+def test_what_norms_of_sums_return_beside_their_scale_is_no_write() -> None:
+    """I-BERT is BERT with modules that return a scale besides: two norms, each of the stream with a write."""
+    model = Model(tiny_model("ibert", "IBertForMaskedLM", runs), id="ibert")
+    assert set(model.spec.refused) == model.spec.absent == {"unembedding"}
+    sites = ["resid_pre", "attn_write", "resid_mid", "mlp_write", "resid_post"]
+    at = model.run(IDS, capture=sites).cache
+    layers: Any = model.blocks
+    with torch.no_grad():
+        for layer, block in enumerate(layers):
+            pre, attn, mid, mlp, post = (at[f"{site}.{layer}"] for site in sites)
+            assert off(block.attention.output.LayerNorm(pre + attn)[0], mid) < ROUNDING
+            assert off(block.output.LayerNorm(mid + mlp)[0], post) < ROUNDING

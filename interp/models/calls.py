@@ -195,9 +195,12 @@ def uncapped_logits(spec: Spec, module: nn.Module, residual: Tensor) -> Tensor:
 def at_home(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), computed where the module's weights are; weights not in memory are brought to x.
 
+    Of a module that returns several things (a norm and its scale) the first tensor.
     A linear layer reads what has its weights' dtype alone, so a model that keeps x in another one rounds it.
     """
     if isinstance(module, nn.Linear) and module.weight.dtype in FLOATS:
         x = x.to(module.weight.dtype)
     place = module_device(module)
-    return module(x if place.type == "meta" else x.to(place)).to(x.device)
+    made = first_tensor(module(x if place.type == "meta" else x.to(place)))
+    assert made is not None
+    return made.to(x.device)

@@ -109,8 +109,11 @@ def _sums(
                 first, second, norm = found
                 n = len(first) + len(second)
                 return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
-    in_pieces = _in_pieces(pre, post, candidates, norms, dtype)
-    return None if in_pieces is None else Sums(in_pieces)
+    for norm_post, x in ends_of(norms, post):
+        inside = [c for c in candidates if norm_post not in c.modules]
+        if in_pieces := _in_pieces(pre, x.double(), inside, norms, dtype):
+            return Sums(in_pieces, norm_post=norm_post)
+    return None
 
 
 def _in_pieces(
@@ -235,6 +238,8 @@ def solved(
     pre: Tensor, post: Tensor, candidates: Sequence[Candidate], dtype: torch.dtype
 ) -> list[tuple[Candidate, float]] | None:
     """The fewest candidates, with multipliers, that sum to post - pre, first written first."""
+    # The sum itself is no part of it: others would have to take away all that is added to.
+    candidates = [c for c in candidates if not pre.any() or not same(c.value.to(post), post)]
     found = smallest_sum(pre, post, [candidate.value for candidate in candidates], dtype)
     if found is None:
         return None
@@ -354,15 +359,15 @@ def _with_mid(
 ) -> BlockMap:
     """The block with the writes that the MLP reads, and whether it reads attention's at all.
 
-    An MLP that reads attention's output beside the stream writes first: what is read next is behind it.
+    Where the MLP writes first, its write is before what attention reads; where it reads attention's output beside
+    the stream, before what is read next.
     """
     if sums.n_before_mid is not None:
         return replace(block, before_mid=tuple(writes[: sums.n_before_mid]))
     if block.mlp_write is None:
         return block
-    before = writes[: writes.index(block.mlp_write)]
-    if block.attn_write is not None and block.attn_write not in before:
-        return replace(block, parallel=True)
+    both = [writes.index(w) for w in (block.attn_write, block.mlp_write) if w is not None]
+    before = writes[: max(both)]
     if not before and layer.attention is not None and block.attn_write is None:
         before = writes[:1] if len(writes) > 1 else []
     if not before:

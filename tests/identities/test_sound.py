@@ -294,3 +294,32 @@ def test_a_replay_is_a_run_anew(name: str) -> None:
     for logits, edits in zip(replayed, variants, strict=True):
         assert close(logits, model.run(given, edits=edits).logits)
     assert not close(replayed[0], replayed[2])
+
+
+# --- half of the MLP first, a norm last ---------------------------------------------------------------
+
+
+def test_what_a_block_returns_is_no_part_of_the_sum_before_its_last_norm() -> None:
+    """Gemma 4's sound: half an MLP, attention, a convolution, half an MLP, and a norm of what they add up to.
+
+    With the norm's output for a write, two more that take the stream away would make a sum, too.
+    """
+    module = tiny_model("gemma4_audio", "Gemma4AudioModel", partial(runs, strict=True))
+    model = Model(module)
+    assert not model.spec.refused and all(check.passed for check in model.spec.checks)
+    block = model.spec.blocks[1]
+    assert block.norm_post == "layers.1.norm_out" and len(block.writes) == 4
+    batch, kept = probe_batch(module), dict[str, Tensor]()
+    hooks = [
+        module.get_submodule(f"layers.1.{name}").register_forward_hook(
+            lambda part, args, out, name=name: kept.update({name: out.detach().clone()})
+        )
+        for name in ("feed_forward1", "norm_post_attn")
+    ]
+    sites = ["resid_pre", "mlp_write", "resid_mid", "attn_write", "resid_post"]
+    cache = model.run(batch, capture=[f"{site}.1" for site in sites]).cache
+    for hook in hooks:
+        hook.remove()
+    assert close(cache["resid_pre.1"] + cache["mlp_write.1"], cache["resid_mid.1"])
+    assert close(cache["resid_mid.1"], kept["feed_forward1"])
+    assert close(cache["attn_write.1"], kept["norm_post_attn"])
