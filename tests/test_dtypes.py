@@ -54,8 +54,8 @@ def test_in_64_bits_analyses_give_the_numbers_of_32(name: str) -> None:
         )
         for dtype in (torch.float32, torch.float64)
     )
-    numbers = wanted.table.select_dtypes("number")
-    other = found.table.select_dtypes("number")
+    numbers = wanted.table.select_dtypes("number").astype(float)
+    other = found.table.select_dtypes("number").astype(float)
     assert numbers.shape == other.shape
     assert np.allclose(numbers, other, rtol=1e-3, atol=1e-4, equal_nan=True)
 
