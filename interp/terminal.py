@@ -168,6 +168,10 @@ def map_of(model: Model) -> dict[str, Any]:
                 "W_out": block.W_out,
                 "mlp_out": block.mlp_out,
                 "mlp_write": block.mlp_write and [block.mlp_write.module, block.mlp_write.scale],
+                "others": [
+                    [write.module, write.scale, write.pooling and str(write.pooling)]
+                    for write in block.others
+                ],
                 "parallel": block.parallel,
                 "cross": block.cross and block.cross.attention,
                 "cross_W_O": block.cross and block.cross.W_O,
@@ -202,6 +206,8 @@ def print_map(model: Model) -> None:
     keys += ("n_heads", "n_kv_heads", "d_mlp")
     if len(model.spec.stages) > 1:
         keys = ("d_model", *keys)
+    if any(block["others"] for block in data["blocks"]):
+        keys += ("others",)
     if any(block["n_windows"] for block in data["blocks"]):
         keys += ("n_windows",)
     if any(block["cross"] for block in data["blocks"]):
@@ -247,6 +253,9 @@ def _print_checks(checks: Sequence[Check]) -> None:
 
 def _relative(value: Any, prefix: str) -> str:
     """An address without its block's name."""
+    if isinstance(value, list) and all(isinstance(each, list) for each in value):
+        said = (_relative(each[:2], prefix) + f", {each[2]}" * bool(each[2]) for each in value)
+        return "; ".join(said) or "-"
     if isinstance(value, (list, tuple)):
         name, scale = value
         return name.removeprefix(prefix) + (f" × {scale:.4g}" if scale != 1 else "")

@@ -19,6 +19,7 @@ from interp.models.pooling import Pooling
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.run.statistics import Expected
+from interp.terminal import print_map
 
 ROUNDING = 1e-5
 """A few float32 roundings, six blocks deep."""
@@ -141,6 +142,33 @@ def test_the_map_is_whole() -> None:
         assert block.before_mid == (shortcut, block.attn_write)
     (reshaping,) = [check for check in spec.checks if check.name == "reshaping"]
     assert reshaping.detail == "writes alone make a stream of another shape (layers 2, 4)"
+
+
+def test_inspecting_it_names_what_begins_a_stage(capsys: Any) -> None:
+    print_map(sam2())
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    said = [row[1].strip() for row in rows if row[:1] == ["others"]]
+    assert said == [
+        "-",
+        "proj, max over squares of 2 × 2",
+        "-",
+        "proj, max over squares of 2 × 2",
+        "-",
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", POOLED)
+def test_values_are_a_map_of_what_is_read_though_windows_are_padded(layer: int) -> None:
+    model, batch = sam2(), images()
+    run = model.run(batch, capture=[f"v.{layer}", f"resid_pre.{layer}"])
+    norm: Any = model.blocks[layer].layer_norm1
+    x = run.cache[f"resid_pre.{layer}"]
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    made = torch.einsum("bpm,hmd->bphd", x, model.W_V(layer))
+    v = run.cache[f"v.{layer}"][:, : x.shape[1]]
+    bias = (v - made)[:1, :1]
+    assert off(made + bias, v) < ROUNDING
 
 
 @torch.no_grad()

@@ -36,6 +36,11 @@ class Pooling:
     of: str
     sides: tuple[int, ...]
 
+    def __str__(self) -> str:
+        sides = " × ".join(map(str, self.sides))
+        of = {SQUARES: "squares of", ACROSS: "the same place of", BESIDE: "neighbours,"}[self.of]
+        return f"{self.kind} over {of} {sides}"
+
     def __call__(self, x: Tensor) -> Tensor:
         """[batch pos d] of what a module returned."""
         if self.of == SQUARES:

@@ -27,6 +27,8 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
     attention, seen = layer.attention, layer.inside
     assert attention is not None
     z, k, v = (attention.tensors[name] for name in ("z", "k", "v"))
+    if block.windows is not None:  # what is padding stands behind
+        v = v[:, :, : block.windows.layout.n_pos]
     block = replace(
         block,
         attention=seen.names[attention.module],
