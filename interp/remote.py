@@ -177,17 +177,15 @@ class RemoteModel(Model):
         batch = probe_batch(self.module)
         run = self.run(batch, capture=sites + ["attn_write", "mlp_write"] * additive, logits=False)
         pre, post = run.cache["resid_pre"].float(), run.cache["resid_post"].float()
-        checks = [
-            _check(
-                "stream",
-                "each block reads what the one before it returned",
-                pre[:, :, 1:],
-                post[:, :, :-1],
-            )
-        ]
+        stand = tuple(sites) if self.spec.chained else ()
+        detail = "each block reads what the one before it returned"
+        checks = [_check("stream", detail, pre[:, :, 1:], post[:, :, :-1], stand)]
         if additive:
-            written = run.cache["attn_write"].float() + run.cache["mlp_write"].float()
-            checks.append(_check("block writes", "each block adds its writes", pre + written, post))
+            writes = ("attn_write", "mlp_write")
+            written = sum((run.cache[name].float() for name in writes), pre)
+            checks.append(
+                _check("block writes", "each block adds its writes", written, post, writes)
+            )
         return checks
 
     def _check_key(self) -> None:
@@ -256,9 +254,9 @@ class RemoteModel(Model):
     W_E = final_norm = W_U  # type: ignore[assignment]
 
 
-def _check(name: str, detail: str, ours: Tensor, theirs: Tensor) -> Check:
+def _check(name: str, detail: str, ours: Tensor, theirs: Tensor, sites: tuple[str, ...]) -> Check:
     error = float((ours - theirs).abs().max() / theirs.abs().max()) if ours.numel() else 0.0
-    return Check(name, error <= 1e-2, error, 1e-2, detail)
+    return Check(name, error <= 1e-2, error, 1e-2, detail, sites)
 
 
 def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Tensor | None]:

@@ -28,6 +28,7 @@ LONG, WIDE = 60, 160
 """Texts longer than this have no room in a column, unless the terminal has this many."""
 FOR_TEXT = 16
 """Characters of a text that a column has room for at least."""
+VERDICTS = {"holds": "[green]holds[/]", "fails": "[red]FAILS[/]", "no": "no"}
 INTERVAL_ENDS = ("low", "high")
 """How the names of columns with the ends of an interval end."""
 
@@ -185,12 +186,14 @@ def map_of(model: Model) -> dict[str, Any]:
             {
                 "name": c.name,
                 "passed": c.passed,
+                "verdict": c.verdict,
                 "error": c.error,
                 "allowed": c.allowed,
                 "detail": c.detail,
             }
             for c in spec.checks
         ],
+        "not_a_sum": spec.not_a_sum,
         "refused": spec.refused,
     }
 
@@ -198,7 +201,7 @@ def map_of(model: Model) -> dict[str, Any]:
 def print_map(model: Model) -> None:
     """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
     data = map_of(model)
-    other = ("model", "blocks", "checks", "refused")
+    other = ("model", "blocks", "checks", "not_a_sum", "refused")
     facts = {key: value for key, value in data.items() if key not in other and value is not None}
     _print_pairs(model.id, {key: str(value) for key, value in facts.items()})
 
@@ -222,6 +225,9 @@ def print_map(model: Model) -> None:
 
     _print_checks(model.spec.checks)
     console = Console()
+    if why := model.spec.not_a_sum:
+        what = "the residual stream is not embedding plus attn_write plus mlp_write"
+        console.print(f"{what}: {why}", markup=False)
     reasons: dict[str, list[str]] = {}
     for site, reason in model.spec.refused.items():
         reasons.setdefault(reason, []).append(site)
@@ -246,8 +252,8 @@ def _print_checks(checks: Sequence[Check]) -> None:
     for name in ("error", "allowed", ""):
         table.add_column(name, no_wrap=True)
     for check in checks:
-        verdict = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
-        table.add_row(escape(check.detail), f"{check.error:.2g}", f"{check.allowed:.2g}", verdict)
+        numbers = (f"{check.error:.2g}", f"{check.allowed:.2g}")
+        table.add_row(escape(check.detail), *numbers, VERDICTS[check.verdict])
     Console().print(table)
 
 

@@ -21,6 +21,7 @@ from interp.commands import Deferred, Job, command_of
 from interp.registry import ANALYSES, Analysis, analysis_called
 from interp.run.resume import Checkpoint
 from interp.terminal import print_table
+from tests.families import FAMILIES
 from tests.ground_truth.induction_model import induction_model
 
 
@@ -257,6 +258,22 @@ def test_inspect_prints_the_map(run, folder):
     spec = json.loads(text)
     assert spec["blocks"][1]["W_O"] == "transformer.h.1.attn.c_proj"
     assert all(check["passed"] for check in spec["checks"])
+
+
+def test_inspect_fails_where_a_site_is_refused_not_where_something_stands_between_blocks(
+    run, tmp_path, monkeypatch
+):
+    FAMILIES["hrm_text"]().save_pretrained(tmp_path / "hrm")
+    code, text, _ = run("inspect", tmp_path / "hrm")
+    assert code == 0
+    assert "FAILS" not in text and "done to the residual stream between blocks" in " ".join(
+        text.split()
+    )
+    checks = json.loads(run("inspect", tmp_path / "hrm", "--json")[1])["checks"]
+    assert [c["name"] for c in checks if c["verdict"] == "no"] == ["stream"]
+    monkeypatch.setattr("interp.models.verify.relative_error", lambda got, wanted: (1.0, ""))
+    code, text, _ = run("inspect", tmp_path / "hrm")
+    assert code == 1 and "FAILS" in text
 
 
 @pytest.mark.parametrize("width", [50, 80])

@@ -207,13 +207,23 @@ class BlockMap:
 
 @dataclass(frozen=True)
 class Check:
-    """One identity tried on the probe: the largest relative error, beside what was allowed."""
+    """One identity tried on the probe: the largest relative error, beside what was allowed.
+
+    `sites` stand on it, and are refused where it fails. Where none does, it is a finding about the architecture (does
+    each block read what the one before it returned?), and what it rules out is in `Spec.not_a_sum`.
+    """
 
     name: str
     passed: bool
     error: float
     allowed: float
     detail: str = ""
+    sites: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """ "holds", "fails", or "no" of a finding on which no site stands."""
+        return "holds" if self.passed else "fails" if self.sites else "no"
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def verify(
         name: str, error: float, detail: str, sites: tuple[str, ...], allowed: float, note: str = ""
     ) -> bool:
         passed = error <= allowed
-        checks.append(Check(name, passed, error, allowed, detail))
+        checks.append(Check(name, passed, error, allowed, detail, sites))
         for site in sites if not passed else ():
             refused.setdefault(
                 site, f"not so on the probe that {detail}: off by {error:.1e} of its size{note}"
