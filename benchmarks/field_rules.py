@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS, LAYERS = 64, 4, 16, 96, 97, 64, 3
+IN_SIXTHS = 96
+"""A hidden size of which a sixth is whole: boxes on a page have six numbers, with a part of it for each."""
 MOST_PATCH = 64
 """Sides of patches that are longer are an image's: each patch is an image to a model inside."""
 
@@ -34,6 +36,8 @@ class Variant:
     """Whether fields get a value that the default config leaves open, as checkpoints do not."""
     divided: bool = False
     """Whether all widths of stages are divided by one number, so that they fit each other."""
+    hidden: int = HIDDEN
+    """The hidden size; where it is not HIDDEN, sizes that are whole parts of it stay those parts."""
 
 
 VARIANTS = (
@@ -45,6 +49,7 @@ VARIANTS = (
     Variant(224, HEADS, 4),
     Variant(64, HEADS, 4, patch=16, stages=False),
     Variant(64, HEADS, 4, common=True),
+    Variant(64, HEADS, 4, hidden=IN_SIXTHS),
     Variant(filled=True),
     Variant(64, HEADS, 4, of_each_kind=2, filled=True),
     Variant(64, HEADS, 4, rebuilt=False, filled=True),

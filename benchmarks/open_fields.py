@@ -39,7 +39,11 @@ OPEN: tuple[tuple[str, Any], ...] = (
 TOWER: Mapping[str, Any] = {"architecture": "test_vit", "model_args": {"embed_dim": 64}}
 """A tower of images that timm makes, beside a text model: names of its fields do not shrink it."""
 
-FORGOTTEN: Mapping[str, Any] = {"rope_theta": 10_000.0, "num_key_value_heads": 4}
+FORGOTTEN: Mapping[str, Any] = {
+    "rope_theta": 10_000.0,
+    "num_key_value_heads": 4,
+    "dropout_rate": 0.0,
+}
 """What a model asks of a config whose class does not have it."""
 
 

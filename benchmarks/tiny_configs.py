@@ -7,6 +7,7 @@ special token ids move into the small vocabulary.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -58,8 +59,9 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
     reasons = []
     for variant in VARIANTS:
         try:
-            model_class = getattr(transformers, class_name)
-            config = _of_class(_default(model_type), model_class.config_class)
+            default = _default(model_type)
+            model_class = _class(class_name, default)
+            config = _of_class(default, model_class.config_class)
             small = shrunk(config, variant)
             module = (
                 supplied(partial(build, model_class), small)
@@ -81,6 +83,14 @@ def _default(model_type: str) -> PreTrainedConfig:
     if getattr(config, "backbone_config", None) is None:
         return config
     return CONFIG_MAPPING[model_type](use_timm_backbone=False)
+
+
+def _class(name: str, config: PreTrainedConfig) -> Any:
+    """The model class of this name; one that transformers does not show is in the file beside its config's."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    beside = type(config).__module__.replace(".configuration_", ".modeling_")
+    return getattr(importlib.import_module(beside), name)
 
 
 def _of_class(config: PreTrainedConfig, wanted: type | None) -> PreTrainedConfig:
@@ -154,7 +164,7 @@ def shrunk(
             new[name] = int(value / max(fields["width_coefficient"], 1.0))  # the last width, of 1
         elif isinstance(value, (bool, str, float)):
             new[name] = value
-        elif re.search(r"token_id$|token_index$|pad_idx$", name):
+        elif re.search(r"token_id$|token_index$|pad_idx$|pad_id$", name):
             new[name] = tokens.of(value)
         elif wide and (less := divided(name, value, wide)) != value:
             new[name] = less
@@ -275,7 +285,10 @@ def _of_layers(name: str, value: Any, total: int) -> bool:
 
 def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
     if "group" in name and value == hidden:  # a convolution of every channel on its own
-        return HIDDEN
+        return variant.hidden
+    if variant.hidden != HIDDEN and hidden and SIZE.search(name):
+        if 8 <= value < hidden and hidden % value == 0 and variant.hidden * value % hidden == 0:
+            return variant.hidden * value // hidden
     for pattern, rule in RULES:
         if re.search(pattern, name):
             new = rule if isinstance(rule, int) else rule(value)
@@ -288,8 +301,8 @@ def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int)
             return variant.image if new == -3 else new
     if SIZE.search(name) and value >= 32:
         if hidden and value % hidden == 0 and value > hidden:  # twice the hidden size and the like
-            return HIDDEN * min(value // hidden, 4)
-        return min(value, HIDDEN)
+            return variant.hidden * min(value // hidden, 4)
+        return min(value, variant.hidden)
     return value
 
 

@@ -19,6 +19,7 @@ from benchmarks.tiny_configs import build, shrunk, tiny_model
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
 DIVIDED = next(variant for variant in VARIANTS if variant.divided)
+SIXTHS = next(variant for variant in VARIANTS if variant.hidden != HIDDEN)
 
 
 def default(model_type: str) -> Any:
@@ -98,6 +99,18 @@ def test_parts_of_the_hidden_size_still_sum_to_it() -> None:
     assert sum(config.axial_pos_embds_dim) == config.hidden_size == HIDDEN
 
 
+def test_sixths_of_the_hidden_size_stay_sixths_where_it_can_be_divided_so() -> None:
+    config: Any = shrunk(default("layoutlmv3"), SIXTHS)
+    assert 4 * config.coordinate_size + 2 * config.shape_size == config.hidden_size == SIXTHS.hidden
+    assert config.hidden_size % 6 == config.hidden_size % config.num_attention_heads == 0
+
+
+def test_tokens_that_fill_up_tables_are_in_them() -> None:
+    config: Any = shrunk(default("markuplm"), Variant())
+    assert 0 <= config.tag_pad_id < config.max_xpath_tag_unit_embeddings
+    assert 0 <= config.subs_pad_id < config.max_xpath_subs_unit_embeddings
+
+
 def test_widths_of_stages_divided_alike_still_fit_each_other() -> None:
     config: Any = shrunk(default("sam2_vision_model"), DIVIDED)
     stages = config.backbone_config.embed_dim_per_stage
@@ -146,9 +159,13 @@ def test_an_empty_list_of_scales_is_one_of_1() -> None:
         ("dots3_note_text", "Dots3NoteForCausalLM"),
         ("mamba2", "Mamba2ForCausalLM"),
         ("cohere_compass_text", "CohereCompassForCausalLM"),
+        ("t5gemma2_encoder", "T5Gemma2Encoder"),
+        ("lilt", "LiltModel"),
+        ("layoutlmv3", "LayoutLMv3Model"),
+        ("markuplm", "MarkupLMModel"),
     ],
 )
-def test_models_whose_default_config_leaves_fields_open_are_built(
+def test_models_whose_fields_are_open_or_depend_on_each_other_are_built(
     model_type: str, class_name: str
 ) -> None:
     module = tiny_model(model_type, class_name, runs)
