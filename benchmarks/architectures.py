@@ -1,7 +1,7 @@
 """How many model types of the installed transformers verify: a tiny random model of each, probed.
 
-For every causal language model, encoder, encoder-decoder and model of images, sound or video that
-transformers' auto classes know (and the text part of multimodal ones, listed apart), the default config
+For every causal language model, encoder, encoder-decoder and model of images, sound, video or anything else
+that transformers' auto classes know (and the text part of multimodal ones, listed apart), the default config
 is shrunk by the names of its fields, a random model is built from it, and the probe makes and verifies
 its map. No model type has code of its own here. An encoder-decoder has a row of its own for its decoder,
 with the attention to the source, besides the row of its encoder or of its decoder without a source. A
@@ -71,10 +71,10 @@ SECONDS, GIGABYTES = 60, 8
 """What one model may take."""
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
-WHOLE, SENSED = "encoder-decoder", "sound and video"
+WHOLE, SENSED, OTHER = "encoder-decoder", "sound and video", "other"
 TEXT = "text"
 """The part of a multimodal model that reads tokens, where the whole does not work on tokens alone."""
-KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, "multimodal")
+KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, OTHER, "multimodal")
 KIND_OF_INPUT = {
     "input_ids": "encoder",
     "pixel_values": "vision",
@@ -117,6 +117,16 @@ def model_types() -> list[tuple[str, str, list[str]]]:
         ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
         ("multimodal", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         ("", auto.MODEL_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_KEYPOINT_DETECTION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_POSE_ESTIMATION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_IMAGE_MATTING_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_TABLE_RECOGNITION_MAPPING_NAMES),
+        ("vision", auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
     )
     found: dict[str, tuple[str, list[str]]] = {}
     for kind, mapping in mappings:
@@ -134,7 +144,7 @@ def model_types() -> list[tuple[str, str, list[str]]]:
 
 
 def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
-    """The row of one model type; None where it reads neither text, images, sound nor video."""
+    """The row of one model type; None for a whole that is no encoder-decoder."""
     row = Row(model_type, kind, classes[0], "not built")
     reasons = []
     parts = (kind, TEXT) if kind == "multimodal" else (kind,)
@@ -144,13 +154,12 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
         except Unbuildable as error:
             reasons.append(f"{name}: {error}")
             continue
-        if not kind and (kind := _kind(module)) == "":
-            return None
+        kind = kind or _kind(type(module), module.config)
         if kind == WHOLE and not is_encoder_decoder(module):
             return None
         return _verified(replace(row, kind=kind, model=type(module).__name__), module)
     kind = kind or _declared(model_type, classes[0])
-    return replace(row, kind=kind, reason="; ".join(reasons[:1])) if kind else None
+    return replace(row, kind=kind, reason="; ".join(reasons[:1]))
 
 
 def _tiny(model_type: str, name: str, kind: str) -> nn.Module:
@@ -276,26 +285,31 @@ def _part(module: nn.Module, kind: str) -> nn.Module:
     return encoder if main in inspect.signature(type(encoder).forward).parameters else module
 
 
-def _kind(module: nn.Module) -> str:
-    """Of a model that stands in none of the lists but the base models': by its main input."""
-    main = getattr(module, "main_input_name", "")
-    parts = [name for name in ("vision_config", "text_config") if hasattr(module.config, name)]
-    if parts:
-        return "multimodal" if main == "input_ids" else ""
-    if main == "input_ids" and not hasattr(module.config, "vocab_size"):
-        return ""  # a part of a larger model: it reads cut patches or sound
-    return KIND_OF_INPUT.get(main, "")
+def _kind(of: type[nn.Module], config: Any) -> str:
+    """Of a model that stands in none of the lists but the base models': by its main input.
+
+    `config` may be its class, of a model that is not built.
+    """
+    named = getattr(of, "main_input_name", "input_ids")
+    main = named if isinstance(named, str) else named[0]
+    taken = inspect.signature(of.forward).parameters
+    if main not in taken and ("pixel_values" in taken or any("grid" in name for name in taken)):
+        main = "pixel_values"  # cut patches, of a part of a larger model
+    of_parts = {*vars(config), *getattr(config, "sub_configs", {})}
+    if main == "input_ids" and of_parts & {"vision_config", "text_config"}:
+        return "multimodal"
+    return KIND_OF_INPUT.get(main, OTHER) if main in taken or main == "pixel_values" else OTHER
 
 
 def _declared(model_type: str, name: str) -> str:
-    """Of a base model that could not be built: "vision" where its class says that it reads images alone."""
+    """The kind of a base model that could not be built, as its class says."""
     try:
-        main = getattr(getattr(transformers, name, None), "main_input_name", "")
-    except ImportError:  # of a class that needs a library that is not here, nothing can be asked
-        return ""
-    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
-    of_parts = {"vision_config", "text_config"} & set(parts)
-    return "vision" if main == "pixel_values" and not of_parts else ""
+        return _kind(getattr(transformers, name), CONFIG_MAPPING[model_type])
+    except (
+        ImportError,
+        AttributeError,
+    ):  # a class that needs a library that is not here, or is not exported
+        return OTHER
 
 
 def _line(error: BaseException) -> str:
@@ -317,6 +331,7 @@ def _child(connection: Connection, model_type: str, kind: str, classes: list[str
     try:
         row = examine(model_type, kind, classes)
     except Exception as error:  # noqa: BLE001 - a fault of the probe: counted as one, never hidden
+        kind = kind or _declared(model_type, classes[0])
         row = Row(
             model_type, kind, classes[0], "refused", reason=f"the probe fails: {_line(error)}"
         )
@@ -353,7 +368,7 @@ def sweep(only: list[str], jobs: int) -> Iterator[Row]:
             process.join()
             connection.close()
             del running[connection]
-            if answer is not None and answer.kind:
+            if answer is not None:
                 yield answer
 
 
