@@ -38,6 +38,8 @@ class Variant:
     """Whether all widths of stages are divided by one number, so that they fit each other."""
     hidden: int = HIDDEN
     """The hidden size; where it is not HIDDEN, sizes that are whole parts of it stay those parts."""
+    parts: bool = False
+    """Whether the hidden sizes of parts are divided with them, and the sizes of maps with the image's."""
 
 
 VARIANTS = (
@@ -56,6 +58,7 @@ VARIANTS = (
     Variant(64, HEADS, 4, sections=True, filled=True),
     Variant(64, HEADS, divided=True),
     Variant(224, HEADS, filled=True, divided=True),
+    Variant(224, HEADS, patch=16, divided=True, parts=True),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (

@@ -91,8 +91,11 @@ def rope_of_types(layer_types: Any, rope: Any) -> Any:
 def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The number of heads that make up the widened stream, where that held and no longer does.
 
-    Heads whose rotary angles are made for several at once (a rotated part of over 1 of each) stay as many.
+    Heads whose rotary angles are made for several at once (a rotated part of over 1 of each) stay as many. A
+    window of pixels, cut into patches of which some are merged, is two merged patches high and wide.
     """
+    if windowed := _window(old, new):
+        return windowed
     rope = old.get("rope_parameters")
     if isinstance(rope, Mapping) and (rope.get("partial_rotary_factor") or 0) > 1:
         same = ("num_attention_heads", "num_key_value_heads")
@@ -103,6 +106,17 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if old["hidden_size"] * old["expand"] != old["num_heads"] * old["head_dim"]:
         return {}
     return {"num_heads": new["hidden_size"] * new["expand"] // new["head_dim"]}
+
+
+def _window(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The window of pixels that makes up several merged patches, where the default one does."""
+    names = ("window_size", "patch_size", "spatial_merge_size")
+    if not all(isinstance(old.get(name), int) for name in names):
+        return {}
+    merged = old["patch_size"] * old["spatial_merge_size"]
+    if old["window_size"] % merged or old["window_size"] < 2 * merged:
+        return {}
+    return {"window_size": 2 * new["patch_size"] * new["spatial_merge_size"]}
 
 
 def towered(name: str, part: PreTrainedConfig) -> PreTrainedConfig:

@@ -21,14 +21,16 @@ OTHER = re.compile(
 """Lists of numbers that are not widths."""
 
 
-def widths(config: PreTrainedConfig) -> set[int]:
-    """All widths that lists name, in a config and its parts."""
+def widths(config: PreTrainedConfig, of_parts: bool = False) -> set[int]:
+    """All widths that lists name, in a config and its parts; and, `of_parts`, the hidden sizes and their halves."""
     found: set[int] = set()
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            found |= widths(value)
+            found |= widths(value, of_parts)
         elif isinstance(value, (list, tuple)) and not OTHER.search(name):
             found |= set(_numbers(value))
+        elif of_parts and name.endswith("hidden_size") and isinstance(value, int):
+            found |= {value, value // 2}  # as many sines as cosines
     return found
 
 
@@ -42,7 +44,29 @@ def divided(name: str, value: Any, known: set[int]) -> Any:
     return value
 
 
-_SCALAR = re.compile(r"(hidden|embed|d_model|dim|channels|width)(_size|_dim)?$")
+_SCALAR = re.compile(r"(hidden|embed|d_model|dim|channels|width|pos_feats)(_size|_dim)?$")
+
+
+def image_sizes(config: PreTrainedConfig) -> set[int]:
+    """The sides of images that a config and its parts name."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            found |= image_sizes(value)
+        elif name == "image_size" and value:
+            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return found
+
+
+def of_image(value: Any, old: int, new: int) -> Any:
+    """The sides of maps of an image that was `old` pixels high, of one that is `new` pixels high.
+
+    >>> of_image([[256, 256], [64, 64]], 1024, 224)
+    [[56, 56], [14, 14]]
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(of_image(each, old, new) for each in value)
+    return value * new // old
 
 
 def declared(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:

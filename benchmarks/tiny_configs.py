@@ -40,7 +40,7 @@ from benchmarks.open_fields import (
     supplied,
     towered,
 )
-from benchmarks.stage_widths import declared, divided, return_stages, widths
+from benchmarks.stage_widths import declared, divided, image_sizes, of_image, return_stages, widths
 
 MOST_LAYERS = 8
 MOST_PARAMETERS = 28_000_000
@@ -128,11 +128,16 @@ def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
 
 
 def shrunk(
-    config: PreTrainedConfig, variant: Variant, narrowest: int = 0, wide: set[int] | None = None
+    config: PreTrainedConfig,
+    variant: Variant,
+    narrowest: int = 0,
+    wide: set[int] | None = None,
+    image: int = 0,
 ) -> PreTrainedConfig:
     """A small config of the same class and kind.
 
-    `narrowest` is the hidden size that becomes HIDDEN; `wide` are the widths of stages that the whole names.
+    `narrowest` is the hidden size that becomes HIDDEN; `wide` are the widths of stages that the whole names, and
+    `image` is the side of its images.
     """
     fields = {
         name: value
@@ -142,7 +147,8 @@ def shrunk(
     }
     if variant.divided:
         fields = declared(config, fields)
-        wide = widths(config) if wide is None else wide
+        wide = widths(config, variant.parts) if wide is None else wide
+        image = image or max(image_sizes(config), default=0)
     n_layers, picks, total = _layers(fields, variant)
     hidden = narrowest or _hidden(fields)
     if variant.common and not narrowest:
@@ -152,7 +158,7 @@ def shrunk(
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            new[name] = towered(name, shrunk(value, variant, narrowest, wide))
+            new[name] = towered(name, shrunk(value, variant, narrowest, wide, image))
         elif value is None or value == ():
             new[name] = next((v for pattern, v in UNSET if re.search(pattern, name)), value)
             if not new[name] and variant.filled:
@@ -166,6 +172,8 @@ def shrunk(
             new[name] = value
         elif re.search(r"token_id$|token_index$|pad_idx$|pad_id$", name):
             new[name] = tokens.of(value)
+        elif variant.parts and image and name.endswith("feature_sizes"):
+            new[name] = of_image(value, image, variant.image)
         elif wide and (less := divided(name, value, wide)) != value:
             new[name] = less
         elif name == "head_dim" and value == fields.get("qk_rope_head_dim"):

@@ -21,6 +21,8 @@ FILLED = next(variant for variant in VARIANTS if variant.filled)
 DIVIDED = next(variant for variant in VARIANTS if variant.divided)
 SIXTHS = next(variant for variant in VARIANTS if variant.hidden != HIDDEN)
 
+PARTS = next(variant for variant in VARIANTS if variant.parts)
+
 
 def default(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]()
@@ -55,6 +57,15 @@ def test_heads_make_up_the_widened_stream_where_they_did() -> None:
     assert fitting(old, new) == {"num_heads": 8}
     assert fitting({**old, "num_heads": 100}, new) == {}
     assert fitting({"hidden_size": 64}, {"hidden_size": 64}) == {}
+
+
+def test_a_window_of_pixels_is_of_whole_merged_patches_where_it_was() -> None:
+    config: Any = shrunk(default("qwen2_5_vl").vision_config, Variant())
+    merged = config.patch_size * config.spatial_merge_size
+    assert config.window_size == 2 * merged
+    assert fitting({"window_size": 7, "patch_size": 4}, {"patch_size": 4}) == {}
+    uneven = {"window_size": 7, "patch_size": 4, "spatial_merge_size": 2}
+    assert fitting(uneven, uneven) == {}
 
 
 def test_rotary_settings_are_made_for_kinds_of_layers_only_where_there_are_none() -> None:
@@ -120,6 +131,22 @@ def test_widths_of_stages_divided_alike_still_fit_each_other() -> None:
     assert detector.backbone_config.stem_channels[0] == 3  # images' channels are no width
     assert set(detector.decoder_in_channels) == {detector.encoder_hidden_dim}
     assert tuple(detector.encoder_in_channels) == detector.backbone_config.stage_out_channels[1:]
+
+
+def test_parts_of_a_segmenter_read_what_others_make() -> None:
+    for of in ("sam", "sam2"):
+        config: Any = shrunk(default(of), PARTS)
+        prompts, decoder, images = (
+            getattr(config, f"{part}_config")
+            for part in ("prompt_encoder", "mask_decoder", "vision")
+        )
+        made = images.output_channels if of == "sam" else images.fpn_hidden_size
+        assert prompts.hidden_size == decoder.hidden_size == made == 32
+        side = prompts.image_size // prompts.patch_size
+        if of == "sam":
+            assert side == images.image_size // images.patch_size
+        else:
+            assert images.backbone_feature_sizes[-1] == [side, side]
 
 
 def test_what_a_config_works_out_is_worked_out_anew_from_divided_widths() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import Refused
-from interp.models.images import random_images
+from interp.models.images import PLACES, random_images
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -346,3 +346,26 @@ def test_parts_that_are_named_read_what_a_model_reads() -> None:
     wanted = r"part of the model: `model.encoder.patch_encoder.model` or `model.encoder.image_encoder.model`$"
     with pytest.raises(Refused, match=wanted):
         Model(tiny_model("depth_pro", "DepthProModel", random_images), id="parts")
+
+
+def test_patches_that_are_told_their_places_may_come_in_any_order() -> None:
+    """Gemma 4's tower reads cut patches and the column and row of each: moved with them, all sites move along."""
+    module = tiny_model(
+        "gemma4_vision", "Gemma4VisionModel", lambda module: module(**random_images(module))
+    )
+    model = Model(module, id="told places")
+    assert not set(model.spec.refused) - model.spec.absent
+    inputs = random_images(module)
+    order = torch.randperm(inputs[PLACES].shape[1], generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(inputs[PLACES][:, order], inputs[PLACES])
+    plain = model.run(inputs, capture=["resid_post", "pattern"])
+    sites = ["resid_post", "pattern"]
+    moved = model.run({name: x[:, order] for name, x in inputs.items()}, capture=sites)
+    for layer in range(model.n_layers):
+        resid, pattern = (plain.cache[f"{site}.{layer}"] for site in ("resid_post", "pattern"))
+        assert off(moved.cache[f"resid_post.{layer}"], resid[:, order]) < ROUNDING
+        assert off(moved.cache[f"pattern.{layer}"], pattern[:, :, order][..., order]) < ROUNDING
+    assert plain.logits is not None and moved.logits is not None
+    assert off(moved.logits, plain.logits) < ROUNDING  # pooled by place
+    apart = model.run({"pixel_values": inputs["pixel_values"][:, order], PLACES: inputs[PLACES]})
+    assert apart.logits is not None and off(apart.logits, plain.logits) > 0.01

@@ -15,6 +15,8 @@ from interp.run.batch import Batch
 ROWS = 2
 ANY_SIDES = (64, 128, 256)
 """Pixels a side for models whose config names no size: most take any, some only images of several patches."""
+PLACES = "pixel_position_ids"
+"""The parameter that tells the column and the row of each patch."""
 
 
 def random_images(module: nn.Module) -> dict[str, Tensor]:
@@ -22,8 +24,8 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
 
     Pixels [row channel height width] of the size that the config names, [row frame channel height width]
     where it names frames; of a model that takes any size the smallest on which its forward works. A model
-    that is told how many rows and columns of patches there are (`spatial_shapes`) reads patches
-    [row patch channel·height·width].
+    that is told how many rows and columns of patches there are (`spatial_shapes`), or which of them each is
+    in (`pixel_position_ids`), reads patches [row patch channel·height·width].
     """
     config: Any = getattr(module, "config", None)
     config = getattr(config, "vision_config", config)
@@ -39,6 +41,13 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
             "pixel_attention_mask": torch.ones(ROWS, side * side, dtype=torch.long),
         }
         return {name: x for name, x in given.items() if name in taken}
+    if PLACES in taken and "input_ids" not in taken:
+        side = 2 * max(getattr(config, "pooling_kernel_size", None) or 1, 2)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)  # x before y
+        return {
+            "pixel_values": _normal(module, ROWS, side * side, channels * config.patch_size**2),
+            PLACES: places.expand(ROWS, -1, -1),
+        }
     frames = getattr(config, "num_frames", None)  # a video: one image a frame
     lead = (ROWS, channels) if frames is None else (ROWS, frames, channels)
     size = getattr(config, "image_size", None)
