@@ -84,10 +84,12 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def return_stages(made: Any, config: Any, alone: bool) -> None:
-    """A backbone returns the stages that its default config says, where it still has them all.
+    """A backbone returns the stages that its default config says, where it still has them all, else as many.
 
     `alone`: also where that is the last stage alone; else all are returned then.
     """
     names, wanted = getattr(made, "stage_names", []), getattr(config, "out_features", None)
     if wanted and set(wanted) <= set(names):
         made.out_features = wanted if alone or len(wanted) > 1 else names[1:]
+    elif wanted and names and len(wanted) > 1:  # each layer is a stage of its own, and some are gone
+        made.out_features = names[-len(wanted) :]
