@@ -91,5 +91,5 @@ def return_stages(made: Any, config: Any, alone: bool) -> None:
     names, wanted = getattr(made, "stage_names", []), getattr(config, "out_features", None)
     if wanted and set(wanted) <= set(names):
         made.out_features = wanted if alone or len(wanted) > 1 else names[1:]
-    elif wanted and names and len(wanted) > 1:  # each layer is a stage of its own, and some are gone
+    elif wanted and names and len(wanted) > 1:  # some layers are gone
         made.out_features = names[-len(wanted) :]

@@ -35,6 +35,8 @@ BINS = (
     "feature_projection_input_dim",
     "input_size",
 )
+CHANNELS = ("num_input_channels", "input_size")
+"""Of a time series, as long as the config's context."""
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
 VIDEO_FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
@@ -184,6 +186,10 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
         for frames in (FRAMES, *lengths, SECONDS):
             yield ROWS, frames, bins
             yield ROWS, bins, frames
+    for length in _sizes(config, ("context_length",)):
+        for channels in _sizes(config, CHANNELS):
+            yield ROWS, length, channels
+        yield ROWS, length
     yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN
@@ -243,8 +249,8 @@ def _channels(layer: nn.Module) -> tuple[int, int] | None:
     for name, axis in (("in_features", -1), ("normalized_shape", -1), ("in_channels", 0)):
         size = getattr(layer, name, None)
         size = size[-1] if isinstance(size, tuple) and size else size
-        if isinstance(size, int):
-            kernel = getattr(layer, "kernel_size", ())
+        kernel = getattr(layer, "kernel_size", ())
+        if isinstance(size, int) and (axis or isinstance(kernel, tuple)):  # not what holds a layer
             return size, axis or -1 - len(kernel)
     return None
 

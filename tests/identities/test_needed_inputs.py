@@ -143,6 +143,23 @@ def test_what_returns_no_row_for_a_row_is_refused_with_what_it_returns() -> None
         numbers_taken(Averaged(), "bands", {})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "shape"),
+    [
+        ("mimi_encoder", "MimiEncoderModel", (2, 1, 6400)),  # convolutions with tensors for sizes
+        ("patchtst", "PatchTSTModel", (2, 32, 1)),  # a time series: as long as the context
+    ],
+)
+def test_waves_and_time_series_are_found(
+    model_type: str, name: str, shape: tuple[int, ...]
+) -> None:
+    model = model_of(model_type, name)
+    (given,) = probe_batch(model.module).inputs.values()
+    assert given.shape == shape
+    main = str(model.module.main_input_name)
+    check_all_sites(model, {main: torch.randn(3, *shape[1:])})
+
+
 def test_bins_behind_a_convolution_and_a_mask_are_found() -> None:
     made = numbers_taken(Folded(), "bands", {})
     frames = made["bands"].shape[1]
