@@ -207,22 +207,27 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
     layer = replace(layer, axes=axes)
     if not as_held_inside(axes):
         return layer
-    size, raw = layer.inside.n_rows, layer.call.output
+    size, raw, rows = layer.inside.n_rows, layer.call.output, None
     assert raw is not None
     if layer.placed:
         layer = attention_of_parts(layer)
     elif (axes in (PARTS, ACROSS) or n_ahead(axes)) and layer.attention is not None:
-        layer = attention_in_order(layer, layout_of(raw, axes, size))
+        rows = layer.attention.tensors["q"].transpose(1, 2)  # each may hold several parts
+        layer = attention_in_order(layer, layout_of(rows, axes, size))
     if axes == PARTED:
         return with_parts_together(layer)
     if axes == PACKED:
         layer = attention_row_by_row(layer)
 
+    in_a_row = raw.shape[:2] if rows is None or axes != PARTS else rows.shape[:2]
+
     def mine(x: Tensor) -> bool:
         one = axes in (POSITIONS_FIRST, *ONE_AFTER_THE_OTHER) or n_ahead(axes) > 0
         flat = one and x.ndim == 2 and len(x) == raw.shape[:-1].numel()
         same = (0, 2) if axes == CHANNELS_BEFORE else (0, 1)
-        return flat or (x.ndim == raw.ndim == 3 and all(x.shape[i] == raw.shape[i] for i in same))
+        together = x.ndim == 3 and x.shape[:2] == in_a_row
+        whole = x.ndim == raw.ndim == 3 and all(x.shape[i] == raw.shape[i] for i in same)
+        return flat or together or whole
 
     def one(x: Tensor) -> Tensor:
         return shown_inside(x, axes, size) if mine(x) else x

@@ -1,7 +1,8 @@
 """Which parts of their inputs attention calls are of, tried on the probe.
 
 What every block reads is changed in some parts of some inputs, while what attention returns is held: a row of
-queries, or of keys and values, changes with its own part alone.
+queries, or of keys and values, changes with its own part alone. A row may hold several parts, one after the other:
+then each of these does.
 """
 
 from __future__ import annotations
@@ -53,8 +54,16 @@ def find_placed(
         if not placed:
             made[i] = replace(layers[i], attention=None, attends=(), along="")
         elif axes[i] == PARTED or not all(place.own for place in placed):
+            if any(told.parts_in_a_row(i, x) > 1 for x in _queries(layers[i])):
+                made[i] = replace(layers[i], attention=None, attends=(), along="")
+                continue
             made[i] = replace(layers[i], placed=placed)
     return made
+
+
+def _queries(layer: Layer) -> list[Tensor]:
+    """The queries of all of a layer's attention calls."""
+    return [call.tensors["q"] for call in layer.inside.attention]
 
 
 Units = dict[str, Int[Tensor, " rows"]]
@@ -112,6 +121,7 @@ class _Told:
             x.shape[1] if kind == PARTED else max(1, x.shape[0] // batch.size)
             for x, kind in zip(raw, axes, strict=True)
         ]
+        self.lengths = [x.shape[1] for x in raw]
         self.returned: dict[str, list[Tensor]] = {}
         for layer in layers:
             assert layer.call.output is not None
@@ -159,7 +169,7 @@ class _Told:
         calls = calls_of(again, self.layers)
         return {
             i: [
-                _rows_moved(before, after)
+                self._rows_moved(i, before, after)
                 for before, after in zip(
                     self.layers[i].inside.attention,
                     inside(again, calls[i], self.layers[i].members).attention,
@@ -168,6 +178,26 @@ class _Told:
             ]
             for i in some
         }
+
+    def parts_in_a_row(self, layer: int, x: Tensor) -> int:
+        """How many parts of an input a row of q, k or v [row heads pos d_head] is long enough for; 1 if not whole."""
+        n_parts, rows = self.n_parts[layer], x.shape[0] or 1
+        together, left = divmod(self.batch.size * n_parts, rows)
+        whole = not left and together > 0 and n_parts % together == 0
+        whole = whole and x.shape[2] == together * self.lengths[layer]
+        return together if whole and self.axes[layer] == PARTS else 1
+
+    def _rows_moved(
+        self, layer: int, before: AttentionCall, after: AttentionCall
+    ) -> dict[str, Bool[Tensor, " rows"]]:
+        """Which rows of q, k and v have changed, or which parts in them; none of what is shown without a width."""
+        found = {}
+        for name in ("q", "k", "v"):
+            x, y = before.tensors[name].float(), after.tensors[name].float()
+            moved = (y - x).abs() > MOVED * (x.abs().max() if x.numel() else 0)
+            parts = moved.unflatten(2, (self.parts_in_a_row(layer, x), -1)).transpose(1, 2)
+            found[name] = parts.flatten(0, 1).flatten(1).any(1)
+        return found
 
     def _changed(self, x: Tensor, layer: int, bit: int, wanted: int) -> Tensor:
         """What a block reads, with some parts in other numbers."""
@@ -198,13 +228,3 @@ def _as_changed(y: Any, x: Tensor, new: Tensor, size: int, n_parts: int) -> Any:
             return y
         order.append(min(alike, key=lambda i: i // n_parts != number // n_parts))
     return after[order].reshape(y.shape)
-
-
-def _rows_moved(before: AttentionCall, after: AttentionCall) -> dict[str, Bool[Tensor, " rows"]]:
-    """Which rows of q, k and v have changed; none of what is shown without a width."""
-    found = {}
-    for name in ("q", "k", "v"):
-        x, y = before.tensors[name].float().flatten(1), after.tensors[name].float().flatten(1)
-        moved = (y - x).abs() > MOVED * (x.abs().max() if x.numel() else 0)
-        found[name] = moved.any(1)
-    return found

@@ -18,7 +18,10 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
     """Every layer, what is inside it brought to [batch pos width]."""
     layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
     placed = zip(layers, spec.blocks, strict=True)
-    layers = [replace(layer, placed=block.placed) for layer, block in placed]
+    layers = [
+        replace(layer, placed=block.placed, attention=layer.attention if block.attention else None)
+        for layer, block in placed
+    ]
     layers = with_axes(layers, [block.axes for block in spec.blocks])
     if any(block.ahead for block in spec.blocks):
         layers = with_ahead(seen, layers, spec.stack, {})
