@@ -59,6 +59,7 @@ VARIANTS = (
     Variant(64, HEADS, divided=True),
     Variant(224, HEADS, filled=True, divided=True),
     Variant(224, HEADS, patch=16, divided=True, parts=True),
+    Variant(64, HEADS, 4, patch=16, filled=True),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -106,6 +107,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
         lambda v: -2,
     ),
     (r"(expansion|expand|ratio)", lambda v: v),
+    (r"max_2d_position", lambda v: v),  # thousandths of a page
     (r"keypoint_decoder_dim", lambda v: v),  # cells of an image and one besides
     (r"(temporal_patch|tubelet)", lambda v: v),
     (r"patch_size", lambda v: -4 if v <= MOST_PATCH else -3),

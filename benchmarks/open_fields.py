@@ -33,6 +33,8 @@ OPEN: tuple[tuple[str, Any], ...] = (
     (r"^vocabulary_map$", {"<image>": 3}),
     (r"^deepstack_layer_map$", [[0, 0]]),
     (r"_scale_factors$", [1.0]),
+    (r"^class_thresholds$", [0.5, 0.5]),
+    (r"^class_order$", [0, 1]),
 )
 """What becomes of a field left open, where nothing else about the config tells."""
 

@@ -195,7 +195,8 @@ def shrunk(
         new.get("num_attention_heads"), int
     ):  # as wide as in the narrowest part
         new["num_attention_heads"] *= max(1, _hidden(new) // HIDDEN)
-    if variant.filled:
+    if variant.filled:  # and what is a tuple in a class is a list in the file of a checkpoint
+        new = {name: list(v) if type(v) is tuple else v for name, v in new.items()}
         new |= _layerwise(config, new, variant, picks, hidden)
     if variant.rebuilt:
         made = type(config)(**new)
@@ -294,6 +295,8 @@ def _of_layers(name: str, value: Any, total: int) -> bool:
 def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
     if "group" in name and value == hidden:  # a convolution of every channel on its own
         return variant.hidden
+    if variant.filled and name == "num_queries":  # a part may give each a position, and the ends
+        return min(value, POSITIONS - 2)
     if variant.hidden != HIDDEN and hidden and SIZE.search(name):
         if 8 <= value < hidden and hidden % value == 0 and variant.hidden * value % hidden == 0:
             return variant.hidden * value // hidden
