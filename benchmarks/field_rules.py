@@ -111,6 +111,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"keypoint_decoder_dim", lambda v: v),  # cells of an image and one besides
     (r"(temporal_patch|tubelet)", lambda v: v),
     (r"patch_size", lambda v: -4 if v <= MOST_PATCH else -3),
+    (r"^spec_size$", lambda v: min(v, 128)),  # the last of four stages has as many rows as a window
     (r"image_size|pretrain_image|encoder_stride|crop_size", lambda v: -3),
     (r"num_frames", lambda v: min(v, 4)),
     (r"(max_source_positions|source_positions)", POSITIONS),

@@ -94,10 +94,11 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The number of heads that make up the widened stream, where that held and no longer does.
 
     Heads whose rotary angles are made for several at once (a rotated part of over 1 of each) stay as many. A
-    window of pixels, cut into patches of which some are merged, is two merged patches high and wide.
+    window of pixels, cut into patches of which some are merged, is two merged patches high and wide. A text
+    projected to the width in which a tower of images ends still is. A spectrogram folded to a square still is one.
     """
-    if windowed := _window(old, new):
-        return windowed
+    if made := _window(old, new) or _last_stage(old, new) or _folded(old, new):
+        return made
     rope = old.get("rope_parameters")
     if isinstance(rope, Mapping) and (rope.get("partial_rotary_factor") or 0) > 1:
         same = ("num_attention_heads", "num_key_value_heads")
@@ -119,6 +120,26 @@ def _window(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if old["window_size"] % merged or old["window_size"] < 2 * merged:
         return {}
     return {"window_size": 2 * new["patch_size"] * new["spatial_merge_size"]}
+
+
+def _last_stage(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The width in which the last stage of a part ends, of the default config's projection to it."""
+    before, part = old.get("vision_config"), new.get("vision_config")
+    ends = [
+        int(of.out_channels[-1] * of.width_coefficient)
+        for of in (before, part)
+        if isinstance(getattr(of, "width_coefficient", None), float)
+    ]
+    known = len(ends) == 2 and old.get("projection_dim") == ends[0]
+    return {"projection_dim": ends[1]} if known else {}
+
+
+def _folded(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The bins of a spectrogram that is folded as often, to the square that is read as an image."""
+    names = ("spec_size", "num_mel_bins")
+    if not all(isinstance(fields.get(name), int) for name in names for fields in (old, new)):
+        return {}
+    return {"num_mel_bins": new["spec_size"] // (old["spec_size"] // old["num_mel_bins"])}
 
 
 def towered(name: str, part: PreTrainedConfig) -> PreTrainedConfig:

@@ -29,7 +29,7 @@ def widths(config: PreTrainedConfig, of_parts: bool = False) -> set[int]:
             found |= widths(value, of_parts)
         elif isinstance(value, (list, tuple)) and not OTHER.search(name):
             found |= set(_numbers(value))
-        elif of_parts and name.endswith("hidden_size") and isinstance(value, int):
+        elif of_parts and re.search(r"(hidden_size|embed_dim)$", name) and isinstance(value, int):
             found |= {value, value // 2}  # as many sines as cosines
     return found
 
@@ -70,8 +70,9 @@ def of_image(value: Any, old: int, new: int) -> Any:
 
 
 def declared(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the class declares; it works out the others anew from these."""
+    """The fields that the class declares, by any of their names; it works out the others anew from these."""
     names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    names |= {other for name, other in config.attribute_map.items() if name in names}
     return {name: value for name, value in fields.items() if name in names}
 
 

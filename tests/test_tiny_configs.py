@@ -68,6 +68,30 @@ def test_a_window_of_pixels_is_of_whole_merged_patches_where_it_was() -> None:
     assert fitting(uneven, uneven) == {}
 
 
+def test_a_text_is_projected_to_the_width_in_which_a_tower_ends() -> None:
+    before, config = default("align"), shrunk(default("align"), Variant())
+    small: Any = config
+    images = small.vision_config
+    assert before.projection_dim == 2 * before.vision_config.out_channels[-1]
+    assert small.projection_dim == images.out_channels[-1] * images.width_coefficient
+
+
+def test_a_spectrogram_is_folded_as_often_as_it_was() -> None:
+    before, config = default("clap").audio_config, shrunk(default("clap"), Variant())
+    small: Any = config
+    sound = small.audio_config
+    assert sound.spec_size < before.spec_size
+    assert sound.spec_size // sound.num_mel_bins == before.spec_size // before.num_mel_bins == 4
+
+
+def test_a_field_that_has_two_names_is_divided_by_either() -> None:
+    config: Any = CONFIG_MAPPING["omdet-turbo"](use_timm_backbone=False)
+    assert "encoder_hidden_dim" in config.attribute_map
+    small: Any = shrunk(config, PARTS)
+    assert small.encoder_hidden_dim == small.d_model == config.d_model // 8
+    assert small.backbone_config.embed_dim == config.backbone_config.embed_dim // 8
+
+
 def test_rotary_settings_are_made_for_kinds_of_layers_only_where_there_are_none() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     assert set(rope_of_types(kinds, {})) == set(kinds)

@@ -13,6 +13,7 @@ from benchmarks.tiny_configs import tiny_model
 from interp.errors import Refused
 from interp.models.images import PLACES, random_images
 from interp.models.model import Model
+from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from tests.test_windows import ROUNDING, UNSEEN, WINDOW, images, off, randomised, together
@@ -369,3 +370,11 @@ def test_patches_that_are_told_their_places_may_come_in_any_order() -> None:
     assert off(moved.logits, plain.logits) < ROUNDING  # pooled by place
     apart = model.run({"pixel_values": inputs["pixel_values"][:, order], PLACES: inputs[PLACES]})
     assert apart.logits is not None and off(apart.logits, plain.logits) > 0.01
+
+
+def test_numbers_of_a_task_beside_the_image_are_as_many_as_the_config_says() -> None:
+    module: Any = tiny_model("oneformer", "OneFormerModel", probe_batch)
+    model = Model(module, id="task")
+    assert not set(model.spec.refused) - model.spec.absent
+    inputs = probe_batch(module).inputs
+    assert inputs["task_inputs"].shape[1] == module.config.task_seq_len

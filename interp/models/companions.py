@@ -135,7 +135,7 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
         bins = next(_values(config, "num_mel_bins"), 0)
         for frames in FRAMES_A_TOKEN if bins else ():
             x = torch.randn(PROBE_ROWS, length * frames, bins, generator=generator).to(dtype)
-            yield from (x, x.mT.contiguous())
+            yield from (x, x.mT.contiguous(), x[:, None])
     elif name.endswith("position_mask"):  # 1 where an image's vectors stand in place of tokens
         for n in counts:
             mask = torch.zeros(PROBE_ROWS, length, dtype=torch.long)
@@ -147,6 +147,9 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
         yield torch.ones(PROBE_ROWS, 1, dtype=torch.bool)
     elif name.endswith("mask"):
         yield torch.ones(PROBE_ROWS, length, dtype=torch.long)
+    elif name.endswith("_inputs"):  # its own name tells the length: task_inputs, task_seq_len
+        for n in _values(config, f"{name.removesuffix('_inputs')}_seq_len"):
+            yield torch.randn(PROBE_ROWS, n, generator=generator).to(dtype)
 
 
 def random_ids(
