@@ -204,7 +204,7 @@ def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
         refused["cross_z"] = "no attention of the decoder to the source was found"
     if error > ROUNDING and model.spec.between_kernels:  # it makes much of a rounding
         exact, batch = in_float64(module, batch)
-        error = _captured(Model(exact), batch, sites)[1]
+        error = _captured(Model(exact, stack=stack), batch, sites)[1]
     if error > ROUNDING:
         refused["logits"] = f"off by {error:.1e} when all sites are captured"
     missing = [site for site in spec.refused if site not in refused]

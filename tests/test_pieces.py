@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 import circuits
 from circuits.heads.evidence import Evidence, evidence_patterns
@@ -607,3 +609,29 @@ def test_only_modules_that_need_it_are_looked_at_this_way() -> None:
     Model(randomised(plain), id="t5")
     assert not any(part in pieces for part in plain.modules())
     assert sum(part in pieces for part in banded().module.modules()) == 2
+
+
+def test_a_part_that_returns_no_tensor_of_its_own_has_no_attention_in_pieces() -> None:
+    """What is read of its softmax is read by code outside it, in an output with names (a table's decoder)."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> BaseModelOutput:
+            weights = self.score(x).softmax(1)  # one score a position, for no query
+            return BaseModelOutput(last_hidden_state=(weights * x).sum(1, keepdim=True))  # type: ignore[arg-type]
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(16, 8), Attends()
+
+        def forward(self, input_ids: Tensor) -> BaseModelOutput:
+            return self.head(self.embed(input_ids))
+
+    module = Whole()
+    module.config = PreTrainedConfig(vocab_size=16)  # type: ignore[assignment]
+    with pytest.raises(Refused, match="has no softmax attention"):
+        Model(module.eval(), id="pooled")

@@ -31,6 +31,7 @@ from interp.models.pieces import (
     pieces,
 )
 from interp.models.pooling import Pooling, poolings
+from interp.models.spec import first_tensor
 from interp.models.tape import Step, Tape, key_of, softmax_of_rows, tensors
 from interp.run.batch import Batch
 
@@ -91,6 +92,8 @@ def _understood(
     found = []
     for number, softmax in enumerate(softmaxes):
         of = Pieces(number, _reader(tape, softmax, linears), (), 1, (False, False))
+        if of.reader is None and first_tensor(ran[1]) is None:  # it returns no tensor by itself
+            continue
         z, maker = Seen(*ran, of).z
         if not softmax_of_rows(softmax) or hidden.ndim != 3 or z.ndim != 3 or maker is None:
             continue
