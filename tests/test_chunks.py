@@ -133,10 +133,11 @@ def test_blocks_that_keep_the_length_return_the_norm_of_their_writes() -> None:
     for layer in (2, 3):
         block: Any = model.blocks[layer]
         pre, mid, post, attention, first = (run.cache[f"{site}.{layer}"] for site in WRITTEN)
-        assert off(pre + first + attention, mid) < ROUNDING
-        mid = mid + block.conv(block.norm_conv(mid), attention_mask=None)
-        mid = mid + 0.5 * block.feed_forward2(block.norm_feed_forward2(mid))
-        assert off(block.norm_out(mid), post) < ROUNDING
+        assert off(pre + first, mid) < ROUNDING  # attention reads behind the first MLP
+        after = mid + attention
+        after = after + block.conv(block.norm_conv(after), attention_mask=None)
+        after = after + 0.5 * block.feed_forward2(block.norm_feed_forward2(after))
+        assert off(block.norm_out(after), post) < ROUNDING
 
     def halved(module: nn.Module, args: tuple, kwargs: dict, out: tuple) -> tuple:
         return (out[0] / 2, *out[1:])

@@ -108,8 +108,9 @@ class BlockMap:
 
     A block computes `resid_mid = norm_mid(resid_pre + before_mid)` and `resid_post = norm_post(resid_mid
     + the rest)`, where the norms are the identity if None (BERT has both, most models neither), and
-    `before_mid` are the writes made before the MLP reads; of several MLPs that read what attention returns and are
-    all that is written, the first one's. Writes are attn_write, mlp_write and `others`:
+    `before_mid` are the writes made before the MLP reads, or before attention does where an MLP writes first (in a
+    block that pools the stream, before it does); of several MLPs that read what attention returns and are all that
+    is written, the first one's. Writes are attn_write, mlp_write and `others`:
     a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
     attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
     has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`;

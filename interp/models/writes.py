@@ -111,8 +111,11 @@ def _sums(
                 return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
     for norm_post, x in ends_of(norms, post):
         inside = [c for c in candidates if norm_post not in c.modules]
-        if in_pieces := _in_pieces(pre, x.double(), inside, norms, dtype):
-            return Sums(in_pieces, norm_post=norm_post)
+        found = _in_pieces(pre, x.double(), inside, norms, dtype)
+        if found or (
+            found is not None and norm_post is None
+        ):  # none: all of them vanish in rounding
+            return Sums(found, norm_post=norm_post)
     return None
 
 
@@ -238,8 +241,9 @@ def solved(
     pre: Tensor, post: Tensor, candidates: Sequence[Candidate], dtype: torch.dtype
 ) -> list[tuple[Candidate, float]] | None:
     """The fewest candidates, with multipliers, that sum to post - pre, first written first."""
-    # The sum itself is no part of it: others would have to take away all that is added to.
-    candidates = [c for c in candidates if not pre.any() or not same(c.value.to(post), post)]
+    if not same((pre + post).to(dtype), post.to(dtype)):
+        # The sum itself is no part of it, unless what is added to is lost in its rounding.
+        candidates = [c for c in candidates if not same(c.value.to(post), post)]
     found = smallest_sum(pre, post, [candidate.value for candidate in candidates], dtype)
     if found is None:
         return None
