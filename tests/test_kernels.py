@@ -23,11 +23,10 @@ WIDTH, N_HEADS = 32, 4
 def eager(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention as transformers' models have it."""
+    """Attention as transformers' models have it, with its softmax in float32 also where they are in float64."""
     scores = q @ k.mT * scaling
     scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
-    pattern = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    pattern = pattern.to(q.dtype)
+    pattern = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     return (pattern @ v).transpose(1, 2).contiguous(), pattern
 
 
@@ -80,8 +79,9 @@ class Chooser(nn.Module):
         logits = self.head(self.norm(x))
         if not self.chooses:
             return SimpleNamespace(logits=logits)
-        # Near ties: bins of the stream a few roundings of float32 wide, far wider than those of float64.
-        bins = (x[..., 0] * 2**22).floor().long() % 2
+        # Near ties: bins of the stream a rounding of float32 wide, also of a softmax in float32 where all else is in
+        # float64, and far wider than those of float64.
+        bins = (x[..., 0] * 2**24).floor().long() % 2
         return SimpleNamespace(logits=logits + self.chosen[bins])
 
 
