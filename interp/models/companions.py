@@ -152,6 +152,12 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
             yield torch.randn(PROBE_ROWS, n, generator=generator).to(dtype)
 
 
+def probe_length(module: nn.Module) -> int:
+    """How many token ids to probe with: PROBE_LENGTH, or as many after a model has made one position of several."""
+    config: Any = getattr(module, "config", None)
+    return PROBE_LENGTH * next(_values(config, "downsampling_rate"), 1)
+
+
 def random_ids(
     module: nn.Module, length: int, part: str = "", seed: int = 0, of_parts: bool = False
 ) -> Int[Tensor, "row pos"]:
@@ -164,6 +170,8 @@ def random_ids(
     d_vocab = getattr(config, "vocab_size", None)
     if d_vocab is None and of_parts:
         d_vocab = min(_values(config, "vocab_size"), default=None)
+    if d_vocab is None:  # characters of any number, hashed to so many vectors
+        d_vocab = next(_values(config, "num_hash_buckets"), None)
     if d_vocab is None:
         raise Refused(
             f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "

@@ -112,9 +112,9 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
         refused=refused,
         absent=frozenset(absent),
     )
-    several = len(spec.stages) > 1
-    if (several or named) and not spec.bypassed and read_besides(seen, layers, key, batch):
-        of = "a stage" if several else f"'{stack}'"
+    starts = [stage[0] for stage in spec.stages[1:]]
+    if (starts or named) and not spec.bypassed and read_besides(seen, layers, key, batch, starts):
+        of = "a stage" if starts else f"'{stack}'"
         why = f"what blocks of {of} return is read by more than the block after them"
         spec = replace(spec, bypassed=why)
     spec = with_ends(spec, seen, layers, batch)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
 from interp.models.hooks import (
     BlockInput,
@@ -111,18 +110,41 @@ def _hook_attention(this: _Pass) -> None:
     for layer, block in enumerate(this.spec.blocks):
         for name, prefix, part in attention_calls(block):
             places.setdefault(this.module.get_submodule(name), []).append((layer, prefix, part))
-    next_call = {module: cycle(calls) for module, calls in places.items()}
+    left = {module: iter(calls) for module, calls in places.items()}
 
     def watch(module: nn.Module) -> Watch:
-        if module not in next_call:
+        if module not in left:
             return Watch()
-        layer, prefix, part = next(next_call[module])
+        expected = next(left[module], None)
+        layer, prefix, part = expected or places[module][-1]
         now = this.turns.now if this.turns else layer
         watching = RunWatch(now, plan, this.touch, this.run, prefix, part)
-        place = this.spec.blocks[layer].axes, this.layouts.get(layer)
+        if expected is None:
+            if watching.looks:
+                raise Refused(_more_often(this.module, module))
+            return Watch()
+        place = this.spec.blocks[now].axes, this.layouts.get(now)
         return in_one_row(watching, module, *place, this.run.batch.size)
 
+    def again(modules: list[nn.Module], *_: Any) -> None:
+        left.update((module, iter(places[module])) for module in modules)
+
+    for layer, block in enumerate(this.spec.blocks):
+        if done := [module for module, calls in places.items() if calls[-1][0] == layer]:
+            hook = partial(again, done)
+            hook = this.turns.only(layer, hook) if this.turns else hook
+            ends = this.module.get_submodule(block.returns)
+            this.stack.callback(ends.register_forward_hook(hook).remove)
     this.stack.enter_context(window(this.module, watch))
+
+
+def _more_often(module: nn.Module, attention: nn.Module) -> str:
+    """Why a module that attends more often than on the probe is not shown."""
+    name = next(name for name, part in module.named_modules() if part is attention)
+    return (
+        f"'{name}' attends more often than on the probe: it reads inputs of this shape piece by piece, and which "
+        "positions a piece holds is not known; shorter inputs may be one piece"
+    )
 
 
 def _hook_turns(this: _Pass) -> None:

@@ -28,7 +28,7 @@ from interp.models.calls import (
 )
 from interp.models.chunks import in_chunks
 from interp.models.codebooks import with_codebooks
-from interp.models.companions import PROBE_LENGTH, random_ids, with_companions
+from interp.models.companions import probe_length, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.find_own import find_own
 from interp.models.find_stack import SeveralStacks, is_within
@@ -191,6 +191,6 @@ def probe_batch(module: nn.Module) -> Batch:
             f"{type(module).__name__} takes '{kind}' and has no config to tell its vocabulary"
         )
     else:
-        batch = Batch.of_inputs({kind: random_ids(module, PROBE_LENGTH), **target})
+        batch = Batch.of_inputs({kind: random_ids(module, probe_length(module)), **target})
     batch = with_companions(module, batch)
     return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch
