@@ -21,6 +21,7 @@ from interp.errors import Refused
 from interp.models.calls import FAILURES, call_model, main_input, output_tensor, text_config
 from interp.models.images import random_images
 from interp.models.spec import module_device
+from interp.models.wants import told_by_layers
 from interp.run.batch import Batch
 
 PROBE_ROWS, PROBE_LENGTH = 2, 7
@@ -57,7 +58,7 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     optional = [
         name for name in OPTIONAL if name in read and name not in (*batch.inputs, *required)
     ]
-    alone = not optional and "pixel_values" not in batch.inputs  # images may be asked for in pairs
+    alone = not optional and "input_ids" in batch.inputs
     if not required and (alone or _works(module, batch)):
         return batch
     for inputs in islice(_trials(module, batch, required, optional), TRIALS):
@@ -65,6 +66,10 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
         if _works(module, tried):
             needed[module] = inputs
             return with_companions(module, tried)
+    told = told_by_layers(module, batch.inputs, main_input(module))
+    if told is not None:
+        needed[module] = told
+        return with_companions(module, batch)
     return batch
 
 

@@ -161,17 +161,19 @@ def _type(module: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dict[str, Tensor]]:
-    """The masks that the forward requires, all ones: of the frames on the second axis, or on the last.
+    """The masks that the forward requires, all ones: of the frames on the second axis, or on the last; no padding.
 
     Then the input's own mask besides, which a signature may leave open although the forward needs it.
     """
     parameters = inspect.signature(type(module).forward).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty and n.endswith("mask")]
+    ends = ("mask", "padding")
+    required = [n for n, p in parameters.items() if p.default is p.empty and n.endswith(ends)]
     own = f"{name}_mask"
     open_ = own in parameters and own not in required
     for names in (required, [*required, own]) if open_ else (required,):
         for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
-            yield {n: torch.ones(shape[0], frames, dtype=torch.long) for n in names}
+            ones = torch.ones(shape[0], frames, dtype=torch.long)
+            yield {n: ones.clone() if n.endswith("mask") else 0 * ones for n in names}
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
@@ -189,7 +191,6 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
     for length in _sizes(config, ("context_length",)):
         for channels in _sizes(config, CHANNELS):
             yield ROWS, length, channels
-        yield ROWS, length
     yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN

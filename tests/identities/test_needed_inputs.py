@@ -160,6 +160,35 @@ def test_waves_and_time_series_are_found(
     check_all_sites(model, {main: torch.randn(3, *shape[1:])})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "shapes"),
+    [
+        (
+            "decision_transformer",
+            "DecisionTransformerModel",
+            {
+                "states": (2, 72, 17),
+                "actions": (2, 72, 4),
+                "returns_to_go": (2, 72, 1),
+                "timesteps": (2, 72),
+            },
+        ),
+        (
+            "timesfm",
+            "TimesFmModel",
+            {"past_values": (2, 6400), "past_values_padding": (2, 6400), "freq": (2, 1)},
+        ),
+    ],
+)
+def test_layers_without_input_tell_what_the_forward_needs(
+    model_type: str, name: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    model = model_of(model_type, name)
+    given = probe_batch(model.module).inputs
+    assert {each: tuple(x.shape) for each, x in given.items()} == shapes
+    check_all_sites(model, given)
+
+
 def test_bins_behind_a_convolution_and_a_mask_are_found() -> None:
     made = numbers_taken(Folded(), "bands", {})
     frames = made["bands"].shape[1]
