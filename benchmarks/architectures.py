@@ -202,7 +202,9 @@ def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
     of_both = bool(patterns) and all(x.shape[3] > x.shape[2] for x in patterns)  # in one softmax
     if row.kind == WHOLE and not of_both and not model.layers_with("cross_z"):
         refused["cross_z"] = "no attention of the decoder to the source was found"
-    if error > ROUNDING and model.spec.between_kernels:  # it makes much of a rounding
+    if error > ROUNDING and (
+        model.spec.between_kernels or model.spec.in_float64
+    ):  # it makes much of a rounding
         exact, batch = in_float64(module, batch)
         error = _captured(Model(exact, stack=stack), batch, sites)[1]
     if error > ROUNDING:

@@ -118,6 +118,35 @@ def test_a_choice_by_rounding_is_verified_with_eager_attention_and_said() -> Non
     torch.testing.assert_close(model.run(IDS, capture=["pattern"]).logits, wanted)
 
 
+def other_order(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The same attention, in an order of its own: it rounds as no other does."""
+    order = torch.arange(v.shape[-2]).flip(0)
+    scores = (q * scaling) @ k[..., order, :].mT
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool()[:, order], -torch.inf)
+    pattern = torch.softmax(scores, -1)
+    return (pattern @ v[..., order, :]).transpose(1, 2).contiguous(), pattern
+
+
+def test_a_choice_by_rounding_that_no_own_attention_makes_is_verified_in_float64_and_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "eager", other_order)
+    module = chooser(name="eager")
+    with torch.no_grad():
+        own = module(IDS).logits
+    model = Model(module)
+    assert not {"q", "k", "v", "scores", "pattern", "z"} & set(model.spec.refused)
+    check = next(check for check in model.spec.checks if check.name == "window")
+    assert check.passed and "float64" in check.detail
+    apart = float((model.run(IDS, capture=["pattern"]).logits - own).abs().max())
+    assert model.spec.in_float64 > 0.1 and apart > 0.1
+    assert any(f"{model.spec.in_float64:.1e}" in note and "float64" in note for note in model.notes)
+    exact = Model(chooser(name="eager").double())
+    assert not exact.notes and not exact.spec.in_float64
+
+
 def test_loaded_with_eager_attention_it_needs_no_note() -> None:
     model = Model(chooser(name="eager"))
     assert (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models import kernels, replaced
+from interp.models import exact, kernels, replaced
 from interp.models.calls import DRAWS, drawing
 from interp.models.forwards import hooks_called
 from interp.models.hooked import parts_of
@@ -73,6 +73,7 @@ class Model:
         if self.module in drawing:
             self.notes += (DRAWS,)
         self.notes += kernels.note(self.module, self.spec.between_kernels)
+        self.notes += exact.note(self.spec.in_float64)
         self.notes += (self.spec.unseen,) if self.spec.unseen else ()
         self._passes = Passes(self.module, self.spec)
 

@@ -30,6 +30,7 @@ from interp.models.chunks import in_chunks
 from interp.models.codebooks import with_codebooks
 from interp.models.companions import probe_length, random_ids, with_companions
 from interp.models.discover import discover
+from interp.models.exact import exact_instead
 from interp.models.find_own import find_own
 from interp.models.find_stack import SeveralStacks, is_within
 from interp.models.forwards import find_called
@@ -106,6 +107,12 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
                 return replace(
                     verified(mapped, seen, eager, of="that of its eager attention"),
                     between_kernels=apart,
+                )
+            if (exact := exact_instead(module, batch, seen)) is not None:
+                of = "the model's own where both are computed in float64"
+                return replace(
+                    verified(mapped, seen, exact[1], of=of, shown=exact[0]),
+                    in_float64=relative_error(seen.output, plain)[0],
                 )
         return spec
 

@@ -251,6 +251,8 @@ class Spec:
     pad_token_id + 1). `logit_scale` and `logit_softcap` say what the model does to `W_U`'s output.
     `between_kernels` is how far the model's logits are from those with its own eager attention, relative to
     their size, where the map was verified with the latter; else 0.
+    `in_float64`: how far what the window makes of its logits is from the model's own, where these agree in float64 and
+    the map was verified there; else 0.
     `named`: the stack is one of several that the model has, and was asked for by name. `beside`: its positions are
     not those of the tokens that the model reads besides. `together`: what the model returns for a row depends on the
     rows beside it.
@@ -278,6 +280,7 @@ class Spec:
     bypassed: str = ""
     copies: frozenset[str] = frozenset()
     between_kernels: float = 0.0
+    in_float64: float = 0.0
     named: bool = False
     beside: bool = False
     together: bool = False

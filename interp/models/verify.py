@@ -40,12 +40,14 @@ def verify(
     between_kernels: float = 0.0,
     of: str = "the model's own",
     ends: Sequence[Tensor] = (),
+    shown: Tensor | None = None,
 ) -> Spec:
     """The map with every identity tried; sites whose identity fails are refused.
 
     `between_kernels`: how far the model's own attention kernels are from each other on the probe. Ours
     may be twice as far from them. `of`: whose logits `plain` are. `ends`: what the last block returns in a plain
-    forward, where that says more than the logits.
+    forward, where that says more than the logits. `shown`: what the model returns under the window, where `plain` is
+    to be compared with that of another forward than `seen`.
     """
     checks, refused = [], dict(spec.refused)
     layers = as_mapped(spec, seen)
@@ -84,7 +86,7 @@ def verify(
     if spec.attention_layers:
         check(
             "window",
-            [_whole_maps(spec, seen.output)],
+            [_whole_maps(spec, seen.output if shown is None else shown)],
             [_whole_maps(spec, plain)],
             f"logits under the window equal {of}",
             ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
