@@ -19,6 +19,7 @@ from interp.errors import BadInput, Refused
 from interp.generate import generate
 from interp.models.calls import call_model, output_tensor
 from interp.models.discover import discover
+from interp.models.kernels import in_float64
 from interp.models.load import weights_sha256
 from interp.models.model import Model
 from interp.models.named import last_returned
@@ -137,6 +138,36 @@ def test_a_head_without_output_is_a_plain_forward_without_it(stack: str) -> None
     clean = model.run(given, capture=["resid_pre"])
     (again, other) = model.replay(clean, [[edit], []], lambda run: run.logits)
     assert off(again, wanted) < ROUNDING and off(other, clean.logits) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "text_model.encoder.layer:resid_pre.2",
+        "cross_modal_text_layers:embed",
+        f"{IMAGES}:attn_out.1",
+    ],
+)
+def test_a_gradient_is_that_of_what_an_edit_changes(site: str) -> None:
+    """In float64. What a block returned is read by links between towers, too, which the next block's input is not."""
+    stack, site = site.split(":")
+    exact, batch = in_float64(bridge(), probe_batch(bridge()))
+    model = Model(exact, stack=stack)
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+    run = model.run(batch, capture=[site], grad=True)
+    at, of = drawn(run.cache[site]), drawn(run.logits)
+    along = float((run.gradients((run.logits * of).sum(), site) * at).sum())
+    step = 1e-5
+    ends = [
+        model.run(batch, edits=[Edit.apply(site, lambda x, seen, by=by: x + by * at)]).logits
+        for by in (step, -step)
+    ]
+    difference = float(((ends[0] - ends[1]) * of).sum()) / (2 * step)
+    assert abs(difference) > 1e-3 and abs(along - difference) < 1e-4 * abs(difference)
 
 
 def test_a_stack_with_attention_of_its_own_code_beside_others_that_call_the_interface() -> None:

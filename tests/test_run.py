@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models import attention
 from interp.models.model import Model
 from interp.run.batch import Batch
@@ -381,6 +381,34 @@ def test_gradients_need_a_graph(tiny: Model) -> None:
 def test_gradients_change_no_logit(tiny: Model) -> None:
     plain = tiny.run(IDS).logits
     assert torch.equal(tiny.run(IDS, grad=True).logits.detach(), plain)
+
+
+def test_a_site_that_a_forward_passes_by_is_refused() -> None:
+    """An MLP that reads a layer's weights and does not call it, for long inputs alone: an edit would do nothing."""
+    module = FAMILIES["llama"]()
+    for layer in module.model.layers:
+
+        def forward(x: Tensor, of: Any = layer.mlp) -> Tensor:
+            made = of.act_fn(of.gate_proj(x)) * of.up_proj(x)
+            short = x.shape[1] < 30
+            return of.down_proj(made) if short else made @ of.down_proj.weight.T
+
+        layer.mlp.forward = forward
+    model = Model(module, id="passing")
+    edit, long = Edit.zero("mlp_post.1"), torch.arange(10, 50)
+    assert (model.run(IDS, edits=[edit]).logits - model.run(IDS).logits).abs().max() > 1e-3
+    clean = model.run(long, capture=["resid_pre"])
+    for run in (
+        lambda: model.run(long, edits=[edit]),
+        lambda: model.run(long, capture=["mlp_post"]),
+        lambda: model.replay(clean, [[edit]], lambda got: got.logits),
+    ):
+        with pytest.raises(Refused, match=r"'mlp_post\.\d' was passed by"):
+            run()
+    stopped = model.run(
+        long, capture=["resid_pre.0", "mlp_post.2"], stop_at=1
+    )  # before it comes there
+    assert list(stopped.cache) == ["resid_pre"]
 
 
 @pytest.mark.parametrize("weight", ["W_O", "b_O", "W_V", "W_out", "b_out"])

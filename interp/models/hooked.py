@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,11 @@ from interp.models.hooks import (
     RunWatch,
     Turns,
     argument,
+    read_here,
     write_change,
 )
 from interp.models.layout import PARTED, Layout, held_inside, shown_inside
+from interp.models.own_attention import own
 from interp.models.plan import Plan
 from interp.models.pooling import Pooling
 from interp.models.repeated import CallsOnStream
@@ -71,18 +73,18 @@ def hooked(
     turns = Turns([block.name for block in spec.blocks]) if spec.shared else None
     with ExitStack() as stack:
         this = _Pass(module, spec, layouts, run, plan, turns, stack)
-        _hook_attention(this)
         _hook_turns(this)
         for layer, parts in enumerate(parts_of(module, spec)):
             if stop_at is not None and layer > stop_at:
                 break
             _LayerHooks(this, layer).put(parts, stop_at, grad)
+        _hook_attention(this)
         yield
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass; `stack` takes its hooks off."""
+    """One pass; `stack` takes its hooks off. `inside`: the modules in blocks that it looks at."""
 
     module: nn.Module
     spec: Spec
@@ -91,10 +93,11 @@ class _Pass:
     plan: Plan
     turns: Turns | None
     stack: ExitStack
+    inside: set[str] = field(default_factory=set)
 
     def touch(self, name: str, layer: int, x: Tensor, start: int = 0) -> Tensor:
         """A site's activation after the edits there, kept if it is captured."""
-        for edit in self.plan.edits.get((name, layer), ()):
+        for edit in self.plan.edits_at(name, layer):
             x = edit(x, Seen(layer, start, self.run.batch.mask_of(name)))
         if (name, layer) in self.plan.capture:
             x = self.run.cache.put(name, layer, self.plan.kept(x))
@@ -104,7 +107,8 @@ class _Pass:
 def _hook_attention(this: _Pass) -> None:
     """The window, where something of attention is wanted: each call is shown as that of its layer."""
     plan = this.plan
-    if not any(name in ATTENTION_SITES for name, _ in plan.sites) and plan.statistics is None:
+    shown = plan.statistics is not None or any(name in ATTENTION_SITES for name, _ in plan.sites)
+    if not shown and not any(_in_own_attention(this.module, name) for name in this.inside):
         return
     places: dict[nn.Module, list[tuple[int, str, Part | None]]] = {}
     for layer, block in enumerate(this.spec.blocks):
@@ -147,6 +151,15 @@ def _more_often(module: nn.Module, attention: nn.Module) -> str:
     )
 
 
+def _in_own_attention(module: nn.Module, name: str) -> bool:
+    """Whether a module stands in one that computes attention itself, which may read its weights and not call it.
+
+    It is called in the window alone.
+    """
+    ends = [i for i, letter in enumerate(name) if letter == "."]
+    return any(module.get_submodule(name[:end]) in own for end in ends)
+
+
 def _hook_turns(this: _Pass) -> None:
     """What tells which layer is running, where layers share modules."""
     for name in this.turns.layers if this.turns else ():
@@ -174,9 +187,12 @@ class _LayerHooks:
             stop=stop_at == layer,
             grad=grad and layer == 0,
         )
-        if block.placed and any(where == layer for _, where in this.plan.sites):
-            whole = on(self._require_all_parts)
-            self._until_done(parts[0].register_forward_pre_hook(whole, with_kwargs=True))
+        if any(where == layer for _, where in this.plan.sites):
+            ran = on(lambda *given: this.plan.ran.add(layer))
+            self._until_done(parts[0].register_forward_pre_hook(ran))
+            if block.placed:
+                whole = on(self._require_all_parts)
+                self._until_done(parts[0].register_forward_pre_hook(whole, with_kwargs=True))
         if pre.needed:
             self._until_done(parts[0].register_forward_pre_hook(on(pre), with_kwargs=True))
         if block.repeated:
@@ -243,9 +259,10 @@ class _LayerHooks:
             x = args[0]
             if not self.calls.has(name, x, change):
                 return None
-            new = change(shown_inside(x, axes, size))
+            new = change(shown_inside(read_here(x), axes, size))
             return None if new is x else (held_inside(new, axes, x.shape), *args[1:])
 
+        self.this.inside.add(name)
         self._until_done(self.module.get_submodule(name).register_forward_pre_hook(self.on(hook)))
 
     def _on_output(self, name: str, change: Change, pooling: Pooling | None = None) -> None:
@@ -285,6 +302,7 @@ class _LayerHooks:
                 return with_first(output, channels_first(new, x.shape))
             return with_first(output, held_inside(new, block.axes, x.shape))
 
+        self.this.inside.add(name)
         self._until_done(self.module.get_submodule(name).register_forward_hook(self.on(hook)))
 
 

@@ -118,7 +118,7 @@ class RunWatch(Watch):
         return x + self.part.mine(name, self.run.stand_ins[name, self.layer], x).to(x.device)
 
     def _edited(self, name: str, x: Tensor, start: int) -> Tensor:
-        for edit in self.plan.edits.get((name, self.layer), ()):
+        for edit in self.plan.edits_at(name, self.layer):
             seen = Seen(self.layer, start, self.run.batch.mask_of(name))
             x = edit(x, seen) if self.part is None else self.part.edited(edit, x, seen, name)
         return x
@@ -175,7 +175,7 @@ class BlockInput:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
             if self.plan.wants(name, self.layer):
-                x = self.touch(name, self.layer, x)
+                x = self.touch(name, self.layer, read_here(x))
         self.resid = x
         if self.stop:
             raise Stop
@@ -268,6 +268,11 @@ class Middle:
         if edited is mid and not torch.is_grad_enabled():
             return x
         return _over(edited - before, self.factors[-1])
+
+
+def read_here(x: Tensor) -> Tensor:
+    """x as one module reads it: with gradients a view, since others that read the same tensor do not read the site."""
+    return x.view_as(x) if torch.is_grad_enabled() and not x.is_leaf else x
 
 
 def _times(x: Tensor, factor: float | Tensor) -> Tensor:

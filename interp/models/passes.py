@@ -73,6 +73,7 @@ class Passes:
                     run.logits = run.logits[:, logits.to(run.logits.device)]
             except Stop:
                 run.logits = None
+        plan.require_met(self.spec.n_layers if stop_at is None else stop_at)
         if plan.statistics is not None:
             run.statistics = plan.statistics.means(self.spec.n_layers)
         return run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models.offered import Offered
 from interp.run.edits import Edit
 from interp.run.statistics import RowStatistics, Statistic
@@ -17,13 +17,15 @@ from interp.sites import Site
 
 @dataclass
 class Plan:
-    """What one pass captures and edits, by (site name, layer)."""
+    """What one pass captures and edits, by (site name, layer); which layers it ran and which sites it came by."""
 
     capture: set[tuple[str, int]] = field(default_factory=set)
     edits: dict[tuple[str, int], list[Edit]] = field(default_factory=dict)
     statistics: RowStatistics | None = None
     statistics_until: int = -1
     grad: bool = False
+    ran: set[int] = field(default_factory=set)
+    met: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def sites(self) -> set[tuple[str, int]]:
@@ -31,6 +33,20 @@ class Plan:
 
     def wants(self, name: str, layer: int) -> bool:
         return (name, layer) in self.capture or (name, layer) in self.edits
+
+    def edits_at(self, name: str, layer: int) -> Sequence[Edit]:
+        """The edits of a site that the pass has come by."""
+        self.met.add((name, layer))
+        return self.edits.get((name, layer), ())
+
+    def require_met(self, until: int) -> None:
+        """Refused where a layer before `until` ran and one of its sites was passed by: an edit did nothing there."""
+        for name, layer in sorted(self.sites - self.met):
+            if layer in self.ran and layer < until:
+                raise Refused(
+                    f"'{name}.{layer}' was passed by: on these inputs the layer does not call what it called on the "
+                    "probe, where this site is; give inputs of another length or kind, or name another site"
+                )
 
     def kept(self, x: Tensor) -> Tensor:
         """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place."""

@@ -95,6 +95,26 @@ def test_pytorchs_own_module_is_seen(weights: bool) -> None:
 
 
 @pytest.mark.parametrize("weights", [True, False])
+def test_its_output_projection_is_seen_where_nothing_else_is(weights: bool) -> None:
+    """PyTorch reads the projection's weights and does not call it: a hook there alone would hear nothing."""
+    model = encoder(weights)
+    alone = model.run(IDS, capture=["attn_out"]).cache["attn_out"]
+    beside = model.run(IDS, capture=["attn_out", "z"]).cache["attn_out"]
+    torch.testing.assert_close(alone, beside, atol=EXACT, rtol=1e-5)
+    block: Any = model.blocks[1]
+    hook = block.attention.register_forward_hook(lambda of, args, out: (0 * out[0], *out[1:]))
+    with torch.no_grad():
+        wanted = model.module(IDS).last_hidden_state
+    hook.remove()
+    without = Edit.zero("attn_out.1")
+    clean = model.run(IDS, capture=["resid_pre"])
+    (replayed,) = model.replay(clean, [[without]], lambda run: run.logits)
+    for got in (model.run(IDS, edits=[without]).logits, replayed):
+        torch.testing.assert_close(got, wanted, atol=EXACT, rtol=1e-5)
+    assert (wanted - clean.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("weights", [True, False])
 def test_a_head_without_output_is_w_o_without_its_rows(weights: bool) -> None:
     model = encoder(weights)
     edited = model.run(IDS, edits=[Edit.zero("z.1.2")]).logits
