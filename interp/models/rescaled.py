@@ -30,6 +30,8 @@ FIRST = 16
 """Channels that are tried before all of them."""
 LEAST_GAIN = 1e-6
 """An edit of a write is divided by its gain."""
+ROOM = 1000
+"""How many times larger than their sum parts may be whose roundings are left of it."""
 CLEAR = 10
 """Roundings of the sum that a part must exceed in most channels: a smaller one explains nothing."""
 
@@ -161,7 +163,7 @@ def fitted_channels(
     own = [max(eps, rounding(t.dtype)) for t in (base, *values)]
     forms = sorted(product((False, True), repeat=3), key=sum)[1:]
     for count in (1, 2):
-        for (carry, gain, shift), index in product(forms, combinations(range(len(vs)), count)):
+        for (carry, gain, shift), index in product(forms, _promising(x, y, vs, count, max(own))):
             chosen, of = [vs[i] for i in index], [own[0], *(own[1 + i] for i in index)]
             if len(y) < carry + gain * count + shift + SPARE:
                 continue
@@ -173,6 +175,32 @@ def fitted_channels(
                 c, gs, b = ([None if t is None else t.to(dtype) for t in each] for each in fit)
                 return index, Carry(1.0 if c[0] is None else c[0], b[0]), gs
     return None
+
+
+def _promising(
+    x: Tensor, y: Tensor, values: list[Tensor], count: int, eps: float
+) -> list[tuple[int, ...]]:
+    """Which `count` of the values leave little of y where all that may be fitted is; of [positions, d] each.
+
+    Tried in a few entries: no other form leaves less, and of what each value leaves nearly all is told there.
+    """
+    chosen = list(combinations(range(len(values)), count))
+    rows, channels = (
+        torch.linspace(0, n - 1, min(most, n)).long().unique()
+        for n, most in zip(y.shape, (4 * FIRST, FIRST // 4), strict=True)
+    )
+    if not chosen or len(rows) < count + 2 + SPARE:
+        return chosen
+    x, y, *vs = (t[rows][:, channels].T for t in (x, y, *values))
+    ones = torch.ones_like(x)
+    columns = torch.stack(
+        [torch.stack([x, ones, *(vs[i] for i in index)], -1) for index in chosen]
+    )  # [choice, d, positions, unknowns]
+    basis = torch.linalg.qr(columns).Q
+    left = y - (basis @ (basis.mT @ y[..., None]))[..., 0]
+    allowed = ROOM * SLACK * eps * y.norm(dim=-1)
+    fits = (left.norm(dim=-1) <= allowed).all(-1)
+    return [index for index, fit in zip(chosen, fits.tolist(), strict=True) if fit]
 
 
 def _fit(
