@@ -131,6 +131,19 @@ def test_layers_of_two_stacks_are_their_calls_in_turn() -> None:
         model.require_sum("this test")
 
 
+def test_what_a_model_computes_without_gradients_has_none_rather_than_zeros() -> None:
+    """HRM's forward runs its first calls in torch.no_grad; that these change its logits a plain hook shows."""
+    model = Model(FAMILIES["hrm_text"](), id="hrm")
+    run = model.run(IDS, capture=["resid_pre", "z"], grad=True)
+    target = run.logits[0, -1, 5]
+    edit = Edit.apply("resid_pre.0", lambda x, seen: 2 * x.flip(-1))
+    assert (model.run(IDS, edits=[edit]).logits - run.logits).abs().max() > 1e-3
+    for site in ("resid_pre.0", "z.0", "z"):
+        with pytest.raises(BadInput, match="with gradients switched off"):
+            run.gradients(target, site)
+    assert run.gradients(target, f"z.{model.n_layers - 1}").any()
+
+
 def test_towers_side_by_side_are_not_one_stream() -> None:
     """Of one width and length, so that nothing but what moves what tells them apart."""
 

@@ -171,7 +171,7 @@ class BlockInput:
         axes, held_as = self.spec.blocks[self.layer].axes, argument(args, kwargs, self.spec.hidden)
         self.run.held[self.layer] = held_as.shape
         x = given = shown(held_as, axes, self.run.batch.size)
-        if self.grad and not x.requires_grad:
+        if self.grad and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
             if self.plan.wants(name, self.layer):

@@ -49,8 +49,12 @@ class Plan:
                 )
 
     def kept(self, x: Tensor) -> Tensor:
-        """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place."""
-        return x.detach().requires_grad_() if self.grad and not x.requires_grad else x
+        """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place.
+
+        Not where the model has switched gradients off: that of a leaf there would be 0, whatever it does.
+        """
+        wanted = self.grad and torch.is_grad_enabled() and not x.requires_grad
+        return x.detach().requires_grad_() if wanted else x
 
     def wants_any(self, names: Iterable[str], layer: int) -> bool:
         return any(self.wants(name, layer) for name in names)

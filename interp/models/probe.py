@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models import attention
 from interp.models.calls import (
     FAILURES,
@@ -62,6 +62,11 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
     batch = (probe_batch(module) if batch is None else batch).to(module_device(module))
     with torch.no_grad():
         plain = output_tensor(call_model(module, batch))
+        if not bool(plain.isfinite().all()):  # nothing can be compared, or solved for
+            raise BadInput(
+                f"{type(module).__name__} returns NaN or infinite values on the probe: check its weights, or open it "
+                "in another dtype"
+            )
         seen = record(module, batch)
         if find_called(module, partial(call_model, module, batch), seen.calls):
             seen = record(module, batch)

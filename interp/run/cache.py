@@ -193,7 +193,8 @@ class Run:
     def gradients(self, target: Tensor, site: str) -> Tensor:
         """d target / d site, shaped like `cache[site]`; needs `run(..., grad=True)`.
 
-        `target` is a scalar made from `logits` or from captured activations.
+        `target` is a scalar made from `logits` or from captured activations. The graph is the model's own: no
+        gradient leads through what its forward detaches (reference points of some detectors).
         """
         parsed = Site.parse(site)
         layers = [parsed.layer] if parsed.layer is not None else self.cache.layers(parsed.name)
@@ -210,7 +211,8 @@ class Run:
         ]
         if not all(value.requires_grad for value in values):
             raise BadInput(
-                f"'{site}' of this run has no gradient; capture it in a run(..., grad=True)"
+                f"'{site}' of this run has no gradient; capture it in a run(..., grad=True), and of a model that "
+                "computes some layers with gradients switched off (torch.no_grad) name another layer"
             )
         grads = torch.autograd.grad(target, values, retain_graph=True, allow_unused=True)
         out = Cache()

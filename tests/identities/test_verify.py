@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from interp.errors import BadInput
 from interp.models.calls import call_model, output_tensor
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import record
@@ -53,6 +54,16 @@ def test_one_wrong_write_of_many_is_refused(deep, layer: int, scale: float) -> N
         again = verify(replace(spec, blocks=blocks, checks=()), seen, plain)
     assert {"attn_write", "mlp_write", "resid_mid"} <= set(again.refused)
     assert "entry by entry" in again.refused["mlp_write"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite"])
+def test_a_forward_that_gives_nan_is_told_before_anything_is_solved_for(name: str) -> None:
+    module = FAMILIES[name]()
+    with torch.no_grad():
+        for parameter in list(module.parameters())[4:]:
+            parameter.fill_(torch.inf)
+    with pytest.raises(BadInput, match="returns NaN or infinite values on the probe"):
+        probe(module)
 
 
 def test_a_site_said_to_be_absent_is_refused_where_the_sum_fails() -> None:
