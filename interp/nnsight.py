@@ -188,6 +188,8 @@ class Addresses:
         path, side, scale, cut = places.get(site.name, (None, "", 1.0, None))
         if site.name in ("embed", "resid_pre") and self.spec.hidden != 0:
             path = None  # nnsight's `input` is the first argument
+        if site.name == "resid_post" and block.adds:
+            path = None  # code outside adds it to the stream
         if path in block.repeated | block.turned:
             path = None  # called on other things, too, or shown with its axes in another order
         if path in (block.name, block.returns) and self.spec.hidden_axes != PLAIN:

@@ -60,6 +60,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
             starts_stage=start,
             ends_stage=layer.reshapes(key) and layer.output.shape == after,
             members=tuple(Member(name, seen.call(name).is_tuple) for name in layer.members),
+            adds=layer.added_to is not None,
         )
         for layer, shape, start, after in zip(
             layers, shapes, starts, [*shapes[1:], None], strict=True

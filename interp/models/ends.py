@@ -28,7 +28,8 @@ def with_ends(spec: Spec, seen: Recording, layers: list[Layer], batch: Batch) ->
     """The map with embedding, final norm and unembedding, or a readout of more modules."""
     last = layers[-1].call
     assert last.output is not None
-    residual = layers[-1].output if as_held_inside(layers[-1].axes) else last.output
+    in_place = as_held_inside(layers[-1].axes) or layers[-1].added_to is not None
+    residual = layers[-1].output if in_place else last.output
     if set(batch.inputs) == {"input_ids"}:
         residual = of_tokens(residual, seen.output)
     module: Any = seen.module
@@ -225,6 +226,7 @@ def _whole(spec: Spec, seen: Recording, residual: Tensor) -> bool:
     sound = is_encoder_decoder(seen.module) and main_input(seen.module) != "input_ids"
     of_tokens = spec.d_vocab is not None and not sound
     in_parts = any(block.members for block in spec.blocks) or n_ahead(spec.hidden_axes)
+    in_parts = in_parts or any(block.adds for block in spec.blocks)
     several = spec.named or in_parts  # other stacks read other inputs besides
     if spec.tuple_blocks or several or not of_tokens or seen.output.ndim != residual.ndim:
         return False

@@ -17,7 +17,7 @@ from interp.models.feeding import fed_stack
 from interp.models.in_parts import AND, lists_in_turn
 from interp.models.reads import merged
 from interp.models.recording import Recording, record
-from interp.models.stack import Layer, hidden_key, layers_of, with_cross
+from interp.models.stack import Layer, added_outside, hidden_key, layers_of, with_cross
 from interp.models.towers import alike, common, parts_around, side_by_side
 from interp.run.batch import Batch
 from interp.sites import AXES, CROSS_SITES
@@ -75,7 +75,7 @@ def find_stack(
             f"blocks of '{stack}' are not called with a hidden state that the next one reads: "
             "nothing can be addressed"
         )
-    layers = [with_cross(layer, key) for layer in layers]
+    layers = added_outside([with_cross(layer, key) for layer in layers], key)
     shapes = {layer.hidden(key).shape for layer in layers}
     if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
         raise Refused(

@@ -187,6 +187,10 @@ class _LayerHooks:
             stop=stop_at == layer,
             grad=grad and layer == 0,
         )
+        last = stop_at == layer + 1 == self.spec.n_layers
+        of_post = layer, self.touch, this.run, this.plan, block.axes
+        post = BlockOutput(*of_post, stop=last, pre=pre if block.adds else None)
+        pre.needed |= block.adds and post.needed
         if any(where == layer for _, where in this.plan.sites):
             ran = on(lambda *given: this.plan.ran.add(layer))
             self._until_done(parts[0].register_forward_pre_hook(ran))
@@ -205,8 +209,6 @@ class _LayerHooks:
                 self._on_output(module, write_change(name, layer, factor, self.touch))
         if block.before_mid and self._wants("resid_mid"):
             self._on_middle(pre)
-        last = stop_at == layer + 1 == self.spec.n_layers
-        post = BlockOutput(layer, self.touch, this.run, this.plan, block.axes, stop=last)
         if post.needed or self.spec.tuple_blocks:
             self._until_done(parts[-1].register_forward_hook(on(post)))
 

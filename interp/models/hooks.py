@@ -164,6 +164,7 @@ class BlockInput:
         )
         self.spec = spec
         self.resid: Tensor | None = None
+        self.given: Tensor | None = None
         names = ("resid_pre", "embed") if layer == 0 else ("resid_pre",)
         self.needed = stop or grad or plan.wants_any((*names, "resid_mid"), layer)
 
@@ -171,6 +172,7 @@ class BlockInput:
         axes, held_as = self.spec.blocks[self.layer].axes, argument(args, kwargs, self.spec.hidden)
         self.run.held[self.layer] = held_as.shape
         x = given = shown(held_as, axes, self.run.batch.size)
+        self.given = given
         if self.grad and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
         for name in ("embed", "resid_pre") if self.layer == 0 else ("resid_pre",):
@@ -185,27 +187,44 @@ class BlockInput:
 
 
 class BlockOutput:
-    """Forward hook of a block: resid_post, the extras a replay needs, and stopping early."""
+    """Forward hook of a block: resid_post, the extras a replay needs, and stopping early.
+
+    `pre`: of a block to whose output code outside adds what it was given, which edits of resid_pre do not reach: what
+    it returns makes up for that.
+    """
 
     def __init__(
-        self, layer: int, touch, run: Run, plan: Plan, axes: tuple[str, ...], *, stop: bool
+        self,
+        layer: int,
+        touch,
+        run: Run,
+        plan: Plan,
+        axes: tuple[str, ...],
+        *,
+        stop: bool,
+        pre: BlockInput | None = None,
     ):
         self.layer, self.touch, self.run, self.plan, self.stop = layer, touch, run, plan, stop
-        self.axes = axes
-        self.needed = stop or plan.wants("resid_post", layer)
+        self.axes, self.pre = axes, pre
+        self.needed = stop or plan.wants("resid_post", layer) or (pre is not None and pre.needed)
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         old = first_tensor(output)
         assert old is not None
         x = given = shown(old, self.axes, self.run.batch.size)
+        read = resid = None
+        if self.pre is not None and self.pre.resid is not None:
+            read, resid = self.pre.given, self.pre.resid
+            x = given = resid.to(x.device) + x
         if isinstance(output, tuple):
             self.run.extras[self.layer] = output[1:]
         if self.plan.wants("resid_post", self.layer):
             x = self.touch("resid_post", self.layer, x)
         if self.stop:
             raise Stop
-        if x is given and _untouched(old, x):
+        if x is given and resid is read and _untouched(old, x):
             return None
+        x = x if read is None else x - read.to(x.device)
         return with_first(output, held(x, self.axes, old.shape))
 
 

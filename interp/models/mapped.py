@@ -19,7 +19,12 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
     layers = [with_cross(layer, spec.hidden) for layer in layers_of(seen, spec.stack)]
     placed = zip(layers, spec.blocks, strict=True)
     layers = [
-        replace(layer, placed=block.placed, attention=layer.attention if block.attention else None)
+        replace(
+            layer,
+            placed=block.placed,
+            attention=layer.attention if block.attention else None,
+            added_to=spec.hidden if block.adds else None,
+        )
         for layer, block in placed
     ]
     layers = with_axes(layers, [block.axes for block in spec.blocks])

@@ -116,9 +116,15 @@ class Model:
         """The blocks themselves.
 
         Raises:
-            Refused: a layer is several modules called one after the other, in the model's own forward.
+            Refused: a layer is several modules called one after the other, in the model's own forward, or returns
+                what is added there.
         """
         for block in self.spec.blocks:
+            if block.adds:
+                raise Refused(
+                    f"blocks of {self.id}, which this calls by themselves, return what code outside adds to the "
+                    "residual stream, not the stream; model.run with captures and edits, and model.replay, work"
+                )
             if block.members:
                 names = ", ".join(f"'{member.name}'" for member in block.members)
                 raise Refused(

@@ -79,9 +79,12 @@ def _returning(
         if spec.blocks[layer].members:
             # This is the last of them, whose output code outside may change in place.
             return args[0] if resid is None else resid.clone()
+        read = argument(args, kwargs, spec.hidden)
         if resid is not None:
             args, kwargs = with_hidden(args, kwargs, resid, spec, layer, like)
         hidden = argument(args, kwargs, spec.hidden)
+        if spec.blocks[layer].adds:
+            hidden = hidden - read
         if spec.dict_key:
             return {spec.dict_key: hidden}
         return (hidden, *rest) if spec.tuple_blocks else hidden

@@ -138,6 +138,7 @@ class BlockMap:
     way, the module that reads `resid_mid` before; the writes known are those up to there.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.
     `members`: the modules of a layer that is no module (they are called one after the other), `name` the first.
+    `adds`: what the block returns is what code outside adds to the stream that it read; `resid_post` is the sum.
     """
 
     name: str
@@ -182,6 +183,7 @@ class BlockMap:
     parallel: bool = False
     direct: bool = False
     members: tuple[Member, ...] = ()
+    adds: bool = False
 
     @property
     def returns(self) -> str:

@@ -37,6 +37,8 @@ class Layer:
     """The attention to a source that is called between the block before and this one, and is in neither."""
     members: tuple[str, ...] = ()
     """The modules that the layer is made of, called one after the other, where it is no one module."""
+    added_to: int | str | None = None
+    """Where its call has the stream, if what it returns is no stream, but what code outside adds to that."""
 
     def hidden(self, key: int | str) -> Tensor:
         """The hidden state the block was given [batch pos d_model]."""
@@ -49,9 +51,10 @@ class Layer:
 
     @property
     def output(self) -> Tensor:
-        """The hidden state it returned [batch pos d_model]."""
+        """The hidden state it returned, or that code outside makes of it and of what it read [batch pos d_model]."""
         assert self.call.output is not None
-        return shown(self.call.output, self.axes, self.inside.n_rows)
+        made = shown(self.call.output, self.axes, self.inside.n_rows)
+        return made if self.added_to is None else self.hidden(self.added_to) + made
 
     @property
     def returns(self) -> str:
@@ -161,6 +164,20 @@ def hidden_key(layers: list[Layer]) -> int | str | None:
         ),
         None,
     )
+
+
+def added_outside(layers: list[Layer], key: int | str) -> list[Layer]:
+    """The layers, as those that return what code outside adds to the stream, where each next one reads that sum."""
+    adding = [replace(layer, added_to=key) for layer in layers if not layer.members]
+    shapes = {x.shape for layer in layers for x in (layer.output, layer.hidden(key))}
+    if len(shapes) > 1 or not 1 < len(layers) == len(adding):
+        return layers
+    links = zip(pairwise(layers), adding, strict=False)
+    sums = all(
+        torch.equal(made.output, b.hidden(key)) and not torch.equal(a.output, b.hidden(key))
+        for (a, b), made in links
+    )
+    return adding if sums else layers
 
 
 def starts_stage(before: Layer, layer: Layer, key: int | str) -> bool:

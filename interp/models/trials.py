@@ -39,7 +39,9 @@ def scaled_z(
         within = inside(again, call, layer.members)
         attention = next(iter(within.attention), None)
         other = Layer(layer.name, call, within, attention)
-        changed.append(replace(other, members=layer.members, placed=layer.placed))
+        changed.append(
+            replace(other, members=layer.members, placed=layer.placed, added_to=layer.added_to)
+        )
     return with_axes(changed, [layer.axes for layer in layers]), factors
 
 
