@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models import attention
+from interp.models import attention, lengths
 from interp.models.calls import (
     FAILURES,
     call_model,
@@ -82,12 +82,11 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
         if called is not None and not any(is_within(name, called) for name in attending):
             seen = _with_own(module, batch, seen)
         try:
-            mapped = discover(seen, batch, called)
-        except SeveralStacks:
-            again = _with_own(module, batch, seen)
-            if again is seen:
-                raise
-            mapped = discover(seen := again, batch, called)
+            mapped, seen = _discovered(module, batch, called, seen)
+        except FAILURES as error:
+            if why := lengths.follow_values(seen, module, batch):
+                raise Refused(why) from error
+            raise
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
@@ -120,6 +119,19 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
                     in_float64=relative_error(seen.output, plain)[0],
                 )
         return spec
+
+
+def _discovered(
+    module: nn.Module, batch: Batch, called: str | None, seen: Recording
+) -> tuple[Spec, Recording]:
+    """The map and the recording it is of: where there are several stacks, one with modules' own attention too."""
+    try:
+        return discover(seen, batch, called), seen
+    except SeveralStacks:
+        again = _with_own(module, batch, seen)
+        if again is seen:
+            raise
+        return discover(again, batch, called), again
 
 
 def _at_once(module: nn.Module, batch: Batch, seen: Recording) -> Recording:
