@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ def hooked(
     turns = Turns([block.name for block in spec.blocks]) if spec.shared else None
     with ExitStack() as stack:
         this = _Pass(module, spec, layouts, run, plan, turns, stack)
+        _hook_calls(this)
         _hook_turns(this)
         for layer, parts in enumerate(parts_of(module, spec)):
             if stop_at is not None and layer > stop_at:
@@ -114,7 +116,10 @@ def _hook_attention(this: _Pass) -> None:
     for layer, block in enumerate(this.spec.blocks):
         for name, prefix, part in attention_calls(block):
             places.setdefault(this.module.get_submodule(name), []).append((layer, prefix, part))
-    left = {module: iter(calls) for module, calls in places.items()}
+    left: dict[nn.Module, Iterator[tuple[int, str, Part | None]]] = {}
+
+    def begin(*_: Any) -> None:
+        left.update((module, iter(calls)) for module, calls in places.items())
 
     def watch(module: nn.Module) -> Watch:
         if module not in left:
@@ -125,29 +130,40 @@ def _hook_attention(this: _Pass) -> None:
         watching = RunWatch(now, plan, this.touch, this.run, prefix, part)
         if expected is None:
             if watching.looks:
-                raise Refused(_more_often(this.module, module))
+                raise Refused(_more_often(this.module, module, "attends"))
             return Watch()
         place = this.spec.blocks[now].axes, this.layouts.get(now)
         return in_one_row(watching, module, *place, this.run.batch.size)
 
-    def again(modules: list[nn.Module], *_: Any) -> None:
-        left.update((module, iter(places[module])) for module in modules)
-
-    for layer, block in enumerate(this.spec.blocks):
-        if done := [module for module, calls in places.items() if calls[-1][0] == layer]:
-            hook = partial(again, done)
-            hook = this.turns.only(layer, hook) if this.turns else hook
-            ends = this.module.get_submodule(block.returns)
-            this.stack.callback(ends.register_forward_hook(hook).remove)
+    begin()
+    this.stack.callback(this.module.register_forward_pre_hook(begin).remove)
     this.stack.enter_context(window(this.module, watch))
 
 
-def _more_often(module: nn.Module, attention: nn.Module) -> str:
-    """Why a module that attends more often than on the probe is not shown."""
-    name = next(name for name, part in module.named_modules() if part is attention)
+def _hook_calls(this: _Pass) -> None:
+    """What refuses a forward that calls a block more often than the probe's did, where something of it is wanted."""
+    firsts = [parts[0] for parts in parts_of(this.module, this.spec)]
+    wanted, known, called = {firsts[i] for _, i in this.plan.sites}, Counter(firsts), Counter()
+
+    def count(block: nn.Module, args: tuple) -> None:
+        called[block] += 1
+        if called[block] > known[block]:
+            raise Refused(_more_often(this.module, block, "is called"))
+
+    def begin(*_: Any) -> None:
+        called.clear()
+
+    for block in wanted:
+        this.stack.callback(block.register_forward_pre_hook(count).remove)
+    this.stack.callback(this.module.register_forward_pre_hook(begin).remove)
+
+
+def _more_often(module: nn.Module, part: nn.Module, what: str) -> str:
+    """Why a part that attends, or is called, more often in one forward than on the probe is not shown."""
+    name = next(name for name, other in module.named_modules() if other is part)
     return (
-        f"'{name}' attends more often than on the probe: it reads inputs of this shape piece by piece, and which "
-        "positions a piece holds is not known; shorter inputs may be one piece"
+        f"'{name}' {what} more often than on the probe: the model reads inputs of this shape piece by piece, and "
+        "which positions a piece holds is not known; shorter inputs may be one piece"
     )
 
 
