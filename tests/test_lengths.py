@@ -1,4 +1,4 @@
-"""Models whose number of positions follows from what they compute: refused with that reason."""
+"""Models whose number of positions, or of calls, follows from what they read: refused with that reason."""
 
 from __future__ import annotations
 
@@ -65,3 +65,30 @@ def test_shapes_that_follow_from_shapes_are_no_reason() -> None:
     with torch.no_grad():
         assert follow_values(record(module, batch), module, batch) == ""
     assert Model(module).n_layers == 2
+
+
+class InPieces(nn.Module):
+    """Its last block reads sixteen positions at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(vocab_size=97)
+        self.config._attn_implementation_internal = "sdpa"
+        self.embed = nn.Embedding(97, WIDTH)
+        self.blocks = nn.ModuleList(Block(self.config) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        x = self.blocks[0](self.embed(input_ids))
+        x = torch.cat([self.blocks[1](piece) for piece in x.split(16, 1)], 1)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+def test_a_block_called_more_often_than_on_the_probe_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Model(InPieces().eval())
+    short, long = (torch.arange(n)[None] for n in (12, 20))
+    assert model.run(short, capture=["resid_post"]).cache["resid_post.1"].shape[1] == 12
+    for site in ("resid_pre.1", "resid_post.1", "attn_out.1", "z.1"):
+        with pytest.raises(Refused, match=r"'blocks.1.* more often than on the probe"):
+            model.run(long, capture=[site])
+    assert model.run(long, capture=["z.0", "resid_post.0"]).cache["resid_post.0"].shape[1] == 20
