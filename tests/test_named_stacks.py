@@ -170,6 +170,20 @@ def test_a_gradient_is_that_of_what_an_edit_changes(site: str) -> None:
     assert abs(difference) > 1e-3 and abs(along - difference) < 1e-4 * abs(difference)
 
 
+def test_a_stack_of_which_the_output_is_not_made_says_so() -> None:
+    """What the model returns first says nothing of it: what its last block returns is compared instead."""
+    segmenter = Model(tiny_model("maskformer", "MaskFormerModel", runs))  # first its backbone's map
+    for model in (segmenter, opened("cross_modal_image_layers")):
+        (note,) = (note for note in model.notes if "run.logits, is not made of" in note)
+        assert model.spec.blocks[-1].name in note
+        assert "stack" in {check.name for check in model.spec.checks}
+        last = f"resid_post.{model.n_layers - 1}"
+        batch, edit = probe_batch(model.module), Edit.zero(last)
+        clean, edited = model.run(batch), model.run(batch, capture=[last], edits=[edit])
+        assert torch.equal(edited.logits, clean.logits) and not edited.cache[last].any()
+    assert opened("cross_modal_text_layers").spec.heard and not opened(IMAGES).spec.unheard
+
+
 def test_a_stack_with_attention_of_its_own_code_beside_others_that_call_the_interface() -> None:
     model, given = opened(IMAGES), inputs()
     attention = model.module.get_submodule(f"{IMAGES}.1.attn")

@@ -74,7 +74,7 @@ class Model:
             self.notes += (DRAWS,)
         self.notes += kernels.note(self.module, self.spec.between_kernels)
         self.notes += exact.note(self.spec.in_float64)
-        self.notes += (self.spec.unseen,) if self.spec.unseen else ()
+        self.notes += tuple(note for note in (self.spec.unseen, self.spec.unheard) if note)
         self._passes = Passes(self.module, self.spec)
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
-"""What hangs on there being one stack of blocks, tried for a stack that was named of several.
+"""What hangs on a model being one stack of blocks, tried for one of several that was named.
 
-The whole model runs, and what it returns need not be made of this stack: whether its positions are the tokens',
+The whole model runs, and what it returns need not be made of this stack (nor, in some, of the only one): whether it
+is, whether the stack's positions are the tokens',
 whether it begins with their embedding, and whether the model's rows are apart is not taken for granted.
 """
 
@@ -67,6 +68,18 @@ def last_returned(spec: Spec, module: nn.Module, batch: Batch) -> list[Tensor]:
     finally:
         hook.remove()
     return returned
+
+
+def is_heard(spec: Spec, seen: Recording, batch: Batch) -> bool:
+    """Whether what the model returns is another where the last block of the stack returns another stream.
+
+    A segmenter may return first what its backbone makes of an image, whatever its decoder does.
+    """
+    last = spec.blocks[-1].returns
+    returned = [call.output for call in seen.calls[last] if call.output is not None]
+    other = [*returned[:-1], returned[-1].flip(-1)]
+    again = record(seen.module, batch, restored={last: other})
+    return not torch.equal(again.output, seen.output)
 
 
 def _read(again: Recording, first: Layer, key: int | str) -> Tensor:

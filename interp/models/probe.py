@@ -38,7 +38,7 @@ from interp.models.grids import packed_patches
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.kernels import between_kernels, eager_instead
-from interp.models.named import last_returned
+from interp.models.named import is_heard, last_returned
 from interp.models.own_attention import own
 from interp.models.recording import Recording, record
 from interp.models.spec import Spec, module_device
@@ -91,8 +91,11 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
         verified = verify
+        if mapped.named or not (mapped.unembedding or mapped.readout):
+            mapped = replace(mapped, heard=is_heard(mapped, seen, batch))
         # Of one stack of several, or where no match is found, what the model returns says little.
-        if mapped.named or 2 * int(plain.count_nonzero()) < plain.numel():
+        few = 2 * int(plain.count_nonzero()) < plain.numel()
+        if mapped.named or few or not mapped.heard:
             verified = partial(verify, ends=last_returned(mapped, module, batch))
         spec = verified(mapped, seen, plain)
         if any(check.name == "window" and not check.passed for check in spec.checks):

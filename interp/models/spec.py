@@ -256,7 +256,8 @@ class Spec:
     `in_float64`: how far what the window makes of its logits is from the model's own, where these agree in float64 and
     the map was verified there; else 0.
     `named`: the stack is one of several that the model has, and was asked for by name. `beside`: its positions are
-    not those of the tokens that the model reads besides. `together`: what the model returns for a row depends on the
+    not those of the tokens that the model reads besides. `heard`: what the model returns first is made of what its last
+    block returns. `together`: what the model returns for a row depends on the
     rows beside it.
     """
 
@@ -286,6 +287,7 @@ class Spec:
     named: bool = False
     beside: bool = False
     together: bool = False
+    heard: bool = True
     checks: tuple[Check, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
@@ -412,6 +414,16 @@ class Spec:
             return ""
         return (
             f"the heads of layers {ranges(layers)} are not seen: {self.refused[f'z.{layers[0]}']}"
+        )
+
+    @property
+    def unheard(self) -> str:
+        """That what the model returns first is not made of these layers; "" where it is."""
+        if self.heard:
+            return ""
+        return (
+            f"what this model returns first, run.logits, is not made of what '{self.blocks[-1].name}' returns: an edit "
+            "may move nothing there; see what it moves in a site, as resid_post of the last layer"
         )
 
     @property
