@@ -272,6 +272,18 @@ def test_a_model_of_attention_alone_is_told_so():
     ]
 
 
+@pytest.mark.parametrize("site", ["mlp_out", "mlp_write"])
+def test_an_edit_of_what_no_layer_has_is_refused(site: str):
+    """Captured, it is nothing; edited, nothing would change and no word be said."""
+    model, ids = interp.Model(attention_only_llama(d_model=16, n_ctx=24)), torch.tensor([[5, 6, 7]])
+    clean = model.run(ids, capture=["resid_pre", site])
+    assert site not in clean.cache
+    with pytest.raises(Refused, match=f"no layer of .* has '{site}': an edit of it does nothing"):
+        model.run(ids, edits=[interp.Edit.zero(site)])
+    with pytest.raises(Refused, match=f"has '{site}'"):
+        model.replay(clean, [[interp.Edit.zero(site)]], lambda run: run.logits)
+
+
 def test_gradients_flow_around_a_clamp_and_are_right(tmp_path):
     """None reaches W_Q and W_K of the held head; elsewhere they are the finite differences."""
     model = interp.Model(attention_only_llama(d_model=16, n_ctx=24).double())

@@ -87,7 +87,7 @@ def planned(
         site = Site.parse(text)
         plan.capture |= {(site.name, layer) for layer in offered.layers_of(site)}
     for edit in Edit.several(edits):
-        for layer in edit.layers(offered.layers_to_see(edit.site.name)):
+        for layer in _layers_of(edit, offered):
             plan.edits.setdefault((edit.site.name, layer), []).append(edit)
     if statistics:
         offered.layers_with("pattern")
@@ -102,8 +102,18 @@ def first_changed(offered: Offered, edits: Sequence[Edit]) -> int:
     """The first layer that these edits change, and a replay of them begins at; the last one where there are none."""
     if not offered.spec.chained:
         return 0
-    layers = [min(edit.layers(offered.layers_with(edit.site.name))) for edit in edits]
+    layers = [min(_layers_of(edit, offered)) for edit in edits]
     return min(layers, default=offered.spec.n_layers - 1)
+
+
+def _layers_of(edit: Edit, offered: Offered) -> list[int]:
+    """The layers that an edit is of: at least one."""
+    layers = edit.layers(offered.layers_to_see(edit.site.name))
+    if not layers:
+        raise Refused(
+            f"no layer of {offered.id} has '{edit.site.name}': an edit of it does nothing"
+        )
+    return layers
 
 
 def _moved(statistic: Statistic, device: torch.device | str) -> Statistic:

@@ -67,9 +67,26 @@ class Part:
         """x after an edit of the whole layer, of which x is this call's part.
 
         The parts of the other calls are not known yet, or already used: the edit sees NaN there.
+
+        Raises:
+            BadInput: it makes something else of x where these parts are other numbers.
         """
-        new = self.mine(name, edit(self.among(name, x), seen), x)
-        if bool(new.isnan().any()) and not bool(x.isnan().any()):
+        whole, state = self.among(name, x), torch.get_rng_state()
+        new = self.mine(name, edit(whole, seen), x)
+        unknown = whole.isnan()
+        alone = not bool(new.isnan().any()) or bool(x.isnan().any())
+        if (
+            alone and edit.kind == "apply" and bool(unknown.any())
+        ):  # a comparison with NaN swallows it
+            large = 2 * x.nan_to_num(0.0, 0.0, 0.0).abs().amax() + 1
+            with torch.random.fork_rng(devices=[]):
+                for other in (large, -large):
+                    torch.set_rng_state(state)
+                    again = edit(torch.where(unknown, other, whole), seen)
+                    alone = alone and torch.equal(
+                        self.mine(name, again, x).nan_to_num(), new.nan_to_num()
+                    )
+        if not alone:
             raise BadInput(
                 f"the edit of '{name}.{seen.layer}' mixes what several attention calls of this layer "
                 "compute one after the other; change what each of them computes by itself"

@@ -18,7 +18,7 @@ from torch import Tensor
 from interp.errors import BadInput, Refused
 from interp.models.attention import implementation
 from interp.models.model import Model
-from interp.run.edits import Edit
+from interp.run.edits import Edit, Seen
 from interp.run.statistics import Entropy, Mass
 from interp.sites import AXES
 
@@ -207,6 +207,24 @@ def test_an_edit_that_mixes_the_calls_is_refused(name: str) -> None:
     mix = Edit.apply("z", lambda x, seen: x - x.mean(dim=(2, 3), keepdim=True))
     with pytest.raises(BadInput, match="attention calls of this layer"):
         model_of(name).run(IDS, edits=[mix])
+
+
+@every
+def test_a_comparison_between_the_calls_is_refused_though_it_leaves_no_nan(name: str) -> None:
+    """What is compared with the unknown parts is false, and an edit that keeps the largest would keep nothing."""
+
+    def of_largest(x: Tensor, seen: Seen) -> Tensor:
+        return x * (x == x.amax((2, 3), keepdim=True))
+
+    def of_first_in_order(x: Tensor, seen: Seen) -> Tensor:
+        rows = x.flatten(2)
+        return torch.where(rows == rows.sort(-1).values[..., -1:], 0.0, rows).reshape(x.shape)
+
+    for change in (of_largest, of_first_in_order):
+        with pytest.raises(BadInput, match="attention calls of this layer"):
+            model_of(name).run(IDS, edits=[Edit.apply("z", change)])
+    drawn = Edit.apply("z", lambda x, seen: x + torch.randn_like(x))
+    assert not close(model_of(name).run(IDS, edits=[drawn]).logits, plain(model_of(name)))
 
 
 @every
