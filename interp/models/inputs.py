@@ -21,6 +21,7 @@ from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, call_model, is_encoder_decoder, main_input, output_tensor
 from interp.models.companions import as_weights, needed, with_companions
 from interp.models.grids import inputs_known
+from interp.models.images import random_images
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -130,13 +131,20 @@ def check_kind(module: nn.Module, data: Any) -> None:
 
 @contextmanager
 def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside, a failure that the model's own forward has on this batch too is a BadInput about its shape."""
+    """Inside, a failure that the model by itself has on this batch too is a BadInput: what it lacks, or its shape."""
     try:
         yield
     except FAILURES as error:
         name = main_input(module)
         patches = inputs_known(module)
         known = _known.get(module) or needed.get(module) or patches
+        if lacking := _required(module) - batch.inputs.keys():
+            known = known or (random_images(module) if name == "pixel_values" else {})
+            like = {n: f", such as {tuple(known[n].shape)}" for n in lacking & known.keys()}
+            raise BadInput(
+                f"{type(module).__name__} was given {', '.join(batch.inputs)}; its forward requires besides "
+                + " and ".join(f"'{n}'{like.get(n, '')}" for n in sorted(lacking))
+            ) from error
         missing = [given for given in known if given not in batch.inputs]
         x = batch.inputs.get(name) if name in known and (module in _known or not missing) else None
         why = _wanted(module, batch)[1] if x is not None or missing or patches else ""
@@ -153,6 +161,13 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
             f"it works on shape {tuple(known[name].shape)}, type {_type(module, known[name])}"
             + ", with ".join(["", *besides])
         ) from error
+
+
+def _required(module: nn.Module) -> set[str]:
+    """What a forward's signature does not leave open."""
+    parameters = inspect.signature(type(module).forward).parameters
+    named = {n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
+    return {n for n in named if parameters[n].default is inspect.Parameter.empty}
 
 
 def _type(module: nn.Module, x: Tensor) -> torch.dtype:

@@ -288,7 +288,8 @@ class Model:
             BadInput: unknown site, head, or bad input. Refused: a site this model cannot give.
         """
         batch = self.as_batch(data)
-        self._passes.check(batch)
+        with faults_of_input(self.module, batch):
+            self._passes.check(batch)
         plan = planned(self._offered, capture, edits, statistics, self.device)
         if stop_at is None and logits is False:
             stop_at = plan.last_layer + 1
