@@ -80,6 +80,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"^base_channels$|latent_channels$", lambda v: min(v, 32)),
     (r"^num_filters$", lambda v: min(v, 4)),
+    (r"^encoder_hidden_size$", lambda v: 8 if v < HIDDEN else HIDDEN),  # of a codec: doubled often
     (r"^d_latents$", HIDDEN),
     (r"self_attends_per_block$", lambda v: -2),
     (r"(state_size|d_state|time_step_rank|dt_rank)", 8),
@@ -133,6 +134,8 @@ UNSET = (
     (r"(routed|local)_experts$", 4),
     (r"shared_experts$", 1),
     (r"^vocab_size$", VOCAB),
+    (r"^context_length$", 12),
+    (r"^prediction_length$", 8),
     (r"^num_key_value_heads$", HEADS),
     (r"attn_layer_indices", [1]),
     (r"^(image|video)_token_(index|id)$", 9),

@@ -103,12 +103,25 @@ def with_decoder_start(module: nn.Module, batch: Batch) -> Batch:
     )
 
 
-def main_input(module: nn.Module) -> str:
+def named_input(module: nn.Module) -> str:
     """The name of what a model reads: the first its class names; pixels where that is inherited and it takes them."""
     named: str | list[str] = getattr(module, "main_input_name", "input_ids")  # type: ignore[assignment]
     name = named if isinstance(named, str) else named[0]
     taken = inspect.signature(type(module).forward).parameters
     return "pixel_values" if name not in taken and "pixel_values" in taken else name
+
+
+def main_input(module: nn.Module) -> str:
+    """The same; where the name is inherited and not taken, the first that the forward requires."""
+    name, taken = named_input(module), inspect.signature(type(module).forward).parameters
+    if name in taken or not hasattr(module, "main_input_name"):
+        return name
+    required = (
+        each
+        for each, p in taken.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and each != "self"
+    )
+    return next(required, name)
 
 
 def _check_main(module: Any, batch: Batch) -> None:

@@ -44,7 +44,9 @@ def find_called(model: nn.Module, run: Callable[[], Any], seen: Container[str]) 
         part
         for name, members in lists
         for i, part in enumerate(members)
-        if f"{name}.{i}" not in seen and type(part).forward is not nn.Module.forward
+        if part is not None
+        and f"{name}.{i}" not in seen
+        and type(part).forward is not nn.Module.forward
     }
     found: WeakSet[nn.Module] = WeakSet()
 

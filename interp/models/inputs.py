@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import FAILURES, call_model, is_encoder_decoder, main_input, output_tensor
+from interp.models.calls import FAILURES, is_encoder_decoder, main_input
 from interp.models.companions import as_weights, needed, with_companions
 from interp.models.grids import inputs_known
 from interp.models.images import random_images
 from interp.models.spec import module_device
+from interp.models.wants import SAMPLES, tried
 from interp.run.batch import Batch
 
-ROWS, SAMPLES, FRAMES = 2, 6400, 72
+ROWS, FRAMES = 2, 72
 """0.4 s at 16 kHz; frames for models that take any number: several positions after pooling by 8."""
 SECONDS = 200
 """Two seconds of frames: for models that cut sound into parts of a quarter, a half or a whole one."""
@@ -34,6 +35,7 @@ BINS = (
     "input_feat_per_channel",
     "feature_size",
     "feature_projection_input_dim",
+    "input_feat_size",
     "input_size",
 )
 CHANNELS = ("num_input_channels", "input_size")
@@ -67,7 +69,7 @@ def numbers_taken(
     if module in _known:
         return as_weights(module, _known[module])
     waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
-    tried: dict[tuple[int, ...], str] = {}
+    reasons: dict[tuple[int, ...], str] = {}
     shaped: list[dict[str, Tensor]] = []
     in_one: list[dict[str, Tensor]] = []
     while waiting:
@@ -77,28 +79,29 @@ def numbers_taken(
             batch = Batch.of_inputs({**made, **others}).to(module_device(module))
             channels, why = _wanted(module, batch)
             if not why:
-                _known[module] = made
+                _known[module] = _with_future(module, made)
                 return numbers_taken(module, name, others)
             if why.startswith(IN_ONE):
                 in_one.append(made)
-            if shape not in tried or why.startswith(RETURNS):
-                tried[shape] = why
+            if shape not in reasons or why.startswith(RETURNS):
+                reasons[shape] = why
             if shape in (WAVES, UNKNOWN):
                 moved = _moved(shape, *channels)
-                waiting += [other for other in moved if other not in (*tried, *waiting)]
+                waiting += [other for other in moved if other not in (*reasons, *waiting)]
             if channels == (0, 0):  # no layer wanted more of them: another input may be missing
                 shaped.append(made)
     for made in shaped:
         batch = with_companions(module, Batch.of_inputs({**made, **others}))
         if module in needed:
-            _known[module] = {given: x for given, x in batch.inputs.items() if given not in others}
+            taken = {given: x for given, x in batch.inputs.items() if given not in others}
+            _known[module] = _with_future(module, taken)
             return numbers_taken(module, name, others)
     if in_one:
         _known[module] = in_one[0]
         return numbers_taken(module, name, others)
-    shape, why = max(tried.items(), key=lambda each: each[1].startswith(RETURNS))
+    shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
-        f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(tried)} "
+        f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
         f"shapes of random input that were tried (of {shape}: {why}); pass its text or vision part"
     )
 
@@ -187,8 +190,11 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
     open_ = own in parameters and own not in required
     for names in (required, [*required, own]) if open_ else (required,):
         for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
-            ones = torch.ones(shape[0], frames, dtype=torch.long)
-            yield {n: ones.clone() if n.endswith("mask") else 0 * ones for n in names}
+            for dtype in (torch.long, torch.bool) if names else (torch.long,):
+                ones = torch.ones(shape[0], frames, dtype=dtype)
+                yield {
+                    n: ones.clone() if n.endswith("mask") else torch.zeros_like(ones) for n in names
+                }
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
@@ -203,12 +209,32 @@ def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
         for frames in (FRAMES, *lengths, SECONDS):
             yield ROWS, frames, bins
             yield ROWS, bins, frames
+    lags = getattr(config, "lags_sequence", None) or ()
     for length in _sizes(config, ("context_length",)):
         for channels in _sizes(config, CHANNELS):
-            yield ROWS, length, channels
+            for size in dict.fromkeys((length, length + max(lags, default=0))):
+                yield from ((ROWS, size, channels), (ROWS, size))
     yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN
+
+
+def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs; of a series' past also its future, as long as the config predicts, where a decoder reads that.
+
+    Without it the decoder has a single position, or none.
+    """
+    length = getattr(getattr(module, "config", None), "prediction_length", None)
+    names = {name: name.replace("past_", "future_") for name in made if name.startswith("past_")}
+    taken = inspect.signature(type(module).forward).parameters
+    if not isinstance(length, int):
+        return made
+    more = {names[n]: x[:, -length:] for n, x in made.items() if names.get(n) in taken}
+    each = (Batch.of_inputs(x).to(module_device(module)) for x in (made, {**made, **more}))
+    (without, _), (beside, _) = (tried(module, batch) for batch in each)
+    if without is None or beside is None or without.shape == beside.shape:
+        return made
+    return {**made, **more}
 
 
 def _sizes(config: Any, names: tuple[str, ...]) -> list[int]:
@@ -228,47 +254,15 @@ def _numbers(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
     """(how many channels the layer that failed got and wanted, why the forward failed); why is "" if it works."""
-    inside: list[tuple[nn.Module, Tensor]] = []
-
-    def enter(layer: nn.Module, args: tuple) -> None:
-        if args and isinstance(args[0], Tensor):
-            inside.append((layer, args[0]))
-
-    def leave(layer: nn.Module, args: tuple, output: Any) -> None:
-        if args and isinstance(args[0], Tensor):
-            inside.pop()
-
-    leaves = [m for m in module.modules() if _channels(m) is not None]
-    hooks = [leaf.register_forward_pre_hook(enter) for leaf in leaves]
-    hooks += [leaf.register_forward_hook(leave) for leaf in leaves]
-    try:
-        with torch.no_grad():
-            made = output_tensor(call_model(module, batch))
-    except FAILURES as error:
-        why = " ".join(str(error).split())[:120] or type(error).__name__
-        for layer, x in inside:
-            channels, axis = _channels(layer) or (0, 0)
-            if x.ndim >= -axis:
-                return (x.shape[axis], channels), why
-        return (0, 0), why
-    finally:
-        for hook in hooks:
-            hook.remove()
+    made, fault = tried(module, batch)
+    if made is None:
+        return fault.channels, fault.why[:120]
     if made.ndim < 2 or made.shape[0] != batch.size:
         one = made.ndim == 2 and made.shape[0] % batch.size == 0
         return (0, 0), f"{IN_ONE if one else RETURNS} {tuple(made.shape)} for {batch.size} rows"
+    if not made.count_nonzero():
+        return (0, 0), f"{RETURNS} nothing but zeros"
     return (0, 0), ""
-
-
-def _channels(layer: nn.Module) -> tuple[int, int] | None:
-    """How many channels a layer reads, and on which axis."""
-    for name, axis in (("in_features", -1), ("normalized_shape", -1), ("in_channels", 0)):
-        size = getattr(layer, name, None)
-        size = size[-1] if isinstance(size, tuple) and size else size
-        kernel = getattr(layer, "kernel_size", ())
-        if isinstance(size, int) and (axis or isinstance(kernel, tuple)):  # not what holds a layer
-            return size, axis or -1 - len(kernel)
-    return None
 
 
 def _moved(shape: tuple[int, ...], got: int, wanted: int) -> list[tuple[int, ...]]:

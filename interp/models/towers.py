@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from interp.models.calls import main_input
+from interp.models.calls import named_input
 
 
 def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -17,7 +17,7 @@ def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
     if not all(hasattr(module, f"get_{kind}_features") for kind in ("image", "text")):
         return None
     for name, part in module.named_modules():
-        if name and _reads_itself(part) and main_input(part) == "pixel_values":
+        if name and _reads_itself(part) and named_input(part) == "pixel_values":
             return name, part
     return None
 
@@ -59,7 +59,7 @@ def _part(module: nn.Module, stack: str, stacks: list[str]) -> str:
 def _reads_itself(part: nn.Module) -> bool:
     """Whether it is a model that takes tokens, pixels or sound, no hidden states."""
     taken = inspect.signature(type(part).forward).parameters
-    return hasattr(part, "config") and main_input(part) in taken
+    return hasattr(part, "config") and named_input(part) in taken
 
 
 def alike(module: nn.Module, lists: Iterable[str]) -> bool:

@@ -1,13 +1,16 @@
-"""Inputs that a forward cannot do without, each as the layer wants it that was given None in its place.
+"""Inputs that a forward cannot do without, each as the layer wants it that reads it.
 
-Names tell nothing here: a linear layer says how many numbers a position has, an embedding that whole
-numbers are looked up, a convolution how many channels there are. An input belongs to the first parameter
-with which the forward comes further, to another layer without input or to its end.
+Names tell little: an input that the signature requires, that a failure names, or in whose place a layer
+was given None is given numbers of a width that no other has. The layer that fails on that width says
+which input it reads, and what it wants: a linear layer so many numbers a position, an embedding whole
+numbers, a convolution so many channels.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +20,81 @@ from interp.models.calls import FAILURES, call_model, output_tensor
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
-FRAMES = 40
-"""Of what a convolution reads beside the main input."""
-MOST = 6
-"""Inputs that are found so, at most."""
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d)
+FRAMES, SAMPLES = 40, 6400
+"""Of what a convolution reads beside the main input: of several channels, or of one (a wave)."""
+WIDTHS = (71, 73, 79, 83, 89, 101)
+"""Numbers a position in inputs of which nothing is known yet, and so how many may be found."""
+APART = (2, 0)
+"""How many positions they have more than the main input, where they may: streams of one length look alike."""
+MOST = 3 * len(WIDTHS)
+"""Forwards that are tried, at most, for the next input or the width of one."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a forward failed, with the layers that it was in, outermost first, and what each was given."""
+
+    why: str
+    inside: tuple[tuple[nn.Module, Any], ...] = ()
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """How many channels the layer got and wanted; 0 of both where no layer failed on them."""
+        for layer, x in self.inside:
+            channels, axis = channels_of(layer) or (0, 0)
+            if axis and isinstance(x, Tensor) and x.ndim >= -axis:
+                return x.shape[axis], channels
+        return 0, 0
+
+    @property
+    def missing(self) -> bool:
+        """Whether a layer was given None."""
+        return any(x is None for _, x in self.inside)
+
+    def is_at(self, other: Fault) -> bool:
+        """Whether it is the same failure of the same layers, given something or nothing as before."""
+        here, there = ([(part, x is None) for part, x in each.inside] for each in (self, other))
+        return self.why == other.why and here == there
+
+
+def tried(module: nn.Module, batch: Batch) -> tuple[Tensor | None, Fault]:
+    """What the forward makes of a batch, None where it fails; then with the fault."""
+    inside: list[tuple[nn.Module, Any]] = []
+
+    def enter(layer: nn.Module, args: tuple) -> None:
+        if args:
+            inside.append((layer, args[0]))
+
+    def leave(layer: nn.Module, args: tuple, output: Any) -> None:
+        if args:
+            inside.pop()
+
+    leaves = [m for m in module.modules() if isinstance(m, nn.Embedding) or channels_of(m)]
+    hooks = [leaf.register_forward_pre_hook(enter) for leaf in leaves]
+    hooks += [leaf.register_forward_hook(leave) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            return output_tensor(call_model(module, batch)), Fault("")
+    except FAILURES as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        return None, Fault(why, tuple(inside))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def channels_of(layer: nn.Module) -> tuple[int, int] | None:
+    """How many channels a layer reads, and on which axis; None of one that does not say."""
+    for name, axis in (("in_features", -1), ("normalized_shape", -1), ("in_channels", 0)):
+        size = getattr(layer, name, None)
+        size = size[-1] if isinstance(size, tuple) and size else size
+        kernel = getattr(layer, "kernel_size", ())
+        if isinstance(size, int) and (axis or isinstance(kernel, tuple)):  # not what holds a layer
+            return size, axis or -1 - len(kernel)
+    weight, of_channels = getattr(layer, "weight", None), ("num_features", "num_channels")
+    if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > 1:  # a norm, of positions
+        return None if any(hasattr(layer, name) for name in of_channels) else (len(weight), -1)
+    return None
 
 
 def told_by_layers(
@@ -30,80 +103,117 @@ def told_by_layers(
     """The inputs with those besides that make the forward work; None where layers do not tell them.
 
     Args:
-        main: the name of the input whose axes, [row pos ...], the others follow.
+        main: the name of the input whose axes, [row pos ...], the others follow; its own width is found too.
     """
-    parameters = inspect.signature(type(module).forward).parameters
-    unset = [name for name, p in parameters.items() if p.default in (None, p.empty)]
-    unset = [name for name in unset if name not in ("self", "kwargs", *inputs)]
-    required = [name for name in unset if parameters[name].default is parameters[name].empty]
-    layer, given = _without_input(module, inputs, required), dict(inputs)
+    x = inputs[main]
+    open_ = x.is_floating_point() and x.ndim == 3 and x.shape[1] > 1  # no wave [row 1 sample]
+    widths = {main: x.shape[-1]} if open_ else {}
+    found = (_found(_Search(module, main, inputs, widths, apart)) for apart in APART)
+    return next((each for each in found if each is not None), None)
+
+
+def _found(search: _Search) -> dict[str, Tensor] | None:
+    """The inputs with which the forward works, where the search ends at such."""
+    required = search.missing(required=True)
+    if len(required) + len(search.widths) > len(WIDTHS):
+        return None
+    for name in required:
+        search = search.with_(name)
     for _ in range(MOST):
-        if layer is None:
+        made, fault = search.forward()
+        if made is not None:
+            return search.given if made.ndim > 1 else None
+        further = search.as_wanted(fault) or search.with_another(fault)
+        if further is None:
             return None
-        for name in unset:
-            tried = {**given, name: _wanted(layer, given[main])}
-            after = _without_input(module, tried, required)
-            if after is not layer and (after is not None or _works(module, tried)):
-                break
+        search = further
+    return None
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Inputs as far as they are known; by name the widths of those of which nothing is known yet."""
+
+    module: nn.Module
+    main: str
+    given: dict[str, Tensor]
+    widths: dict[str, int]
+    apart: int
+    """How many positions more than the main input the others have."""
+
+    def positions(self, name: str) -> tuple[int, ...]:
+        """Rows and positions of an input."""
+        shape = self.given[self.main].shape
+        shape = shape[:-1] if len(shape) > 2 else shape
+        more = 0 if name == self.main else self.apart
+        return (*shape[:-1], shape[-1] + more)
+
+    def forward(self) -> tuple[Tensor | None, Fault]:
+        return tried(self.module, Batch.of_inputs(self.given).to(module_device(self.module)))
+
+    def missing(self, required: bool = False) -> list[str]:
+        """Parameters that are not given, of those whose default is None or (alone) that have none."""
+        parameters = inspect.signature(type(self.module).forward).parameters
+        return [
+            name
+            for name, p in parameters.items()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+            and (p.default is p.empty or (p.default is None and not required))
+            and name not in ("self", *self.given)
+        ]
+
+    def with_(self, name: str) -> _Search:
+        """With one more: a mask of ones, or numbers in a width of their own."""
+        if name.endswith("mask"):
+            ones = torch.ones(self.positions(name), dtype=torch.long)
+            return replace(self, given={**self.given, name: ones})
+        width = next(w for w in WIDTHS if w not in self.widths.values())
+        x = self._numbers(*self.positions(name), width)
+        return replace(self, given={**self.given, name: x}, widths={**self.widths, name: width})
+
+    def with_another(self, fault: Fault) -> _Search | None:
+        """With one more with which the forward comes further; None where there is none."""
+        named = [name for name in self.missing() if re.search(rf"\b{name}\b", fault.why)]
+        for name in named or (self.missing() if fault.missing else []):
+            if len(self.widths) == len(WIDTHS):
+                return None
+            further = self.with_(name)
+            made, after = further.forward()
+            if made is not None or not after.is_at(fault):
+                return further
+        return None
+
+    def as_wanted(self, fault: Fault) -> _Search | None:
+        """With the input changed that the failing layer reads; None where it is none, or not known which."""
+        layer, x = fault.inside[-1] if fault.inside else (None, None)
+        if layer is None or not isinstance(x, Tensor):
+            return None
+        got, wanted = fault.channels
+        own = [name for name, width in self.widths.items() if width in x.shape]
+        if not own and got != wanted:  # it reads several in one
+            own = list(self.widths)
+        if len(own) != 1:
+            return None
+        (name,) = own
+        width = self.widths[name] + wanted - got
+        if isinstance(layer, nn.Embedding):
+            new = self._places(layer, self.positions(name))
+        elif isinstance(layer, nn.Conv1d) and name != self.main:
+            frames = FRAMES if layer.in_channels > 1 else SAMPLES
+            new = self._numbers(x.shape[0], layer.in_channels, frames)
+        elif got != wanted and width >= 0:
+            new = self._numbers(*self.positions(name), width)
         else:
             return None
-        layer, given = after, tried
-        if layer is None:
-            return given
-    return None
+        rest = {other: w for other, w in self.widths.items() if other != name}
+        return replace(self, given={**self.given, name: new}, widths=rest)
 
+    def _places(self, layer: nn.Embedding, positions: tuple[int, ...]) -> Tensor:
+        """The first whole numbers that an embedding knows, one a position; of a wave one a row."""
+        x = self.given[self.main]
+        positions = (len(x), 1) if x.is_floating_point() and x.ndim == 2 else positions
+        return (torch.arange(positions[-1]) % layer.num_embeddings).expand(positions).clone()
 
-def _wanted(layer: nn.Module, main: Tensor) -> Tensor:
-    """Numbers as a layer takes them, of as many rows and positions as the main input has."""
-    generator = torch.Generator().manual_seed(3)
-    positions = main.shape[:-1] if main.ndim > 2 else main.shape
-    if isinstance(layer, nn.Embedding):
-        if main.is_floating_point() and main.ndim == 2:  # of waves: one for a row
-            positions = (main.shape[0], 1)
-        places = torch.arange(positions[-1]) % layer.num_embeddings
-        return places.expand(positions).clone()
-    assert isinstance(layer, (nn.Linear, nn.Conv1d))
-    shape = (
-        (*positions, layer.in_features)
-        if isinstance(layer, nn.Linear)
-        else (main.shape[0], layer.in_channels, FRAMES)
-    )
-    return torch.randn(shape, generator=generator).to(layer.weight.dtype)
-
-
-def _without_input(
-    module: nn.Module, inputs: dict[str, Tensor], required: list[str]
-) -> nn.Module | None:
-    """The layer at which the forward fails for want of its input; None where it works, or fails otherwise."""
-    wanting: list[nn.Module] = []
-
-    def enter(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and args[0] is None:
-            wanting.append(layer)
-
-    hooks = [
-        layer.register_forward_pre_hook(enter)
-        for layer in module.modules()
-        if isinstance(layer, LAYERS)
-    ]
-    try:
-        _call(module, inputs, required)
-    except FAILURES:
-        return wanting[-1] if wanting else None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return None
-
-
-def _works(module: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    try:
-        return output_tensor(_call(module, inputs, [])).ndim > 1
-    except FAILURES:
-        return False
-
-
-def _call(module: nn.Module, inputs: dict[str, Tensor], required: list[str]) -> Any:
-    missing = {name: None for name in required if name not in inputs}
-    with torch.no_grad():
-        return call_model(module, Batch.of_inputs(inputs).to(module_device(module)), **missing)
+    def _numbers(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        return x.to(next(self.module.parameters()).dtype)

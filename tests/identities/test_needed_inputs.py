@@ -136,6 +136,18 @@ class Averaged(Folded):
         return (super().forward(bands, bands_mask)[0].mean(0, keepdim=True),)
 
 
+class Silenced(Folded):
+    """The same, of frames that the mask marks as padding."""
+
+    def forward(self, bands: Tensor, bands_mask: Tensor) -> tuple[Tensor]:
+        return (super().forward(bands, 1 - bands_mask)[0] * (1 - bands_mask[:, ::2, None]),)
+
+
+def test_what_returns_nothing_but_zeros_is_refused() -> None:
+    with pytest.raises(Refused, match=r"\(2, 72, 48\): returns nothing but zeros"):
+        numbers_taken(Silenced(), "bands", {})
+
+
 def test_what_returns_no_row_for_a_row_is_refused_with_what_it_returns() -> None:
     with pytest.raises(Refused, match=r"\(2, 72, 48\): returns \(1, 36, 5\) for 2 rows"):
         numbers_taken(Averaged(), "bands", {})
@@ -176,6 +188,22 @@ def test_waves_and_time_series_are_found(
             "TimesFmModel",
             {"past_values": (2, 6400), "past_values_padding": (2, 6400), "freq": (2, 1)},
         ),
+        (
+            "blip_2_qformer",
+            "Blip2QFormerModel",
+            {"query_embeds": (2, 72, 64), "encoder_hidden_states": (2, 74, 64)},
+        ),
+        (  # with the future, without which its decoder has one position
+            "informer",
+            "InformerModel",
+            {
+                "past_values": (2, 19),
+                "past_observed_mask": (2, 19),
+                "past_time_features": (2, 19, 0),
+                "future_values": (2, 8),
+                "future_time_features": (2, 8, 0),
+            },
+        ),
     ],
 )
 def test_layers_without_input_tell_what_the_forward_needs(
@@ -185,6 +213,16 @@ def test_layers_without_input_tell_what_the_forward_needs(
     given = probe_batch(model.module).inputs
     assert {each: tuple(x.shape) for each, x in given.items()} == shapes
     check_all_sites(model, given)
+
+
+def test_two_streams_are_told_apart_by_their_lengths() -> None:
+    """LXMERT's blocks attend four times, over words, objects, and from one to the other: no heads of one block."""
+    model = model_of("lxmert", "LxmertModel")
+    given = probe_batch(model.module).inputs
+    assert given["visual_feats"].shape == (2, 9, 64) and given["visual_pos"].shape == (2, 9, 4)
+    assert "heads of different shapes" in model.spec.refused["z"]
+    run = model.run(given, capture=["resid_post"])
+    assert close(run.logits, plain(model, given))
 
 
 def test_bins_behind_a_convolution_and_a_mask_are_found() -> None:
