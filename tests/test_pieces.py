@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import circuits
 from circuits.heads.evidence import Evidence, evidence_patterns
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.models.pieces import pieces
 from interp.run.batch import Batch
@@ -242,6 +242,11 @@ def test_edits_reach_the_positions_they_name(model: Any) -> None:
 
     to_itself = Edit.apply("pattern.1", lambda x, seen: torch.eye(n, n_keys).expand_as(x).clone())
     assert off(seen(to_itself, "z.1")["z.1"], clean["v.1"][:, :n]) < ROUNDING
+
+    if bool(clean["scores.1"].isinf().any()):  # no block holds such a pair
+        even = Edit.apply("pattern.1", lambda x, seen: torch.full_like(x, 1 / n_keys))
+        with pytest.raises(BadInput, match="values where queries see no key"):
+            seen(even)
 
     for key in (5, n_keys - 1):  # a position's, and a global one where there are such
         sees = clean["pattern.1"][0, 0, :, key] > 0

@@ -232,6 +232,15 @@ def test_streams_and_patterns_are_edited_where_positions_say(pairs: int) -> None
     assert not close(run.logits, plain(model, given))
 
 
+def test_a_pattern_is_edited_between_parts_that_see_each_other_alone() -> None:
+    model, given = loftr(), images(2)
+    even = Edit.apply("pattern", lambda x, seen: torch.full_like(x, 1 / x.shape[-1]))
+    with pytest.raises(
+        BadInput, match=r"the edit of 'pattern\.\d' has values where queries see no"
+    ):
+        model.run(given, edits=[even])
+
+
 def test_replays_statistics_and_gradients_of_parts() -> None:
     model, given = loftr(), images(2)
     clean = model.run(given, capture=["resid_pre", "pattern"])

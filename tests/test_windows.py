@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import circuits
 from interp.data.images import patch_grid
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -268,7 +268,7 @@ def test_gradients_are_of_the_positions(site: str) -> None:
         assert run.logits is not None
         weights = torch.randn_like(run.logits)  # a plain sum of what a norm returns is always 0
         target = (run.logits * weights).sum()
-        direction = torch.randn_like(run.cache[site])
+        direction = torch.randn_like(run.cache[site]) * (run.cache[site] != 0)  # within windows
         slope = (run.gradients(target, site) * direction).sum()
 
         def moved(by: float) -> Tensor:
@@ -283,6 +283,17 @@ def test_gradients_are_of_the_positions(site: str) -> None:
         )
     finally:
         model.module.float()
+
+
+@pytest.mark.parametrize("site", ["pattern.1", "scores.1"])
+def test_what_no_window_holds_is_not_edited(site: str) -> None:
+    """Attention spread over all positions would stand in the cache, and never have been."""
+    model, batch = shifted(20), images(20)
+    even = Edit.apply(site, lambda x, seen: torch.full_like(x, 1 / x.shape[-1]))
+    with pytest.raises(BadInput, match=f"the edit of '{site}' has values where queries see no key"):
+        model.run(batch, edits=[even])
+    clean = model.run(batch).logits
+    assert off(model.run(batch, edits=[Edit.scale(site, 0.5)]).logits, clean) > 10 * ROUNDING
 
 
 # --- other inputs, other models ------------------------------------------------------------------------

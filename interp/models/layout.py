@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.errors import Refused
+from interp.errors import BadInput, Refused
 from interp.run.batch import Batch
 
 PLAIN = ("batch", "pos", "d_model")
@@ -240,6 +240,18 @@ class Layout:
         if len(self.at) > 1 or n <= self.at.shape[1]:
             return self.at
         return torch.cat([self.at, torch.arange(self.at.shape[1], n)[None]], 1)
+
+
+def require_between_seen(edited: Tensor, taken: Tensor, of: str) -> None:
+    """BadInput where scores or a pattern were edited between a query and a key that the model never compares.
+
+    `taken` is what it can make use of; a rest that was left out would stand in the cache all the same.
+    """
+    if not bool(((edited == taken) | (edited.isnan() & taken.isnan())).all()):
+        raise BadInput(
+            f"the edit of {of} has values where queries see no key (of another window, block or part): leave scores of "
+            "-inf and weights of 0 there as they are, such as torch.where(x == 0, x, new)"
+        )
 
 
 def layout_of(x: Tensor, axes: tuple[str, ...], size: int) -> Layout:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.layout import require_between_seen
 from interp.models.pairs import pairs, rows_of
 from interp.models.pooling import Pooling
 from interp.models.spec import first_tensor, with_first
@@ -266,12 +267,14 @@ def _show_rows(watch: Watch, seen: Seen, new: Substitutes, looked_at: Callable[[
     whole = seen.spread(seen.scores, at, -torch.inf)
     scores = watch.scores(whole, 0)
     if _changed(scores, whole):
-        new.scores[number] = gathered(scores, at, seen.scores)
+        new.scores[number] = taken = gathered(scores, at, seen.scores)
+        require_between_seen(scores, seen.spread(taken, at, -torch.inf), "scores")
         seen = looked_at()
     whole = seen.spread(seen.weights, at, 0.0)
     pattern = watch.pattern(whole, 0)
     if _changed(pattern, whole):
-        new.pattern[number] = gathered(pattern, at, seen.weights)
+        new.pattern[number] = taken = gathered(pattern, at, seen.weights)
+        require_between_seen(pattern, seen.spread(taken, at, 0.0), "a pattern")
         seen = looked_at()
     return seen
 

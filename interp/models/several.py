@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import BadInput
+from interp.models.layout import require_between_seen
 from interp.models.placed import Placed
 from interp.models.recording import AttentionCall
 from interp.models.spec import BlockMap
@@ -72,8 +73,13 @@ class Part:
             BadInput: it makes something else of x where these parts are other numbers.
         """
         whole, state = self.among(name, x), torch.get_rng_state()
-        new = self.mine(name, edit(whole, seen), x)
-        unknown = whole.isnan()
+        edited, unknown = edit(whole, seen), whole.isnan()
+        new = self.mine(name, edited, x)
+        if self.place is not None and not bool(new.isnan().any()):
+            taken = self.among(name, new)
+            require_between_seen(
+                edited.where(~unknown, 0.0), taken.where(~unknown, 0.0), f"'{name}.{seen.layer}'"
+            )
         alone = not bool(new.isnan().any()) or bool(x.isnan().any())
         if (
             alone and edit.kind == "apply" and bool(unknown.any())

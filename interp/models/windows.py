@@ -28,6 +28,7 @@ from interp.models.layout import (
     Windows,
     layout_of,
     n_ahead,
+    require_between_seen,
     shown,
 )
 from interp.models.packed import RowByRow, require_equal_rows
@@ -66,16 +67,23 @@ class InWindows(Watch):
         return tuple(back)  # type: ignore[return-value]
 
     def scores(self, scores: Tensor, start: int) -> Tensor:
-        if not self.inner.wants("scores"):
-            return scores
-        whole = self.layout.rows(scores, -torch.inf)
-        return self.layout.rows_of_windows(self.inner.scores(whole, start), scores)
+        return self._rows("scores", self.inner.scores, scores, start, -torch.inf)
 
     def pattern(self, pattern: Tensor, start: int) -> Tensor:
-        if not self.inner.wants("pattern"):
-            return pattern
-        whole = self.layout.rows(pattern, 0.0)
-        return self.layout.rows_of_windows(self.inner.pattern(whole, start), pattern)
+        return self._rows("pattern", self.inner.pattern, pattern, start, 0.0)
+
+    def _rows(
+        self, which: str, inner: Callable[..., Tensor], x: Tensor, start: int, fill: float
+    ) -> Tensor:
+        if not self.inner.wants(which):
+            return x
+        whole = self.layout.rows(x, fill)
+        new = inner(whole, start)
+        back = self.layout.rows_of_windows(new, x)
+        if new is not whole:
+            place = f"'{self.inner.prefix}{which}.{self.inner.layer}'"
+            require_between_seen(new, self.layout.rows(back, fill), place)
+        return back
 
     def z(self, z: Tensor) -> Tensor:
         layout = self.layout.of_queries
