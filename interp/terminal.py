@@ -179,6 +179,7 @@ def map_of(model: Model) -> dict[str, Any]:
                 "cross_write": block.cross
                 and block.cross.write
                 and [block.cross.write.module, block.cross.write.scale],
+                "asides": block.asides,
             }
             for block in spec.blocks
         ],
@@ -215,6 +216,8 @@ def print_map(model: Model) -> None:
         keys += ("n_windows",)
     if any(block["cross"] for block in data["blocks"]):
         keys += ("cross", "cross_W_O", "cross_write")
+    if any(block["asides"] for block in data["blocks"]):
+        keys += ("asides",)
     alike: dict[tuple, list[int]] = {}
     for layer, block in enumerate(data["blocks"]):
         row = tuple(_relative(block[key], block["name"] + ".") for key in keys)
@@ -262,7 +265,9 @@ def _relative(value: Any, prefix: str) -> str:
     if isinstance(value, list) and all(isinstance(each, list) for each in value):
         said = (_relative(each[:2], prefix) + f", {each[2]}" * bool(each[2]) for each in value)
         return "; ".join(said) or "-"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):
+        return "; ".join(_relative(each, prefix) for each in value) or "-"
+    if isinstance(value, list):
         name, scale = value
         return name.removeprefix(prefix) + (f" × {scale:.4g}" if scale != 1 else "")
     return "-" if value is None else str(value).removeprefix(prefix)

@@ -59,6 +59,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
             axes=layer.axes,
             starts_stage=start,
             ends_stage=layer.reshapes(key) and layer.output.shape == after,
+            asides=tuple(dict.fromkeys(seen.names[call.module] for call in layer.asides)),
             members=tuple(Member(name, seen.call(name).is_tuple) for name in layer.members),
             adds=layer.added_to is not None,
         )
@@ -109,7 +110,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
         copies=frozenset(
             name for name, calls in seen.calls.items() if any(call.mutated for call in calls)
         ),
-        bypassed=next((_anew(block) for block, new in zip(blocks, anew, strict=True) if new), ""),
+        bypassed=next(filter(None, map(_goes_on_besides, blocks, anew)), ""),
         refused=refused,
         absent=frozenset(absent),
     )
@@ -162,8 +163,15 @@ def _with_attention_and_writes(draft: Draft) -> Draft:
     return replace(draft, blocks=with_writes(draft))
 
 
-def _anew(block: BlockMap) -> str:
-    return f"'{block.name}' starts the residual stream anew: what it reads goes on by other ways"
+def _goes_on_besides(block: BlockMap, anew: bool) -> str:
+    """What of a block's stream goes on by other ways than its output; "" if nothing is known to."""
+    if anew:
+        return (
+            f"'{block.name}' starts the residual stream anew: what it reads goes on by other ways"
+        )
+    if block.asides:
+        return f"'{block.name}' returns another stream besides, to which '{block.asides[0]}' writes"
+    return ""
 
 
 def _causal(attention: AttentionCall) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused, unknown
+from interp.models.aside import with_asides
 from interp.models.feeding import fed_stack
 from interp.models.in_parts import AND, lists_in_turn
 from interp.models.reads import merged
@@ -75,7 +76,8 @@ def find_stack(
             f"blocks of '{stack}' are not called with a hidden state that the next one reads: "
             "nothing can be addressed"
         )
-    layers = added_outside([with_cross(layer, key) for layer in layers], key)
+    layers = with_asides(seen, [with_cross(layer, key) for layer in layers], key, batch)
+    layers = added_outside(layers, key)
     shapes = {layer.hidden(key).shape for layer in layers}
     if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
         raise Refused(

@@ -81,7 +81,8 @@ def _taken_apart(
     """The sums of one block, and the layer and block as they are seen for them; the first way that explains it."""
     sums, candidates = taken_apart(layer, key)
     if sums is None:
-        sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates)
+        of_z = None if block.between else block.W_O
+        sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates, of_z)
     if sums is not None:
         return layer, block, sums, candidates
     ways: list[tuple[str, Callable[[Layer], tuple[Layer, frozenset[str]]]]] = [

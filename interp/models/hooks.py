@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.errors import BadInput
 from interp.models.attention import Watch
 from interp.models.layout import held, require_rows_first, shown
 from interp.models.plan import Plan
@@ -26,7 +27,12 @@ class Stop(Exception):
 
 
 class RunWatch(Watch):
-    """Shows one attention call's tensors to `touch`, heads behind positions."""
+    """Shows one attention call's tensors to `touch`, heads behind positions.
+
+    `row_by_row`: one that has another number of rows than inputs (`n_rows`) is refused, and not shown as it is.
+    """
+
+    row_by_row = False
 
     def __init__(
         self,
@@ -61,6 +67,11 @@ class RunWatch(Watch):
         if self.statistics is not None and (self.part is None or self.part.place is None):
             tokens = "input_ids" in self.run.batch.inputs  # before what a model puts besides
             self.statistics.require(self.layer, self._n_queries, or_more=tokens)
+        if self.row_by_row and self.looks and len(q) != self.n_rows:
+            raise BadInput(
+                f"'{self.prefix}q.{self.layer}' has {len(q)} rows for {self.n_rows} inputs, which do not see each "
+                "other (several prompts an image, perhaps): give each as an input of its own"
+            )
         if self.part is not None and self.part.place is not None and self.looks:
             for name, x in (("q", q), ("k", k)):
                 self.part.place.require(f"{self.prefix}{name}.{self.layer}", len(x), self.n_rows)

@@ -74,7 +74,8 @@ class Model:
             self.notes += (DRAWS,)
         self.notes += kernels.note(self.module, self.spec.between_kernels)
         self.notes += exact.note(self.spec.in_float64)
-        self.notes += tuple(note for note in (self.spec.unseen, self.spec.unheard) if note)
+        spec = self.spec
+        self.notes += tuple(note for note in (spec.unseen, spec.elsewhere, spec.unheard) if note)
         self._passes = Passes(self.module, self.spec)
 
     def __repr__(self) -> str:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def given(layer: Layer, key: int | str) -> list[Tensor]:
-    """Sequences that a block was given besides its hidden state."""
-    named = zip(layer.call.keys, layer.call.inputs, strict=True)
-    return [x for at, x in named if at != key and x.ndim == 3]
+    """Sequences that a block was given besides its hidden state, with three axes or as many as that has."""
+    named = dict(zip(layer.call.keys, layer.call.inputs, strict=True))
+    return [x for at, x in named.items() if at != key and x.ndim in (3, named[key].ndim)]
 
 
 def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) -> bool:

@@ -56,7 +56,8 @@ def restarted(layer: Layer, candidates: list[Candidate]) -> Sums | None:
 
 def restarts(block: BlockMap) -> bool:
     """Whether nothing goes on of the stream that a block reads."""
-    return any(carry is not None and carry.nothing for carry in (block.carry_mid, block.carry_post))
+    carries = (block.carry_first, block.carry_mid, block.carry_post)
+    return any(carry is not None and carry.nothing for carry in carries)
 
 
 def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | str) -> set[str]:

@@ -113,7 +113,8 @@ class BlockMap:
     is written, the first one's. Writes are attn_write, mlp_write and `others`:
     a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
     attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
-    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first`;
+    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first` (and of
+    `carry_first(resid_pre)`, nothing where attention's output replaces the stream);
     where it normalises what the MLP has added before it adds more, `norm_late`, of `before_late`.
 
     Some blocks rescale the stream before they add to it, or carry a norm of it on instead of it:
@@ -129,7 +130,8 @@ class BlockMap:
     into them, with weights that depend on the token; it has no writes then. `attends`: where a layer attends
     several times, the module of each call in order; `along` then says whether their heads lie side by side
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `placed`: of inputs in
-    several parts, which part attends to which in each of these calls. `W_out`: the one
+    several parts, which part attends to which in each of these calls. `asides`: modules that attend too, and
+    write to another stream that the block returns besides; their heads are at no site. `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read. `ends_stage`:
     the block itself returns what is of the width and length that the next one reads, and is not what it reads.
@@ -151,6 +153,7 @@ class BlockMap:
     attends: tuple[str, ...] = ()
     along: str = ""
     placed: tuple[Placed, ...] = ()
+    asides: tuple[str, ...] = ()
     n_heads: int = 0
     n_kv_heads: int = 0
     d_head: int = 0
@@ -167,6 +170,7 @@ class BlockMap:
     others: tuple[Write, ...] = ()
     before_first: tuple[Write, ...] = ()
     norm_first: str | None = None
+    carry_first: Carry | None = None
     before_mid: tuple[Write, ...] = ()
     norm_mid: str | None = None
     norm_late: str | None = None
@@ -205,7 +209,8 @@ class BlockMap:
     @property
     def rescales(self) -> bool:
         """Whether what goes on of the stream is not the stream itself, even before a norm of the sum."""
-        return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
+        carries = (self.carry_first, self.carry_mid, self.carry_post)
+        return any(x is not None for x in (self.norm_pre, *carries))
 
 
 @dataclass(frozen=True)
@@ -424,6 +429,18 @@ class Spec:
         return (
             f"what this model returns first, run.logits, is not made of what '{self.blocks[-1].name}' returns: an edit "
             "may move nothing there; see what it moves in a site, as resid_post of the last layer"
+        )
+
+    @property
+    def elsewhere(self) -> str:
+        """Which heads write to another stream than the blocks', and are at no site; "" where none do."""
+        layers = [i for i, block in enumerate(self.blocks) if block.asides]
+        if not layers:
+            return ""
+        names = " and ".join(f"'{name}'" for name in self.blocks[layers[0]].asides)
+        return (
+            f"besides, layers {ranges(layers)} attend for another stream that they return ({names}): the heads that "
+            "write to it are at no site; what it carries on to later layers is part of every run and replay"
         )
 
     @property

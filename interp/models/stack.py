@@ -35,6 +35,8 @@ class Layer:
     """How many residual streams lie one after the other in the last axis, where `axes` has none for them."""
     ahead: Layer | None = None
     """The attention to a source that is called between the block before and this one, and is in neither."""
+    asides: tuple[AttentionCall, ...] = ()
+    """Attention calls that write to something else that the block returns, and to nothing of its stream."""
     members: tuple[str, ...] = ()
     """The modules that the layer is made of, called one after the other, where it is no one module."""
     added_to: int | str | None = None
@@ -81,7 +83,8 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     that the block was given than the hidden state at `key`. A block's only attention stays `attention`.
     """
     sources = given(layer, key)
-    calls = layer.inside.attention
+    asides = {call.module for call in layer.asides}
+    calls = [call for call in layer.inside.attention if call.module not in asides]
     cross = [call for call in calls if sources and reads_any(layer.inside, call, sources)]
     if len(cross) > 1:  # positions given to every block may be all that the first one reads
         cross = [c for c in cross if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from interp.models.projections import elementwise, same
-from interp.models.spec import BlockMap
+from interp.models.spec import BlockMap, Carry
 from interp.models.stack import Layer
 from interp.models.writes import Candidate, Sums, solved
 
@@ -31,8 +31,13 @@ class Norm:
     out: Tensor
 
 
-def three_norms(layer: Layer, key: int | str, candidates: list[Candidate]) -> Sums | None:
-    """The block as three sums with a norm after each; None where that does not explain it."""
+def three_norms(
+    layer: Layer, key: int | str, candidates: list[Candidate], W_O: str | None = None
+) -> Sums | None:
+    """The block as three sums with a norm after each; None where that does not explain it.
+
+    The first may be what `W_O`, which reads z, returns: nothing of the stream is in it then.
+    """
     pre, post, dtype = layer.hidden(key).double(), layer.output.double(), layer.output.dtype
     norms = _calls(layer, pre.shape)
     names = {norm.name for norm in norms}
@@ -47,9 +52,12 @@ def three_norms(layer: Layer, key: int | str, candidates: list[Candidate]) -> Su
         for first, second in combinations(earlier, 2):
             rest = between(second.out, last.x, second.order, last.order)
             middle = rest and between(first.out, second.x, first.order, second.order)
-            if middle and (start := between(pre, first.x, -1, first.order)):
+            start = middle and between(pre, first.x, -1, first.order)
+            replaced = [] if start else [(c, 1.0) for c in parts if _alone(c, W_O, first)]
+            if middle and (start := start or replaced):
                 return Sums(
                     start + middle + rest,
+                    carry_first=Carry(0.0) if replaced else None,
                     norm_mid=second.name,
                     norm_post=last.name,
                     n_before_mid=len(start) + len(middle),
@@ -57,6 +65,11 @@ def three_norms(layer: Layer, key: int | str, candidates: list[Candidate]) -> Su
                     n_before_first=len(start),
                 )
     return None
+
+
+def _alone(candidate: Candidate, module: str | None, norm: Norm) -> bool:
+    """Whether what this module returns is all that a norm reads."""
+    return module in candidate.modules and same(candidate.value.double(), norm.x)
 
 
 def _calls(layer: Layer, shape: torch.Size) -> list[Norm]:

@@ -30,7 +30,7 @@ def scaled_z(
     """The layers once more, every entry of every z multiplied by a number of its own; and these numbers."""
     generator = torch.Generator().manual_seed(0)
     factors = [
-        _either_sign(call.tensors["z"].shape, generator).to(call.tensors["z"])
+        either_sign(call.tensors["z"].shape, generator).to(call.tensors["z"])
         for call in seen.attention
     ]
     again = record(seen.module, batch, factors, outputs_of(layers))
@@ -45,7 +45,7 @@ def scaled_z(
     return with_axes(changed, [layer.axes for layer in layers]), factors
 
 
-def _either_sign(shape: torch.Size, generator: torch.Generator) -> Tensor:
+def either_sign(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Numbers of size 0.5 to 1.5: an activation that lets large numbers through is no gate to negative ones."""
     numbers = 2 * torch.rand(shape, generator=generator) - 1
     return numbers + 0.5 * numbers.sign()

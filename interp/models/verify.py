@@ -276,7 +276,7 @@ def _check_writes(
             x = _normed(layer, block.norm_pre, x)
         if block.norm_mid is not None or block.carry_mid is not None:
             if block.norm_first is not None:
-                first = added(x.double(), layer, block.before_first).to(x)
+                first = added(_carried(block.carry_first, x), layer, block.before_first).to(x)
                 x = _normed(layer, block.norm_first, first)
             second = tuple(write for write in before if write not in block.before_first)
             total = added(_carried(block.carry_mid, x), layer, second)

@@ -21,6 +21,8 @@ from interp.models.chunks import in_chunks
 from interp.models.hooks import RunWatch
 from interp.models.layout import (
     ACROSS,
+    CHANNELS_FIRST,
+    IMAGE,
     PACKED,
     PARTS,
     Address,
@@ -106,6 +108,7 @@ def in_one_row(
         return watch if size == 1 else RowByRow(watch, size)
     if axes in (PARTS, ACROSS) or n_ahead(axes):
         return InWindows(watch, partial(layout_of, axes=axes, size=size))
+    watch.row_by_row = layout is None and axes in (IMAGE, CHANNELS_FIRST)  # positions have two axes
     return watch if layout is None else InWindows(watch, layout)
 
 

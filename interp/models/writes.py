@@ -54,6 +54,7 @@ class Sums:
     n_before_first: int = 0
     """A norm before norm_mid, and how many of the writes it reads."""
     norm_pre: str | None = None
+    carry_first: Carry | None = None
     carry_mid: Carry | None = None
     carry_post: Carry | None = None
     reshapes_behind: str | None = None
@@ -62,7 +63,8 @@ class Sums:
     @property
     def rescales(self) -> bool:
         """Whether what goes on of the stream is not the stream itself."""
-        return any(x is not None for x in (self.norm_pre, self.carry_mid, self.carry_post))
+        carries = (self.carry_first, self.carry_mid, self.carry_post)
+        return any(x is not None for x in (self.norm_pre, *carries))
 
     @property
     def stays(self) -> bool:
@@ -339,6 +341,7 @@ def write_map(
         norm_mid=sums.norm_mid,
         norm_post=sums.norm_post,
         norm_pre=sums.norm_pre,
+        carry_first=sums.carry_first,
         carry_mid=sums.carry_mid,
         carry_post=sums.carry_post,
         convolved=convolved[0] if convolved else None,
