@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,21 @@ if TYPE_CHECKING:
 
 PACKAGES = ("interp-suite", "torch", "transformers", "numpy")
 """Whose versions a report records."""
+T = TypeVar("T")
+
 SHOWN = 3
 """Models named in the id of several."""
+
+
+class _Named(dict[str, T]):
+    """Tables or arrays by name; BadInput with those there are for a name that is not among them."""
+
+    def __init__(self, what: str, items: Mapping[str, T]):
+        super().__init__(items)
+        self.what = what
+
+    def __missing__(self, name: str) -> T:
+        raise unknown(self.what, name, self)
 
 
 @dataclass
@@ -53,6 +66,10 @@ class Report:
     tables: dict[str, pd.DataFrame]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tables = _Named(f"table of the report '{self.analysis}'", self.tables)
+        self.arrays = _Named(f"array of the report '{self.analysis}'", self.arrays)
 
     @property
     def table(self) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import is_encoder_decoder, text_config
+from interp.models.calls import is_encoder_decoder, main_input, text_config
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import Recording, record
 from interp.models.spec import BlockMap, Spec
@@ -35,7 +35,7 @@ def skeleton(module: nn.Module) -> tuple[Spec, Recording]:
     Raises:
         Refused: no copy could be built and probed.
     """
-    if getattr(module, "main_input_name", "") != "input_ids":
+    if main_input(module) != "input_ids":
         raise Refused(f"{type(module).__name__} takes no token ids: only token models run remotely")
     if is_encoder_decoder(module):
         raise Refused(

@@ -1,6 +1,7 @@
 """Reports as other programs read them: every kind has a schema, and old versions are read."""
 
 import json
+import pickle
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -125,3 +126,16 @@ def test_a_file_of_a_report_is_no_report(tmp_path):
     path = small().save(tmp_path) / "report.json"
     with pytest.raises(BadInput, match=f"is a file, and a report is a folder: give {tmp_path}"):
         Report.load(path)
+
+
+def test_a_table_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    made = small()
+    for report in (made, Report.load(made.save(tmp_path)), pickle.loads(pickle.dumps(made))):
+        with pytest.raises(
+            BadInput, match="no table of the report 'small' 'smal'; did you mean 'small'"
+        ):
+            report.tables["smal"]
+        with pytest.raises(BadInput, match="no array of the report 'small' 'x'; known: z"):
+            report.arrays["x"]
+        assert "smal" not in report.tables and report.tables.get("smal") is None
+        assert list(report.tables) == ["small"] and "smal" not in report.tables
