@@ -7,6 +7,7 @@ wanted; the first with which the forward works is kept, with the masks that the 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -88,6 +89,10 @@ def numbers_taken(
             if shape in (WAVES, UNKNOWN):
                 moved = _moved(shape, *channels)
                 waiting += [other for other in moved if other not in (*reasons, *waiting)]
+            if multiple := re.search(r"multiple of (\d+)", why):
+                least = int(multiple[1])
+                whole = (*shape[:-1], -(-shape[-1] // least) * least)
+                waiting += [whole] if least and whole not in (*reasons, *waiting) else []
             if channels == (0, 0):  # no layer wanted more of them: another input may be missing
                 shaped.append(made)
     for made in shaped:

@@ -199,7 +199,17 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
 
 
 def probe_batch(module: nn.Module) -> Batch:
-    """Random inputs of the kind the model takes; for an encoder-decoder a source and a shorter target."""
+    """Random inputs of the kind the model takes; for an encoder-decoder a source and a shorter target.
+
+    Raises:
+        Refused: no inputs are known with which its forward works, or it has none.
+    """
+    if type(module).forward is nn.Module.forward:
+        parts = [f"`model.{name}`" for name, part in module.named_children() if _runs(part)]
+        instead = f"pass one of its parts: {', '.join(parts)}" if parts else "no part is a model"
+        raise Refused(
+            f"{type(module).__name__} has no forward of its own, so nothing runs as a whole; {instead}"
+        )
     target = {}
     if is_encoder_decoder(module):
         target = {"decoder_input_ids": random_ids(module, PROBE_TARGET, seed=1)}
@@ -221,3 +231,8 @@ def probe_batch(module: nn.Module) -> Batch:
         batch = Batch.of_inputs({kind: random_ids(module, probe_length(module)), **target})
     batch = with_companions(module, batch)
     return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch
+
+
+def _runs(part: nn.Module) -> bool:
+    """Whether it is a model with a forward of its own."""
+    return hasattr(part, "config") and type(part).forward is not nn.Module.forward

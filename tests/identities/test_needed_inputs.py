@@ -215,6 +215,20 @@ def test_layers_without_input_tell_what_the_forward_needs(
     check_all_sites(model, given)
 
 
+def test_a_wave_is_as_long_as_the_failure_says() -> None:
+    module = tiny_model("muse_spark_audio", "MuseSparkAudioModel", partial(runs, strict=True))
+    (wave,) = numbers_taken(module, "input_values", {}).values()
+    assert wave.shape == (2, 7680)  # four times 1920
+
+
+def test_a_model_without_a_forward_is_refused_with_its_parts() -> None:
+    module = tiny_model("bark", "BarkModel", runs)
+    with pytest.raises(Refused, match=r"no forward of its own.*`model.semantic`, `model.coarse_"):
+        Model(module)
+    spec = Model(module.get_submodule("semantic")).spec
+    assert not set(spec.refused) - spec.absent
+
+
 def test_two_streams_are_told_apart_by_their_lengths() -> None:
     """LXMERT's blocks attend four times, over words, objects, and from one to the other: no heads of one block."""
     model = model_of("lxmert", "LxmertModel")
