@@ -232,7 +232,7 @@ class RemoteModel(Model):
         """Refused: hooks of ours do not run there."""
         self._refuse("hooked")
 
-    def W_O(self, layer: int, *, cross: bool = False) -> Tensor:
+    def W_O(self, layer: int, *, cross: int = 0) -> Tensor:
         """Refused: weights do not leave that machine."""
         return self._refuse("weights")
 

@@ -3,7 +3,8 @@
 A site is written `name`, `name.layer` or `name.layer.head`: `resid_post`, `resid_post.5`, `z.5.1`.
 TransformerLens names (`blocks.5.attn.hook_z`) are accepted and mean the same place. In the decoder of an
 encoder-decoder the sites are those of the decoder's stack; its second attention, whose keys and values
-are made from the encoder's output (the source), has the sites `cross_…`. Where a decoder attends to both in
+are made from the encoder's output (the source), has the sites `cross_…`. A block that attends to two
+sources, one after the other, has them at `cross_…` and `cross2_…`. Where a decoder attends to both in
 one softmax there is one attention: its keys (in `scores`, `pattern`, `k`, `v`) are the target's positions,
 and after them the source's.
 Where the attention to a source stands between blocks, its sites are of the block behind it,
@@ -46,6 +47,14 @@ AXES: dict[str, tuple[str, ...]] = {
     "cross_pattern": ("batch", "n_heads", "query_pos", "source_pos"),
     "cross_out": RESIDUAL_AXES,
     "cross_write": RESIDUAL_AXES,
+    "cross2_q": HEAD_AXES,
+    "cross2_k": ("batch", "source_pos", "n_kv_heads", "d_head"),
+    "cross2_v": ("batch", "source_pos", "n_kv_heads", "d_head"),
+    "cross2_z": HEAD_AXES,
+    "cross2_scores": ("batch", "n_heads", "query_pos", "source_pos"),
+    "cross2_pattern": ("batch", "n_heads", "query_pos", "source_pos"),
+    "cross2_out": RESIDUAL_AXES,
+    "cross2_write": RESIDUAL_AXES,
 }
 """Axes of every site, one layer at a time. `attn_out` is what W_O returns, `attn_write` what enters
 the residual stream (they differ where a model normalises after attention); likewise for the MLP.
@@ -58,10 +67,11 @@ and z. Where a layer attends within windows, its sites have the positions of the
 between windows patterns are 0 and scores -inf, and what an edit puts there is left out."""
 
 SELF_SITES = ("q", "k", "v", "scores", "pattern", "z")
-CROSS = "cross_"
-"""Prefix of the sites of an attention whose keys and values are made from another sequence."""
-CROSS_SITES = tuple(name for name in AXES if name.startswith(CROSS))
-ATTENTION_SITES = SELF_SITES + tuple(CROSS + name for name in SELF_SITES)
+CROSSES = ("cross_", "cross2_")
+"""Prefixes of the sites of attentions whose keys and values are made from another sequence: of a block's first
+one, and of the one that attends to a second source."""
+CROSS_SITES = tuple(name for name in AXES if name.startswith(CROSSES))
+ATTENTION_SITES = SELF_SITES + tuple(cross + name for cross in CROSSES for name in SELF_SITES)
 MODULE_SITES = tuple(name for name in AXES if name not in ATTENTION_SITES)
 
 TRANSFORMER_LENS = {
@@ -242,7 +252,7 @@ def _from_transformer_lens(text: str) -> Site:
 
 
 def to_transformer_lens(site: Site) -> list[str]:
-    """What TransformerLens calls a site, its classic name first; none where a layer is missing.
+    """What TransformerLens calls a site, its classic name first; none where a layer is missing, or for a second source.
 
     >>> to_transformer_lens(Site("z", 5))
     ['blocks.5.attn.hook_z', 'blocks.5.attn.o.hook_in']
@@ -251,6 +261,17 @@ def to_transformer_lens(site: Site) -> list[str]:
         return ["hook_embed"]
     names = [hook for hook, name in TRANSFORMER_LENS.items() if name == site.name]
     return [] if site.layer is None else [f"blocks.{site.layer}.{hook}" for hook in names]
+
+
+def source_of(name: str) -> tuple[int, str] | None:
+    """Of a site of attention to a source, which of the block's sources that is, and the site's name behind the prefix.
+
+    >>> source_of("cross_z"), source_of("cross2_pattern"), source_of("z")
+    ((0, 'z'), (1, 'pattern'), None)
+    """
+    return next(
+        ((i, name.removeprefix(of)) for i, of in enumerate(CROSSES) if name.startswith(of)), None
+    )
 
 
 def has_heads(name: str) -> bool:

@@ -14,13 +14,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from interp.sites import ranges
+from interp.sites import CROSSES, ranges
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from interp.models.model import Model
-    from interp.models.spec import Check
+    from interp.models.spec import BlockMap, Check
     from interp.report import Report
 
 
@@ -174,11 +174,7 @@ def map_of(model: Model) -> dict[str, Any]:
                     for write in block.others
                 ],
                 "parallel": block.parallel,
-                "cross": block.cross and block.cross.attention,
-                "cross_W_O": block.cross and block.cross.W_O,
-                "cross_write": block.cross
-                and block.cross.write
-                and [block.cross.write.module, block.cross.write.scale],
+                **_sources(block),
                 "asides": block.asides,
             }
             for block in spec.blocks
@@ -199,6 +195,17 @@ def map_of(model: Model) -> dict[str, Any]:
     }
 
 
+def _sources(block: BlockMap) -> dict[str, Any]:
+    """Where the attention to each source is, its W_O and what it writes; None where a block attends to fewer."""
+    data: dict[str, Any] = {}
+    for number, of in enumerate(CROSSES):
+        cross = block.to_source(number)
+        data[of[:-1]] = cross and cross.attention
+        data[f"{of}W_O"] = cross and cross.W_O
+        data[f"{of}write"] = cross and cross.write and [cross.write.module, cross.write.scale]
+    return data
+
+
 def print_map(model: Model) -> None:
     """The map for a person: facts, one row for blocks alike, identities, refusals by reason."""
     data = map_of(model)
@@ -214,8 +221,9 @@ def print_map(model: Model) -> None:
         keys += ("others",)
     if any(block["n_windows"] for block in data["blocks"]):
         keys += ("n_windows",)
-    if any(block["cross"] for block in data["blocks"]):
-        keys += ("cross", "cross_W_O", "cross_write")
+    for of in CROSSES:
+        if any(block[of[:-1]] for block in data["blocks"]):
+            keys += (of[:-1], f"{of}W_O", f"{of}write")
     if any(block["asides"] for block in data["blocks"]):
         keys += ("asides",)
     alike: dict[tuple, list[int]] = {}

@@ -195,7 +195,7 @@ class View(Weights):
                 if name == "embed" or name in self.model.spec.refused:
                     continue
                 if layer in self.model.layers_with(name):
-                    names.append(to_transformer_lens(Site(name, layer))[0])
+                    names += to_transformer_lens(Site(name, layer))[:1]
         return names
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from benchmarks.tiny_configs import tiny_model
 from interp.models.model import Model
 from interp.models.recording import record
 from interp.models.stack import layers_of
-from interp.models.thrice import three_norms
+from interp.models.thrice import norm_by_norm
 from interp.models.writes import Sums, candidates_of
 from interp.run.batch import Batch
 from interp.run.edits import Edit
@@ -69,7 +69,7 @@ def test_attention_that_is_not_seen_stands_between_attention_and_mlp() -> None:
     model = Model(module, id="deformable_detr")
     assert not set(model.spec.refused) - model.spec.absent
     for block in model.spec.blocks:
-        assert block.norm_first and block.norm_mid and block.norm_post and not block.norm_late
+        assert len(block.firsts) == 1 and block.norm_mid and block.norm_post and not block.lates
         assert block.attn_write and block.mlp_write and len(block.others) == 1
         assert block.others[0] in block.before_mid and block.mlp_write not in block.before_mid
 
@@ -114,15 +114,14 @@ def found_in(hidden: bool) -> Sums | None:
     torch.manual_seed(0)
     seen = record(Net(hidden), Batch.of_ids(IDS))
     layer = layers_of(seen, "layers")[1]
-    return three_norms(layer, 0, candidates_of(layer.inside, layer.hidden(0).shape))
+    return norm_by_norm(layer, 0, candidates_of(layer.inside, layer.hidden(0).shape))
 
 
 def test_three_sums_are_found_with_a_norm_that_is_called_twice() -> None:
     sums = found_in(hidden=False)
     assert sums is not None
     assert [c.modules[0] for c, _ in sums.writes] == [f"layers.1.parts.{i}" for i in range(3)]
-    assert (sums.n_before_first, sums.n_before_mid) == (1, 2)
-    assert sums.norm_first == "layers.1.norms.0"
+    assert sums.firsts == ((1, "layers.1.norms.0"),) and sums.n_before_mid == 2
     assert sums.norm_mid == sums.norm_post == "layers.1.norms.1"
     assert [scale for _, scale in sums.writes] == pytest.approx([1, 1, 1])
 

@@ -42,6 +42,14 @@ SITES = {
     "cross_pattern": "what each position of the decoder attends to in the source",
     "cross_out": "what its W_O returns, bias included",
     "cross_write": "what it adds to the stream",
+    "cross2_q": "queries of a block's attention to a second source",
+    "cross2_k": "its keys, one for each position of that source",
+    "cross2_v": "its values, one for each position of that source",
+    "cross2_z": "each of its heads' mix of values, before W_O",
+    "cross2_scores": "its logits, before the softmax",
+    "cross2_pattern": "what each position of the block attends to in that source",
+    "cross2_out": "what its W_O returns, bias included",
+    "cross2_write": "what it adds to the stream",
 }
 """What is read at every site of `interp.sites.AXES`."""
 
@@ -59,9 +67,9 @@ def sites_table() -> str:
     ]
     for name in AXES:
         site = Site(name, None if name == "embed" else 0)
-        theirs = to_transformer_lens(site)[0].removeprefix("blocks.0.")
+        theirs = next(iter(to_transformer_lens(site)), "").removeprefix("blocks.0.")
         axes = " ".join(Cache().axes(site))
-        rows.append(f"| `{name}` | `[{axes}]` | `{theirs}` | {SITES[name]} |")
+        rows.append(f"| `{name}` | `[{axes}]` | {theirs and f'`{theirs}`'} | {SITES[name]} |")
     return "\n".join(rows)
 
 

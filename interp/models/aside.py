@@ -37,7 +37,7 @@ def with_asides(seen: Recording, layers: list[Layer], key: int | str, batch: Bat
         if layer.call.is_tuple
         and not layer.members
         and len(layer.inside.attention) > 1
-        and (layer.attention is None or layer.along == HEADS)
+        and (layer.attention is None or layer.along == HEADS or len(layer.crosses) > 1)
     ]
     if not some:
         return layers

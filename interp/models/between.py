@@ -45,7 +45,7 @@ def with_ahead(
         found.setdefault(behind[0] if behind else len(layers), []).append(aside)
     alone = all(len(each) == 1 and each[0].attention for each in found.values())
     alone = alone and all(seen.once(each[0].name) for each in found.values())
-    plain = all(layer.axes == PLAIN and layer.cross is None for layer in layers)
+    plain = all(layer.axes == PLAIN and not layer.crosses for layer in layers)
     if len(layers) in found or not alone or not plain:
         why = f"the attention of '{lists[0]}' stands between blocks, in a list of its own"
         refused |= dict.fromkeys(CROSS_SITES, f"{why}, and not once before a block each")
@@ -71,7 +71,7 @@ def with_attention_ahead(draft: Draft) -> list[BlockMap]:
             )
             draft.refused.update(dict.fromkeys(CROSS_SITES, why))
             return draft.blocks
-        made.append(replace(block, cross=cross))
+        made.append(replace(block, crosses=(cross,)))
     return made
 
 

@@ -39,7 +39,7 @@ from interp.models.stack import Layer, starts_stage
 from interp.models.trials import scaled_z, sees_no_later
 from interp.models.windows import find_windows, in_order
 from interp.run.batch import Batch
-from interp.sites import CROSS, SELF_SITES
+from interp.sites import CROSSES, SELF_SITES
 
 
 def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
@@ -136,7 +136,8 @@ def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> No
             f"which parts of an input the queries and keys of '{layer.name}' are of was not found: its rows of "
             "attention are not of one part each, and together of all"
             if in_parts
-            else f"block '{layer.name}' attends {len(layer.inside.attention)} times, with heads of different shapes"
+            else f"block '{layer.name}' attends {len(layer.inside.attention)} times, and that is no one attention: "
+            "heads of different shapes, or too many sources"
         )
         for site in (*SELF_SITES, "attn_out", "attn_write"):
             refused[f"{site}.{i}" if in_parts and alone else site] = why
@@ -223,7 +224,8 @@ def _padded(layer: Layer, key: int | str) -> bool:
 def _queries_and_keys(draft: Draft) -> None:
     """Refuse q and k where the scores are not made through them alone: they are shown without a width."""
     for layer in draft.layers:
-        for call, prefix in ((layer.attention, ""), (layer.cross, CROSS)):
+        calls = [(layer.attention, ""), *zip(layer.crosses, CROSSES, strict=False)]
+        for call, prefix in calls:
             if call is not None and call.tensors["q"].shape[-1] == 0:
                 why = f"the scores of '{layer.name}' are not made of the residual stream through queries and keys alone"
                 draft.refuse(prefix + "q", why)
@@ -253,16 +255,21 @@ def _with_attention(draft: Draft) -> list[BlockMap]:
         for layer, block in zip(layers, blocks, strict=True)
     ]
     blocks = [
-        replace(block, cross=cross_attention(replace(layer, attention=layer.cross), key, batch))
-        if layer.cross
-        else block
+        replace(
+            block,
+            crosses=tuple(
+                cross_attention(replace(layer, attention=call), key, batch)
+                for call in layer.crosses
+            ),
+        )
         for layer, block in zip(layers, blocks, strict=True)
     ]
     blocks = with_attention_ahead(replace(draft, blocks=blocks))
     for block in blocks:
-        if block.cross and block.cross.out is None:
-            why = f"no module of '{block.name}' returns the output of '{block.cross.attention}'"
-            draft.refuse("cross_out", why)
+        for prefix, cross in zip(CROSSES, block.crosses, strict=False):
+            if cross.out is None:
+                why = f"no module of '{block.name}' returns the output of '{cross.attention}'"
+                draft.refuse(f"{prefix}out", why)
         if block.attention and block.attn_out is None and block.along != HEADS:
             draft.refuse(
                 "attn_out", f"no module of '{block.name}' returns the output of '{block.attention}'"

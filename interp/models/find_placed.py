@@ -42,7 +42,7 @@ def find_placed(
     some = [
         i
         for i, layer in enumerate(layers)
-        if axes[i] in (PARTS, PARTED) and layer.inside.attention and layer.cross is None
+        if axes[i] in (PARTS, PARTED) and layer.inside.attention and not layer.crosses
     ]
     if not some:
         return layers

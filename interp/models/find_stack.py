@@ -16,7 +16,7 @@ from interp.errors import BadInput, Refused, unknown
 from interp.models.aside import with_asides
 from interp.models.feeding import fed_stack
 from interp.models.in_parts import AND, lists_in_turn
-from interp.models.reads import merged
+from interp.models.reads import merged, read_of
 from interp.models.recording import Recording, record
 from interp.models.stack import Layer, added_outside, hidden_key, layers_of, with_cross
 from interp.models.towers import alike, common, parts_around, side_by_side
@@ -78,12 +78,35 @@ def find_stack(
         )
     layers = with_asides(seen, [with_cross(layer, key) for layer in layers], key, batch)
     layers = added_outside(layers, key)
+    if not _same_sources(layers, key):
+        why = f"blocks of '{stack}' attend to two sources each, and not to the same ones in the same order"
+        refused |= dict.fromkeys(CROSS_SITES, why)
     shapes = {layer.hidden(key).shape for layer in layers}
     if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
         raise Refused(
             f"members of '{stack}' are stages: several blocks each, of streams that differ"
         )
     return stack, named, layers, key
+
+
+def _same_sources(layers: list[Layer], key: int | str) -> bool:
+    """Whether a block's first source is that of all others, and its second one too; where none attends to two, so it
+    is. A source is told by the argument that it is given in, and is no other block's other source."""
+    read = [[read_of(layer, key, call) for call in layer.crosses] for layer in layers]
+    most = max(read, key=len)
+    if len(most) < 2:
+        return True
+    for number, source in ((n, source) for sources in read for n, source in enumerate(sources)):
+        others = [other for n, other in enumerate(most) if n != number]
+        if not most[number].keys() & source.keys():
+            return False
+        if any(_share(source, x) and not _share(most[number], x) for x in others):
+            return False
+    return True
+
+
+def _share(a: dict[int | str, Tensor], b: dict[int | str, Tensor]) -> bool:
+    return any(torch.equal(x, y) for x in a.values() for y in b.values())
 
 
 def _own_stack(seen: Recording, placed: list[str], batch: Batch) -> str:
@@ -157,7 +180,10 @@ def _with_its_parts(seen: Recording, name: str) -> str:
 
 
 def _decoder(seen: Recording, placed: list[str]) -> list[str]:
-    """Of several lists the one whose blocks attend to a source besides, where all others are called before it."""
+    """Of several lists the one whose blocks attend to a source besides, where all others are called before it.
+
+    One that attends to two sources is fed by several stacks: it is no one's decoder.
+    """
     if len(placed) < 2:
         return []
     stacks = {name: layers_of(seen, name) for name in placed}
@@ -166,10 +192,12 @@ def _decoder(seen: Recording, placed: list[str]) -> list[str]:
     if any(stacks[name][-1].call.order > begins for name in placed if name != last):
         return []  # two streams that attend to each other, block by block
     key = hidden_key(stacks[last])
-    attends = key is not None and any(
-        with_cross(layer, key).cross or merged(layer, key) for layer in stacks[last]
-    )
-    return [last] if attends else []
+    if key is None:
+        return []
+    blocks = [with_cross(layer, key) for layer in stacks[last]]
+    if any(len(block.crosses) > 1 for block in blocks):
+        return []
+    return [last] if any(block.crosses or merged(block, key) for block in blocks) else []
 
 
 def _place(seen: Recording) -> tuple[list[str], list[str]]:

@@ -17,10 +17,11 @@ from interp.models.restarted import follow_no_input, restarted
 from interp.models.several import HEADS
 from interp.models.spec import BlockMap
 from interp.models.stack import Layer
-from interp.models.thrice import three_norms, with_middle
+from interp.models.thrice import norm_by_norm, with_middle
 from interp.models.trials import works_by_position
 from interp.models.turned import channels_behind
 from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
+from interp.sites import CROSSES
 
 ATTENTION_WRITES = ("attn_write",)
 MLP_WRITES = ("mlp_write", "mlp_out", "mlp_post")
@@ -51,7 +52,7 @@ def with_writes(draft: Draft) -> list[BlockMap]:
             found[i] = before_the_shape_changes(layer, blocks[i], key)
     hybrid = any(
         sums is not None
-        and len(sums.writes) - sum(x is not None for x in (layer.attention, layer.cross)) != 1
+        and len(sums.writes) - (layer.attention is not None) - len(layer.crosses) != 1
         for layer, (sums, _) in zip(layers, found, strict=True)
     ) or not all(layer.attention for layer in layers)
     by_position: set[str] | None = None
@@ -82,7 +83,7 @@ def _taken_apart(
     sums, candidates = taken_apart(layer, key)
     if sums is None:
         of_z = None if block.between else block.W_O
-        sums = rescaled(layer, key, candidates) or three_norms(layer, key, candidates, of_z)
+        sums = norm_by_norm(layer, key, candidates, of_z) or rescaled(layer, key, candidates)
     if sums is not None:
         return layer, block, sums, candidates
     ways: list[tuple[str, Callable[[Layer], tuple[Layer, frozenset[str]]]]] = [
@@ -133,7 +134,8 @@ def _refuse_unexplained(draft: Draft, unexplained: list[int]) -> None:
                 f"no outputs inside '{layer.name}' sum to resid_post - resid_pre, nor to what its "
                 "norms read (a rescaled stream)"
             )
-        for site in (*sites, *(["cross_write"] if layer.cross else [])) if why else ():
+        crosses = [f"{of}write" for of, _ in zip(CROSSES, layer.crosses, strict=False)]
+        for site in (*sites, *crosses) if why else ():
             draft.refuse(site if alone else f"{site}.{i}", why)
 
 

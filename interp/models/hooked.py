@@ -36,7 +36,7 @@ from interp.models.turned import channels_first, channels_last
 from interp.models.windows import in_one_row
 from interp.run.cache import Run
 from interp.run.edits import Seen
-from interp.sites import ATTENTION_SITES
+from interp.sites import ATTENTION_SITES, CROSSES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -242,14 +242,14 @@ class _LayerHooks:
 
     def _outputs(self) -> Iterator[tuple[str, str, float | Tensor]]:
         """(site, module, factor) of the sites that are a module's output times a factor."""
-        block, cross = self.block, self.block.cross
+        block, crosses = self.block, list(zip(CROSSES, self.block.crosses, strict=False))
         outs = [("attn_out", block.attn_out), ("mlp_out", block.mlp_out)]
-        outs += [("cross_out", cross.out)] if cross else []
+        outs += [(f"{of}out", cross.out) for of, cross in crosses]
         for name, module in outs:
             if module is not None:
                 yield name, module, 1.0
         writes = [("attn_write", block.attn_write), ("mlp_write", block.mlp_write)]
-        writes += [("cross_write", cross.write)] if cross else []
+        writes += [(f"{of}write", cross.write) for of, cross in crosses]
         for name, write in writes:
             if write is not None:
                 yield name, write.module, write.factor(self.module)

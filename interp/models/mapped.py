@@ -28,6 +28,7 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
             placed=block.placed,
             attention=layer.attention if block.attention else None,
             added_to=spec.hidden if block.adds else None,
+            crosses=layer.crosses if block.crosses else (),
         )
         for layer, block in placed
     ]

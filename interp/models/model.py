@@ -149,14 +149,15 @@ class Model:
 
     # --- weights -------------------------------------------------------------------------------
 
-    def W_O(self, layer: int, *, cross: bool = False) -> Tensor:
+    def W_O(self, layer: int, *, cross: int = 0) -> Tensor:
         """Output projection of a layer, one slice a head [n_heads d_head d_model].
 
-        `cross`: that of its attention to a source, which maps cross_z to cross_out.
+        `cross`: that of its attention to a source, which maps cross_z to cross_out (True, or 1), or cross2_z to
+        cross2_out (2).
         """
         return self._weights.attention_output(layer, cross)[0]
 
-    def b_O(self, layer: int, *, cross: bool = False) -> Tensor:
+    def b_O(self, layer: int, *, cross: int = 0) -> Tensor:
         """Bias of a layer's output projection [d_model]; zeros where it has none."""
         return self._weights.attention_output(layer, cross)[1]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from interp.errors import BadInput, Refused
 from interp.models.spec import Spec
-from interp.sites import ATTENTION_SITES, CROSS_SITES, Site
+from interp.sites import ATTENTION_SITES, CROSS_SITES, Site, source_of
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Offered:
 
     def _has(self, name: str, layer: int) -> bool:
         block = self.spec.blocks[layer]
-        if name in CROSS_SITES:
-            cross = block.cross
-            address = {"cross_out": cross and cross.out, "cross_write": cross and cross.write}
-            return address.get(name, cross) is not None
+        if (of := source_of(name)) is not None:
+            cross, which = block.to_source(of[0]), of[1]
+            address = {"out": cross and cross.out, "write": cross and cross.write}
+            return address.get(which, cross) is not None
         if name in ATTENTION_SITES:
             return block.attention is not None
         if name == "resid_mid":
@@ -49,7 +49,9 @@ class Offered:
         # A model of attention alone has no MLP's sites: nothing is captured of them.
         if layers or name not in CROSS_SITES:
             return layers
-        why = self.spec.refused.get("z", "no block attends to a source")
+        one = any(block.crosses for block in self.spec.blocks)
+        why = "no block attends to a second source" if one else "no block attends to a source"
+        why = self.spec.refused.get("z", why)
         raise Refused(f"{self.id} cannot give '{name}': {why}")
 
     def layers_of(self, site: Site) -> list[int]:
@@ -67,7 +69,8 @@ class Offered:
             )
         if site.head is not None:
             block = self.spec.blocks[site.layer or 0]
-            of = block.cross if site.name in CROSS_SITES else block
+            source = source_of(site.name)
+            of = block if source is None else block.to_source(source[0])
             assert of is not None  # one of `layers`
             n_heads = of.n_kv_heads if "n_kv_heads" in site.axes else of.n_heads
             if site.head >= n_heads:

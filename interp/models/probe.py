@@ -37,7 +37,7 @@ from interp.models.forwards import find_called
 from interp.models.grids import packed_patches
 from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
-from interp.models.kernels import between_kernels, eager_instead
+from interp.models.kernels import apart, between_kernels, eager_instead, logits_of
 from interp.models.named import is_heard, last_returned
 from interp.models.own_attention import own
 from interp.models.recording import Recording, record
@@ -75,9 +75,9 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
             why = find_own(module, batch)
             seen = replace(seen if why else record(module, batch), without=why)
         # Masks as eager attention gets them, and its softmax: the first that is what the model was wrong without.
-        for apart in (attention.needs_masks, attention.softmax_in_float32):
+        for wrong in (attention.needs_masks, attention.softmax_in_float32):
             if relative_error(seen.output, plain)[0] > relative_tolerance(plain.dtype):
-                seen = _told_apart(apart, module, batch, seen, plain)
+                seen = _told_apart(wrong, module, batch, seen, plain)
         attending = (seen.names[call.module] for call in seen.attention)
         if called is not None and not any(is_within(name, called) for name in attending):
             seen = _with_own(module, batch, seen)
@@ -90,15 +90,16 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
-        verified = verify
         if mapped.named or not (mapped.unembedding or mapped.readout):
             mapped = replace(mapped, heard=is_heard(mapped, seen, batch))
         # Of one stack of several, or where no match is found, what the model returns says little.
         few = 2 * int(plain.count_nonzero()) < plain.numel()
-        if mapped.named or few or not mapped.heard:
-            verified = partial(verify, ends=last_returned(mapped, module, batch))
-        spec = verified(mapped, seen, plain)
-        if any(check.name == "window" and not check.passed for check in spec.checks):
+        with_ends = mapped.named or few or not mapped.heard
+        told = partial(_with_ends, mapped) if with_ends else logits_of
+        own = [plain, *(last_returned(mapped, module, batch) if with_ends else [])]
+        spec = verify(mapped, seen, plain, ends=own[1:])
+        failed = {check.name for check in spec.checks if not check.passed}
+        if failed & {"window", "stack"}:
             if not torch.equal(output_tensor(call_model(module, batch)), plain):
                 if module not in drawing:
                     drawing.add(module)
@@ -108,17 +109,20 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
                     "whatever the state of torch's generator: no two runs can be compared"
                 )
             if plain.dtype in (torch.bfloat16, torch.float16):
-                return verified(mapped, seen, plain, between_kernels(module, batch))
-            if (eager := eager_instead(module, batch, plain, seen.output)) is not None:
-                apart = relative_error(plain, eager)[0]
+                between = between_kernels(module, batch, told)
+                return verify(mapped, seen, plain, between, ends=own[1:])
+            ends = [call.output for call in seen.calls[mapped.blocks[-1].returns]]
+            shown = [seen.output, *(x for x in ends if with_ends and x is not None)]
+            if (eager := eager_instead(module, batch, shown, told)) is not None:
+                of = "that of its eager attention"
                 return replace(
-                    verified(mapped, seen, eager, of="that of its eager attention"),
-                    between_kernels=apart,
+                    verify(mapped, seen, eager[0], of=of, ends=eager[1:]),
+                    between_kernels=apart(own, eager),
                 )
-            if (exact := exact_instead(module, batch, seen)) is not None:
+            if "window" in failed and (exact := exact_instead(module, batch, seen)) is not None:
                 of = "the model's own where both are computed in float64"
                 return replace(
-                    verified(mapped, seen, exact[1], of=of, shown=exact[0]),
+                    verify(mapped, seen, exact[1], of=of, ends=own[1:], shown=exact[0]),
                     in_float64=relative_error(seen.output, plain)[0],
                 )
         return spec
@@ -135,6 +139,11 @@ def _discovered(
         if again is seen:
             raise
         return discover(again, batch, called), again
+
+
+def _with_ends(mapped: Spec, module: nn.Module, batch: Batch) -> list[Tensor]:
+    """What the model returns, and what the last block of the stack does, call by call."""
+    return [*logits_of(module, batch), *last_returned(mapped, module, batch)]
 
 
 def _at_once(module: nn.Module, batch: Batch, seen: Recording) -> Recording:

@@ -19,8 +19,23 @@ def given(layer: Layer, key: int | str) -> list[Tensor]:
     return [x for at, x in named.items() if at != key and x.ndim in (3, named[key].ndim)]
 
 
-def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) -> bool:
-    """Whether a linear layer called before an attention, in its module or around it, reads one of these."""
+def read_of(layer: Layer, key: int | str, attention: AttentionCall) -> dict[int | str, Tensor]:
+    """What an attention reads of what a block was given besides the hidden state, by the argument it was given in."""
+    sources = given(layer, key)
+    return {
+        at: x
+        for at, x in zip(layer.call.keys, layer.call.inputs, strict=True)
+        if any(x is each for each in sources) and reads_any(layer.inside, attention, [x])
+    }
+
+
+def reads_any(
+    seen: Recording, attention: AttentionCall, sources: list[Tensor], *, values: bool = False
+) -> bool:
+    """Whether a linear layer called before an attention, in its module or around it, reads one of these.
+
+    `values`: and makes its values of it.
+    """
     name = _around(seen, attention)
     outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
     return any(
@@ -30,7 +45,18 @@ def reads_any(seen: Recording, attention: AttentionCall, sources: list[Tensor]) 
         and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
         for call in calls
         if outer and outer[0].start <= call.start and call.order <= attention.order
+        if not values or _holds(call.output, attention.tensors["v"])
     )
+
+
+def _holds(out: Tensor | None, v: Tensor) -> bool:
+    """Whether the first channel of v [batch kv pos d_head] is a column of a linear layer's output."""
+    if out is None or out.numel() % v[:, 0, :, 0].numel():
+        return False
+    columns = out.reshape(-1, out.shape[-1])
+    first = v[:, 0, :, 0]
+    wanted = (first.reshape(-1, 1), first.T.reshape(-1, 1))  # rows, or positions, first
+    return any(len(x) == len(columns) and bool((columns == x).all(0).any()) for x in wanted)
 
 
 def _around(seen: Recording, attention: AttentionCall) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interp.models.layout import PLAIN, Windows
 from interp.models.placed import Placed
 from interp.models.pooling import Pooling
-from interp.sites import ranges
+from interp.sites import CROSSES, ranges
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
+class Normed:
+    """A norm that a block goes on with, and what it has added to the stream since the norm before it."""
+
+    norm: str
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True)
 class Member:
     """One of the modules that a layer is made of; `in_tuple`: whether it returns a tuple."""
 
@@ -112,10 +120,10 @@ class BlockMap:
     block that pools the stream, before it does); of several MLPs that read what attention returns and are all that
     is written, the first one's. Writes are attn_write, mlp_write and `others`:
     a state-space layer or a convolution, a second attention, what comes besides an MLP. A block that
-    attends to a source writes `cross.write` too, before the MLP reads; where it normalises what attention
-    has added before it attends to the source, that norm is `norm_first`, of the writes `before_first` (and of
-    `carry_first(resid_pre)`, nothing where attention's output replaces the stream);
-    where it normalises what the MLP has added before it adds more, `norm_late`, of `before_late`.
+    attends to sources (`crosses`, first called first) writes what each attention returns, before the MLP reads.
+    Where it normalises what it has added before it adds more, the norms before norm_mid are `firsts` (attention's,
+    before it attends to a source; the first of them is of `carry_first(resid_pre)`, nothing where attention's output
+    replaces the stream), those behind it `lates` (the MLP's, before an adapter).
 
     Some blocks rescale the stream before they add to it, or carry a norm of it on instead of it:
     `resid_mid = norm_mid(carry_mid(norm_pre(resid_pre)) + before_mid)` and `resid_post =
@@ -166,15 +174,13 @@ class BlockMap:
     d_mlp: int = 0
     mlp_out: str | None = None
     mlp_write: Write | None = None
-    cross: CrossAttention | None = None
+    crosses: tuple[CrossAttention, ...] = ()
     others: tuple[Write, ...] = ()
-    before_first: tuple[Write, ...] = ()
-    norm_first: str | None = None
+    firsts: tuple[Normed, ...] = ()
     carry_first: Carry | None = None
     before_mid: tuple[Write, ...] = ()
     norm_mid: str | None = None
-    norm_late: str | None = None
-    before_late: tuple[Write, ...] = ()
+    lates: tuple[Normed, ...] = ()
     norm_post: str | None = None
     norm_pre: str | None = None
     carry_mid: Carry | None = None
@@ -197,9 +203,18 @@ class BlockMap:
     @property
     def writes(self) -> tuple[Write, ...]:
         """Everything the block adds to the residual stream."""
-        cross = None if self.cross is None or self.ahead else self.cross.write
-        main = (self.attn_write, cross, self.mlp_write)
+        crosses = [] if self.ahead else [cross.write for cross in self.crosses]
+        main = (self.attn_write, *crosses, self.mlp_write)
         return tuple(write for write in main if write is not None) + self.others
+
+    @property
+    def cross(self) -> CrossAttention | None:
+        """The attention to a source, of several the first."""
+        return self.to_source(0)
+
+    def to_source(self, number: int) -> CrossAttention | None:
+        """The attention to one of its sources, counted from 0; None where it attends to fewer."""
+        return self.crosses[number] if number < len(self.crosses) else None
 
     @property
     def ahead(self) -> bool:
@@ -364,9 +379,10 @@ class Spec:
                     f"'{block.name}' normalises the residual stream after adding to it ('{norm}')"
                 )
             if block.cross is not None:
+                sources = [f"{of}write" for of, _ in zip(CROSSES, block.crosses, strict=False)]
                 return (
                     f"'{block.name}' writes its attention to the source ('{block.cross.attention}') to "
-                    "the residual stream besides (site cross_write)"
+                    f"the residual stream besides (site {' and '.join(sources)})"
                 )
             if block.others:
                 return (

@@ -13,20 +13,21 @@ from interp.errors import Refused
 from interp.models.in_parts import AND, as_one, inside, members
 from interp.models.layout import PLAIN, shown
 from interp.models.placed import Placed
-from interp.models.reads import given, reads_any
+from interp.models.reads import given, read_of, reads_any
 from interp.models.recording import AttentionCall, ModuleCall, Recording
 from interp.models.several import seen_as_one
+from interp.sites import CROSSES
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of a block: what happened during it, its attention call and the one to a source, if any."""
+    """One call of a block: what happened during it, its attention call and those to sources, if any."""
 
     name: str
     call: ModuleCall
     inside: Recording
     attention: AttentionCall | None
-    cross: AttentionCall | None = None
+    crosses: tuple[AttentionCall, ...] = ()
     axes: tuple[str, ...] = PLAIN
     attends: tuple[nn.Module, ...] = ()
     along: str = ""
@@ -64,11 +65,11 @@ class Layer:
         return self.members[-1] if self.members else self.name
 
     @property
-    def to_source(self) -> tuple[Recording, AttentionCall | None]:
-        """The attention to a source, and what happens around it."""
-        if self.ahead is not None:
-            return self.ahead.inside, self.ahead.attention
-        return self.inside, self.cross
+    def to_sources(self) -> list[tuple[Recording, AttentionCall]]:
+        """Each attention to a source, and what happens around it."""
+        if self.ahead is not None and self.ahead.attention is not None:
+            return [(self.ahead.inside, self.ahead.attention)]
+        return [(self.inside, call) for call in self.crosses]
 
     @property
     def n_streams(self) -> int:
@@ -79,24 +80,40 @@ class Layer:
 
 
 def with_cross(layer: Layer, key: int | str) -> Layer:
-    """The layer with its attention to a source told apart: its keys or values are made of something else
-    that the block was given than the hidden state at `key`. A block's only attention stays `attention`.
+    """The layer with its attention to sources told apart: its keys or values are made of something else
+    that the block was given than the hidden state at `key`. A block's only attention stays `attention`; what
+    attends to more sources than there are sites for, or to several and not to itself, is told by none.
     """
     sources = given(layer, key)
     asides = {call.module for call in layer.asides}
     calls = [call for call in layer.inside.attention if call.module not in asides]
-    cross = [call for call in calls if sources and reads_any(layer.inside, call, sources)]
-    if len(cross) > 1:  # positions given to every block may be all that the first one reads
-        cross = [c for c in cross if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]
-    own = [call for call in calls if not any(call is other for other in cross)]
-    if len(cross) != 1 or not own:
-        own, cross = calls, []
-    layer = replace(layer, attention=own[0] if own else None, cross=cross[0] if cross else None)
+    crosses = [call for call in calls if sources and reads_any(layer.inside, call, sources)]
+    if len(crosses) > 1:
+        crosses = _of_values(layer, key, crosses, len(calls))
+    own = [call for call in calls if not any(call is other for other in crosses)]
+    apart = not own and len({frozenset(read_of(layer, key, call)) for call in crosses}) > 1
+    if apart or len(crosses) > len(CROSSES):
+        return replace(layer, attention=None)
+    if not own:
+        own, crosses = calls, []
+    layer = replace(layer, attention=own[0] if own else None, crosses=tuple(crosses))
     if len(own) < 2:
         return layer
     if (one := seen_as_one(own)) is None:
         return replace(layer, attention=None)
     return replace(layer, attention=one[0], attends=tuple(c.module for c in own), along=one[1])
+
+
+def _of_values(
+    layer: Layer, key: int | str, calls: Sequence[AttentionCall], n_calls: int
+) -> list[AttentionCall]:
+    """Of some of a block's `n_calls`, which read what it was given, those whose values are made of it and not of the
+    stream: positions given to every block may be all that keys are made of."""
+    sources = [x for x in given(layer, key) if not torch.equal(x, layer.hidden(key))]
+    values = [c for c in calls if reads_any(layer.inside, c, sources, values=True)]
+    if values and len(values) < n_calls:
+        return values
+    return [c for c in calls if c.tensors["k"].shape[2] != c.tensors["q"].shape[2]]
 
 
 def layers_of(seen: Recording, stack: str, axes: tuple[str, ...] = PLAIN) -> list[Layer]:

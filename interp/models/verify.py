@@ -19,7 +19,7 @@ from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Carry, Check, Spec, Write, module_device
 from interp.models.stack import Layer
 from interp.models.weights import linear_map
-from interp.sites import ATTENTION_SITES, SELF_SITES, ranges
+from interp.sites import CROSSES, SELF_SITES, ranges
 
 Check_ = Callable[..., bool]
 """Tries one identity: (name, got, wanted, detail, the sites it vouches for)."""
@@ -84,7 +84,7 @@ def verify(
             [_whole_maps(spec, seen.output if shown is None else shown)],
             [_whole_maps(spec, plain)],
             f"logits under the window equal {of}",
-            ATTENTION_SITES if any(block.cross for block in spec.blocks) else SELF_SITES,
+            _attention_sites(spec),
             max(relative, 2 * between_kernels),
         )
     if ends:
@@ -97,7 +97,7 @@ def verify(
             ],
             ends,
             "what the last block returns under the window is what it returns without",
-            (*SELF_SITES, "resid_post"),
+            (*_attention_sites(spec), "resid_post"),
             max(relative, 2 * between_kernels),
         )
     _check_heads(spec, layers, check)
@@ -155,21 +155,33 @@ def verify(
     return replace(spec, checks=tuple(checks), refused=refused)
 
 
+def _sources(spec: Spec) -> tuple[str, ...]:
+    """Prefixes of the sites of the sources that blocks attend to."""
+    return CROSSES[: max(len(block.crosses) for block in spec.blocks)]
+
+
+def _attention_sites(spec: Spec) -> tuple[str, ...]:
+    return tuple(of + site for of in ("", *_sources(spec)) for site in SELF_SITES)
+
+
 def _check_heads(spec: Spec, layers: list[Layer], check: Check_) -> None:
-    """Head outputs, of the attention and of that to a source, sum to what W_O returns."""
-    for name, what, site in (
-        ("heads", "the attention output", "attn_out"),
-        ("cross heads", "the output of the attention to a source", "cross_out"),
+    """Head outputs, of the attention and of those to sources, sum to what W_O returns."""
+    for name, what, source in (
+        ("heads", "the attention output", None),
+        ("cross heads", "the output of the attention to a source", 0),
+        ("cross2 heads", "the output of the attention to a second source", 1),
     ):
+        site = "attn_out" if source is None else f"{CROSSES[source]}out"
         outs, sums = [], []
         for layer, block in zip(layers, spec.blocks, strict=True):
-            if site == "cross_out":
-                of, returns = block.cross, block.cross and block.cross.out
-                inside, call = layer.to_source
+            if source is not None:
+                of = block.to_source(source)
+                returns = of and of.out
+                inside, call = layer.to_sources[source] if of else (layer.inside, None)
             else:
                 of, returns = block, block.attn_out
                 inside, call = layer.inside, layer.attention
-            if of is None or of.W_O is None or (block.between and site == "attn_out"):
+            if of is None or of.W_O is None or (block.between and source is None):
                 continue
             assert call is not None
             z = call.tensors["z"]
@@ -233,8 +245,7 @@ def _check_writes(
     if not told or not all(spec.blocks[i].writes for i in told):
         return False
     sites = ("attn_write", "mlp_write", "resid_mid")
-    if any(block.cross for block in spec.blocks):
-        sites += ("cross_write",)
+    sites += tuple(f"{of}write" for of in _sources(spec))
     having = [i for i in told if not layers[i].reshapes(spec.hidden)]
     passed = _check_reshaping([i for i in told if i not in having], spec, layers, check, sites)
     if not having:
@@ -275,17 +286,18 @@ def _check_writes(
         if block.norm_pre is not None:
             x = _normed(layer, block.norm_pre, x)
         if block.norm_mid is not None or block.carry_mid is not None:
-            if block.norm_first is not None:
-                first = added(_carried(block.carry_first, x), layer, block.before_first).to(x)
-                x = _normed(layer, block.norm_first, first)
-            second = tuple(write for write in before if write not in block.before_first)
+            for number, first in enumerate(block.firsts):
+                x = _carried(block.carry_first, x) if number == 0 else x.double()
+                x = _normed(layer, first.norm, added(x, layer, first.writes).to(layer.output))
+            known = [write for first in block.firsts for write in first.writes]
+            second = tuple(write for write in before if write not in known)
             total = added(_carried(block.carry_mid, x), layer, second)
             x = total if block.norm_mid is None else _normed(layer, block.norm_mid, total.to(x))
         else:
             before = ()
-        if block.norm_late is not None:
-            late = added(x.double(), layer, block.before_late).to(layer.output)
-            x, before = _normed(layer, block.norm_late, late), (*before, *block.before_late)
+        for late in block.lates:
+            x = _normed(layer, late.norm, added(x.double(), layer, late.writes).to(layer.output))
+            before = (*before, *late.writes)
         rest = tuple(write for write in block.writes if write not in before)
         out = added(_carried(block.carry_post, x), layer, rest)
         if block.norm_post is not None:

@@ -12,6 +12,7 @@ from interp.errors import BadInput, Refused
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.offered import Offered
 from interp.models.spec import BlockMap, first_tensor, module_device
+from interp.sites import CROSSES
 
 
 @torch.no_grad()
@@ -151,11 +152,16 @@ class Weights:
             )
         return blocks[layer]
 
-    def attention_output(self, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
-        """Output projection [n_heads d_head d_model] and bias [d_model] of a layer's attention, or cross-attention."""
-        self.offered.layers_to_see("cross_out" if cross else "attn_out")
+    def attention_output(self, layer: int, cross: int) -> tuple[Tensor, Tensor]:
+        """Output projection [n_heads d_head d_model] and bias [d_model] of a layer's attention; `cross`: of that to
+        its first or second source."""
+        if not 0 <= cross <= len(CROSSES):
+            raise BadInput(
+                f"cross={cross}: a block attends to a first source (1) or to a second (2)"
+            )
+        self.offered.layers_to_see(f"{CROSSES[cross - 1]}out" if cross else "attn_out")
         block, id = self._block(layer), self.offered.id
-        of = block.cross if cross else block
+        of = block.to_source(cross - 1) if cross else block
         if of is None or of.W_O is None:
             raise Refused(f"layer {layer} of {id} has no attention output projection")
         if block.between and not cross:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from interp.models.recording import Recording
 from interp.models.repeated import after_attention
 from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, Carry, Write
+from interp.models.spec import BlockMap, Carry, CrossAttention, Normed, Write
 from interp.models.stack import Layer
 from interp.models.verify import added, relative_error, relative_tolerance
+from interp.sites import CROSSES
 
 
 @dataclass(eq=False)
@@ -50,9 +52,8 @@ class Sums:
     norm_post: str | None = None
     n_before_mid: int | None = None
     """How many of the writes lie before the middle; None where neither a norm nor a carry stands there."""
-    norm_first: str | None = None
-    n_before_first: int = 0
-    """A norm before norm_mid, and how many of the writes it reads."""
+    firsts: tuple[tuple[int, str], ...] = ()
+    """Norms before norm_mid, each with how many of the writes lie before it."""
     norm_pre: str | None = None
     carry_first: Carry | None = None
     carry_mid: Carry | None = None
@@ -110,7 +111,7 @@ def _sums(
             if found := _twice(pre, x_mid, before, norms, dtype):
                 first, second, norm = found
                 n = len(first) + len(second)
-                return Sums(first + second + rest, norm_mid, norm_post, n, norm, len(first))
+                return Sums(first + second + rest, norm_mid, norm_post, n, ((len(first), norm),))
     for norm_post, x in ends_of(norms, post):
         inside = [c for c in candidates if norm_post not in c.modules]
         found = _in_pieces(pre, x.double(), inside, norms, dtype)
@@ -281,16 +282,15 @@ def write_map(
     `by_position` are the branches that may be an MLP, None where every one that is not attention may.
     """
     gains = [gain for _, gain in _parameters(layer.inside, layer.name, candidates[0])]
-    cross = block.cross
     of = (block.W_O, block.attn_out, block.attention)
     if block.along == HEADS:  # each of its outputs is a write of its own
         of = (None, None, None)
     from_attention = downstream(layer.inside, of, candidates, gains)
-    from_source = (
+    crosses = list(block.crosses)
+    from_sources = [
         downstream(layer.inside, (cross.W_O, cross.out, cross.attention), candidates, gains)
-        if cross
-        else []
-    )
+        for cross in crosses
+    ]
     if block.W_O is None and block.attn_out is None and layer.attention is not None:
         order = layer.attention.order
         own = after_attention(layer.inside, block.attention or "", order, block.repeated)
@@ -314,8 +314,8 @@ def write_map(
             )
             if block.attn_out is None and write.module in block.repeated:
                 block = replace(block, attn_out=write.module)
-        elif cross and cross.write is None and any(c is candidate for c in from_source):
-            cross = replace(cross, write=write)
+        elif (source := _source_of(candidate, crosses, from_sources)) is not None:
+            crosses[source] = replace(crosses[source], write=write)
         elif block.mlp_write is None and (
             by_position is None
             or branch_of(layer.name, candidate, layer, candidates) in by_position
@@ -334,10 +334,12 @@ def write_map(
     ]
     block = replace(
         block,
-        cross=cross,
+        crosses=tuple(crosses),
         others=tuple(others),
-        before_first=tuple(writes[: sums.n_before_first]),
-        norm_first=sums.norm_first,
+        firsts=tuple(
+            Normed(norm, tuple(writes[start:end]))
+            for (start, _), (end, norm) in pairwise([(0, ""), *sums.firsts])
+        ),
         norm_mid=sums.norm_mid,
         norm_post=sums.norm_post,
         norm_pre=sums.norm_pre,
@@ -349,12 +351,25 @@ def write_map(
     )
     touched = {*(write.module for write in writes), block.W_out, block.mlp_out, sums.norm_mid}
     block = replace(block, repeated=block.repeated & touched, turned=block.turned & touched)
-    if cross and cross.write is None:
-        why = (
-            f"'{block.name}' does not add the output of '{cross.attention}' to the residual stream"
-        )
-        refused.setdefault("cross_write", why)
+    for prefix, cross in zip(CROSSES, crosses, strict=False):
+        if cross.write is None:
+            adds = f"does not add the output of '{cross.attention}' to the residual stream"
+            refused.setdefault(f"{prefix}write", f"'{block.name}' {adds}")
     return _with_mid(layer, block, sums, writes, key)
+
+
+def _source_of(
+    candidate: Candidate, crosses: list[CrossAttention], from_sources: list[list[Candidate]]
+) -> int | None:
+    """Which of a block's attentions to sources, of those that no write is known of, made a candidate; None if none."""
+    return next(
+        (
+            i
+            for i, (cross, made) in enumerate(zip(crosses, from_sources, strict=True))
+            if cross.write is None and any(c is candidate for c in made)
+        ),
+        None,
+    )
 
 
 def _with_mid(

@@ -157,7 +157,8 @@ def test_heads_and_writes_add_up(name: str) -> None:
         mixed = torch.einsum("bhqk,bkhd->bqhd", at["cross_pattern"], at["cross_v"])
         assert close(mixed, at["cross_z"])
         x = at["resid_pre"] + at["attn_write"]
-        x = norm_of(model, block.norm_first)(x) + at["cross_write"]
+        norm = block.firsts[0].norm if block.firsts else None
+        x = norm_of(model, norm)(x) + at["cross_write"]
         x = norm_of(model, block.norm_mid)(x)
         assert close(x, at["resid_mid"])
         assert close(norm_of(model, block.norm_post)(x + at["mlp_write"]), at["resid_post"])
