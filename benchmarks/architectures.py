@@ -155,6 +155,8 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
             reasons.append(f"{name}: {error}")
             continue
         kind = kind or _kind(type(module), module.config)
+        if kind == "encoder" and is_encoder_decoder(module):  # its encoder is no model of its own
+            kind = WHOLE
         if kind == WHOLE and not is_encoder_decoder(module):
             return None
         return _verified(replace(row, kind=kind, model=type(module).__name__), module)
@@ -273,7 +275,8 @@ def _by_parts(row: Row, module: nn.Module, refusal: SeveralStacks) -> Row:
 def _part(module: nn.Module, kind: str) -> nn.Module:
     """The encoder of an encoder-decoder in an encoder's row, else the model itself.
 
-    An encoder that reads other things than the model (an image's features, say) is no model of its own.
+    An encoder that reads other things than the model (an image's features, say), or that no config tells of, is no
+    model of its own.
     """
     config: Any = module.config
     if kind == TEXT:
@@ -284,7 +287,8 @@ def _part(module: nn.Module, kind: str) -> nn.Module:
         return module
     encoder: Any = module.get_encoder()  # type: ignore
     main = getattr(module, "main_input_name", "input_ids")
-    return encoder if main in inspect.signature(type(encoder).forward).parameters else module
+    alike = main in inspect.signature(type(encoder).forward).parameters
+    return encoder if alike and hasattr(encoder, "config") else module
 
 
 def _kind(of: type[nn.Module], config: Any) -> str:

@@ -43,6 +43,8 @@ from benchmarks.open_fields import (
 from benchmarks.stage_widths import declared, divided, image_sizes, of_image, return_stages, widths
 
 MOST_LAYERS = 8
+FAST = 64.0
+"""A frame or so for each token that is spoken."""
 MOST_PARAMETERS = 28_000_000
 
 
@@ -166,6 +168,10 @@ def shrunk(
                 new[name] = value if made is None else made
         elif isinstance(value, float) and re.search(r"(width|depth)_coefficient$", name):
             new[name] = min(value, 1.0)
+        elif (
+            name == "speaking_rate"
+        ):  # random durations are long, and each frame is hundreds of samples
+            new[name] = max(value, FAST)
         elif name == "hidden_dim" and fields.get("width_coefficient"):
             new[name] = int(value / max(fields["width_coefficient"], 1.0))  # the last width, of 1
         elif isinstance(value, (bool, str, float)):

@@ -15,7 +15,7 @@ from benchmarks import architectures
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
-from benchmarks.tiny_configs import build, shrunk, tiny_model
+from benchmarks.tiny_configs import FAST, build, shrunk, tiny_model
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
 DIVIDED = next(variant for variant in VARIANTS if variant.divided)
@@ -74,6 +74,11 @@ def test_a_text_is_projected_to_the_width_in_which_a_tower_ends() -> None:
     images = small.vision_config
     assert before.projection_dim == 2 * before.vision_config.out_channels[-1]
     assert small.projection_dim == images.out_channels[-1] * images.width_coefficient
+
+
+def test_speech_is_fast_where_its_rate_is_a_field() -> None:
+    small: Any = shrunk(default("vits"), Variant())
+    assert small.speaking_rate == FAST > default("vits").speaking_rate
 
 
 def test_a_spectrogram_is_folded_as_often_as_it_was() -> None:

@@ -180,6 +180,8 @@ def output_tensor(output: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(tensor := getattr(output, name, None), Tensor):
             return tensor
+    if isinstance(output, Tensor):  # which has `values`, of sparse ones
+        return output
     several = tuple(output.values()) if hasattr(output, "values") else output
     if isinstance(several, tuple):  # not which points match, on which no identity can be tried
         several = tuple(x for x in several if not isinstance(x, Tensor) or x.is_floating_point())

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, is_encoder_decoder, main_input
@@ -43,6 +43,8 @@ CHANNELS = ("num_input_channels", "input_size")
 """Of a time series, as long as the config's context."""
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
 VIDEO_FRAMES = ("num_frames", "frames_per_clip")
+SOME_FRAMES = 3
+"""Of a video whose frames no config counts."""
 SIDES = ("image_size", "crop_size")
 WAVES = (ROWS, SAMPLES)
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
@@ -69,7 +71,7 @@ def numbers_taken(
     """
     if module in _known:
         return as_weights(module, _known[module])
-    waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None))))
+    waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None), name)))
     reasons: dict[tuple[int, ...], str] = {}
     shaped: list[dict[str, Tensor]] = []
     in_one: list[dict[str, Tensor]] = []
@@ -107,8 +109,21 @@ def numbers_taken(
     shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
-        f"shapes of random input that were tried (of {shape}: {why}); pass its text or vision part"
+        f"shapes of random input that were tried (of {shape}: {why}); wanted: one with a row for each input in "
+        f"what is returned; {_parts_that_are_models(module)}"
     )
+
+
+def _parts_that_are_models(module: nn.Module) -> str:
+    """What can be passed instead: the outermost parts that have a config of their own."""
+    parts: list[str] = []
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in parts)
+        if name and not inside and isinstance(part, PreTrainedModel):
+            parts.append(name)
+    if not parts:
+        return "no part of it is a model that could be passed instead"
+    return f"pass a part that is a model of its own: {', '.join(parts)}"
 
 
 def check_kind(module: nn.Module, data: Any) -> None:
@@ -202,9 +217,10 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
                 }
 
 
-def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
-    """Video where the config tells frames and sides, spectrograms where it tells bins, waves, anything."""
-    for frames in _sizes(config, VIDEO_FRAMES):
+def _shapes(config: Any, name: str) -> Iterator[tuple[int, ...]]:
+    """Video where sides are told, and frames or by its name; spectrograms where bins are, waves, anything."""
+    told = _sizes(config, VIDEO_FRAMES)
+    for frames in told or [SOME_FRAMES] * name.endswith("videos"):
         for side in _sizes(config, SIDES):
             for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
                 yield ROWS, frames, channels, side, side

@@ -520,3 +520,29 @@ def test_what_a_forward_requires_besides_is_named_where_it_is_left_out() -> None
         for capture in ([], ["pattern"]):
             with pytest.raises(BadInput, match=wanted):
                 model.run({name: x}, capture=capture)
+
+
+class Codec(nn.Module):
+    """What no random input fits; around a model, or nothing."""
+
+    main_input_name = "pixel_values_videos"
+
+    def __init__(self, part: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(image_size=16)
+        self.inner, self.linear = nn.ModuleList([part] if part else []), nn.Linear(2, 2)
+
+    def forward(self, pixel_values_videos: Tensor) -> Tensor:
+        assert pixel_values_videos.ndim == 5, "5 axes are wanted"
+        return pixel_values_videos.flatten(0, 1)
+
+
+def test_where_no_shape_works_the_parts_that_are_models_are_named() -> None:
+    part = model_of("gemma4_vision", "Gemma4VisionModel").module
+    tried = r"of \(2, 3, 3, 16, 16\): returns \(6, 3, 16, 16\) for 2 rows\); wanted: one with a row for each"
+    with pytest.raises(
+        Refused, match=rf"{tried}.* pass a part that is a model of its own: inner.0$"
+    ):
+        Model(Codec(part))
+    with pytest.raises(Refused, match=rf"{tried}.*no part of it is a model"):
+        Model(Codec())
