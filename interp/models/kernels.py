@@ -89,7 +89,9 @@ def note(module: nn.Module, off: float) -> tuple[str, ...]:
     """What to say of a model whose own implementations are so far apart on the probe; nothing where they are not."""
     if not off:
         return ()
-    own = getattr(getattr(module, "config", None), "_attn_implementation", None) or "other"
+    configs = (getattr(part, "config", None) for part in module.modules())
+    named = {getattr(config, "_attn_implementation", None) for config in configs}
+    own = " and ".join(sorted(named - {None, "eager"})) or "other"
     return (
         f"its own {own} and eager attention give outputs that differ by {off:.1e} of their size on the probe, while "
         "in float64 they agree: this model makes that much of a rounding. Its map was verified with its eager "
