@@ -91,7 +91,7 @@ def note(module: nn.Module, off: float) -> tuple[str, ...]:
         return ()
     configs = (getattr(part, "config", None) for part in module.modules())
     named = {getattr(config, "_attn_implementation", None) for config in configs}
-    own = " and ".join(sorted(named - {None, "eager"})) or "other"
+    own = " and ".join(sorted(name for name in named if name and name != "eager")) or "other"
     return (
         f"its own {own} and eager attention give outputs that differ by {off:.1e} of their size on the probe, while "
         "in float64 they agree: this model makes that much of a rounding. Its map was verified with its eager "
