@@ -383,6 +383,13 @@ def test_gradients_change_no_logit(tiny: Model) -> None:
     assert torch.equal(tiny.run(IDS, grad=True).logits.detach(), plain)
 
 
+def test_an_edit_of_no_heads_is_none(tiny: Model) -> None:
+    clean, none = tiny.run(IDS, capture=["resid_pre"]), [Edit.zero("z", heads=[])]
+    assert torch.equal(tiny.run(IDS, edits=none).logits, clean.logits)
+    (replayed,) = tiny.replay(clean, [none], lambda run: run.logits)
+    assert torch.allclose(replayed, clean.logits, atol=1e-5)
+
+
 def test_a_site_that_a_forward_passes_by_is_refused() -> None:
     """An MLP that reads a layer's weights and does not call it, for long inputs alone: an edit would do nothing."""
     module = FAMILIES["llama"]()

@@ -102,18 +102,18 @@ def first_changed(offered: Offered, edits: Sequence[Edit]) -> int:
     """The first layer that these edits change, and a replay of them begins at; the last one where there are none."""
     if not offered.spec.chained:
         return 0
-    layers = [min(_layers_of(edit, offered)) for edit in edits]
+    layers = [layer for edit in edits for layer in _layers_of(edit, offered)]
     return min(layers, default=offered.spec.n_layers - 1)
 
 
 def _layers_of(edit: Edit, offered: Offered) -> list[int]:
-    """The layers that an edit is of: at least one."""
-    layers = edit.layers(offered.layers_to_see(edit.site.name))
-    if not layers:
+    """The layers that an edit is of; none where it names no heads at all (heads=[])."""
+    existing = offered.layers_to_see(edit.site.name)
+    if not existing:
         raise Refused(
             f"no layer of {offered.id} has '{edit.site.name}': an edit of it does nothing"
         )
-    return layers
+    return edit.layers(existing)
 
 
 def _moved(statistic: Statistic, device: torch.device | str) -> Statistic:
