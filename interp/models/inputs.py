@@ -95,7 +95,8 @@ def numbers_taken(
                 least = int(multiple[1])
                 whole = (*shape[:-1], -(-shape[-1] // least) * least)
                 waiting += [whole] if least and whole not in (*reasons, *waiting) else []
-            if channels == (0, 0):  # no layer wanted more of them: another input may be missing
+            fails = not why.startswith((RETURNS, IN_ONE))
+            if fails and channels == (0, 0):  # no layer wanted more: another input may be missing
                 shaped.append(made)
     for made in shaped:
         batch = with_companions(module, Batch.of_inputs({**made, **others}))
@@ -210,11 +211,8 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
     open_ = own in parameters and own not in required
     for names in (required, [*required, own]) if open_ else (required,):
         for frames in dict.fromkeys((shape[1], shape[-1]) if names else (0,)):
-            for dtype in (torch.long, torch.bool) if names else (torch.long,):
-                ones = torch.ones(shape[0], frames, dtype=dtype)
-                yield {
-                    n: ones.clone() if n.endswith("mask") else torch.zeros_like(ones) for n in names
-                }
+            ones = torch.ones(shape[0], frames, dtype=torch.long)
+            yield {n: ones.clone() if n.endswith("mask") else 0 * ones for n in names}
 
 
 def _shapes(config: Any, name: str) -> Iterator[tuple[int, ...]]:
@@ -281,8 +279,6 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
     if made.ndim < 2 or made.shape[0] != batch.size:
         one = made.ndim == 2 and made.shape[0] % batch.size == 0
         return (0, 0), f"{IN_ONE if one else RETURNS} {tuple(made.shape)} for {batch.size} rows"
-    if not made.count_nonzero():
-        return (0, 0), f"{RETURNS} nothing but zeros"
     return (0, 0), ""
 
 

@@ -136,18 +136,6 @@ class Averaged(Folded):
         return (super().forward(bands, bands_mask)[0].mean(0, keepdim=True),)
 
 
-class Silenced(Folded):
-    """The same, of frames that the mask marks as padding."""
-
-    def forward(self, bands: Tensor, bands_mask: Tensor) -> tuple[Tensor]:
-        return (super().forward(bands, 1 - bands_mask)[0] * (1 - bands_mask[:, ::2, None]),)
-
-
-def test_what_returns_nothing_but_zeros_is_refused() -> None:
-    with pytest.raises(Refused, match=r"\(2, 72, 48\): returns nothing but zeros"):
-        numbers_taken(Silenced(), "bands", {})
-
-
 def test_what_returns_no_row_for_a_row_is_refused_with_what_it_returns() -> None:
     with pytest.raises(Refused, match=r"\(2, 72, 48\): returns \(1, 36, 5\) for 2 rows"):
         numbers_taken(Averaged(), "bands", {})
