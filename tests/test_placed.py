@@ -337,8 +337,8 @@ def test_a_matcher_whose_blocks_are_given_the_other_images_besides() -> None:
         [(1, 0)],
     ]
     cache = model.run(images(1), capture=["v", "pattern", "z", "resid_pre"]).cache
-    for layer, block in enumerate(model.blocks[:2]):
-        attention: Any = block.get_submodule("attention.self")
+    for layer, block in enumerate(model.spec.blocks[:2]):
+        attention: Any = model.module.get_submodule(f"{block.name}.attention.self")
         v, z = cache[f"v.{layer}"], cache[f"z.{layer}"]
         with torch.no_grad():
             wanted = attention.value(cache[f"resid_pre.{layer}"]).unflatten(-1, v.shape[2:])
