@@ -64,7 +64,7 @@ positions of an image held in rows and columns are its rows, one after the other
 position's (several positions compressed to one, padding of windows) come behind those of the positions;
 where all keys are made of several positions each, there are so many fewer, and so it is with queries
 and z. Where a layer attends within windows, its sites have the positions of the stream all the same:
-between windows patterns are 0 and scores -inf, and what an edit puts there is left out."""
+between windows patterns are 0 and scores -inf, and an edit that puts something else there is refused."""
 
 SELF_SITES = ("q", "k", "v", "scores", "pattern", "z")
 CROSSES = ("cross_", "cross2_")
