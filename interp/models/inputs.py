@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from interp.errors import BadInput, Refused
 from interp.models.calls import FAILURES, is_encoder_decoder, main_input
 from interp.models.companions import as_weights, needed, with_companions
+from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
 from interp.models.images import random_images
 from interp.models.spec import module_device
@@ -59,6 +60,8 @@ def numbers_taken(
     module: nn.Module, name: str, others: dict[str, Tensor]
 ) -> dict[str, Float[Tensor, "row ..."]]:
     """Random numbers as the model's input `name`, in the first shape with which its forward works.
+
+    A clip of one frame is tried last, and taken down in `frames.one_frame`.
 
     Args:
         others: the other inputs that the forward gets, such as an encoder-decoder's target.
@@ -107,12 +110,33 @@ def numbers_taken(
     if in_one:
         _known[module] = in_one[0]
         return numbers_taken(module, name, others)
+    if (made := _of_one_frame(module, name, others, reasons)) is not None:
+        _known[module] = made
+        return numbers_taken(module, name, others)
     shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
         f"shapes of random input that were tried (of {shape}: {why}); wanted: one with a row for each input in "
         f"what is returned; {_parts_that_are_models(module)}"
     )
+
+
+def _of_one_frame(
+    module: nn.Module,
+    name: str,
+    others: dict[str, Tensor],
+    reasons: dict[tuple[int, ...], str],
+) -> dict[str, Tensor] | None:
+    """A clip of one frame with which the forward works, where none of several did, for these reasons; or None."""
+    for several, axis in _videos(getattr(module, "config", None), name):
+        told = OneFrame(name, axis, several, reasons[several])
+        for masks in _masks(module, name, told.shape):
+            made = {name: _numbers(module, told.shape), **masks}
+            batch = Batch.of_inputs({**made, **others}).to(module_device(module))
+            if told.shape not in reasons and not _wanted(module, batch)[1]:
+                one_frame[module] = told
+                return made
+    return None
 
 
 def _parts_that_are_models(module: nn.Module) -> str:
@@ -217,12 +241,7 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
 
 def _shapes(config: Any, name: str) -> Iterator[tuple[int, ...]]:
     """Video where sides are told, and frames or by its name; spectrograms where bins are, waves, anything."""
-    told = _sizes(config, VIDEO_FRAMES)
-    for frames in told or [SOME_FRAMES] * name.endswith("videos"):
-        for side in _sizes(config, SIDES):
-            for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
-                yield ROWS, frames, channels, side, side
-                yield ROWS, channels, frames, side, side
+    yield from (shape for shape, _ in _videos(config, name))
     lengths = [n for size in _sizes(config, MOST_FRAMES) for n in (size, 2 * size, size // 2)]
     for bins in _sizes(config, BINS):
         for frames in (FRAMES, *lengths, SECONDS):
@@ -236,6 +255,16 @@ def _shapes(config: Any, name: str) -> Iterator[tuple[int, ...]]:
     yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN
+
+
+def _videos(config: Any, name: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Shapes of clips where sides are told, and frames or by its name; with the axis of the frames."""
+    told = _sizes(config, VIDEO_FRAMES)
+    for frames in told or [SOME_FRAMES] * name.endswith("videos"):
+        for side in _sizes(config, SIDES):
+            for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
+                yield (ROWS, frames, channels, side, side), 1
+                yield (ROWS, channels, frames, side, side), 2
 
 
 def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models import exact, kernels, replaced
+from interp.models import exact, frames, kernels, replaced
 from interp.models.calls import DRAWS, drawing
 from interp.models.forwards import hooks_called
 from interp.models.hooked import parts_of
@@ -74,6 +74,7 @@ class Model:
             self.notes += (DRAWS,)
         self.notes += kernels.note(self.module, self.spec.between_kernels)
         self.notes += exact.note(self.spec.in_float64)
+        self.notes += frames.note(self.module, self.spec)
         spec = self.spec
         self.notes += tuple(note for note in (spec.unseen, spec.elsewhere, spec.unheard) if note)
         self._passes = Passes(self.module, self.spec)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.calls import call_model, check_kept, has_tokens, output_tensor
+from interp.models.frames import require_one_frame
 from interp.models.hooked import hooked
 from interp.models.hooks import Stop
 from interp.models.packed import by_row
@@ -36,6 +37,7 @@ class Passes:
 
     def check(self, batch: Batch) -> None:
         """Raises what cannot be seen of inputs of this shape, before anything is planned (see `Layouts.of`)."""
+        require_one_frame(self.module, batch)
         self._windows.of(batch)
 
     @contextmanager

@@ -522,12 +522,12 @@ class Codec(nn.Module):
 
     def forward(self, pixel_values_videos: Tensor) -> Tensor:
         assert pixel_values_videos.ndim == 5, "5 axes are wanted"
-        return pixel_values_videos.flatten(0, 1)
+        return pixel_values_videos.flatten(0, 2)
 
 
 def test_where_no_shape_works_the_parts_that_are_models_are_named() -> None:
     part = model_of("gemma4_vision", "Gemma4VisionModel").module
-    tried = r"of \(2, 3, 3, 16, 16\): returns \(6, 3, 16, 16\) for 2 rows\); wanted: one with a row for each"
+    tried = r"of \(2, 3, 3, 16, 16\): returns \(18, 16, 16\) for 2 rows\); wanted: one with a row for each"
     with pytest.raises(
         Refused, match=rf"{tried}.* pass a part that is a model of its own: inner.0$"
     ):
