@@ -24,6 +24,7 @@ from interp.models.companions import as_weights, needed, with_companions
 from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
 from interp.models.images import random_images
+from interp.models.polarity import right_way
 from interp.models.spec import module_device
 from interp.models.wants import SAMPLES, tried
 from interp.run.batch import Batch
@@ -82,9 +83,12 @@ def numbers_taken(
         shape = waiting.pop(0)
         for masks in _masks(module, name, shape):
             made = {name: _numbers(module, shape), **masks}
-            batch = Batch.of_inputs({**made, **others}).to(module_device(module))
-            channels, why = _wanted(module, batch)
+            channels, why = _wanted(module, _batch(module, made, others))
+            if masks and re.search(r"\bbool", why):  # it takes no other masks
+                made |= {n: mask.bool() for n, mask in masks.items()}
+                channels, why = _wanted(module, _batch(module, made, others))
             if not why:
+                made = right_way(module, name, made, others)
                 _known[module] = _with_future(module, made)
                 return numbers_taken(module, name, others)
             if why.startswith(IN_ONE):
@@ -298,6 +302,11 @@ def _numbers(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     numbers = numbers.abs() if len(shape) == 3 else numbers
     return numbers.to(next(module.parameters()).dtype)
+
+
+def _batch(module: nn.Module, *inputs: Mapping[str, Tensor]) -> Batch:
+    merged = {name: x for each in inputs for name, x in each.items()}
+    return Batch.of_inputs(merged).to(module_device(module))
 
 
 def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:

@@ -13,6 +13,7 @@ from interp.models.codebooks import begun, in_codebooks
 from interp.models.grids import named_as_taken, with_images_apart
 from interp.models.inputs import check_kind
 from interp.models.layout import ONE_AFTER_THE_OTHER
+from interp.models.polarity import as_marked
 from interp.models.spec import Spec
 from interp.models.tokens import Tokens
 from interp.run.batch import Batch
@@ -49,7 +50,7 @@ def batch_of(
                 "one stack"
             )
         batch = begun(module, batch)
-    batch = with_images_apart(module, in_codebooks(module, batch))
+    batch = as_marked(module, with_images_apart(module, in_codebooks(module, batch)))
     packed = spec.blocks[0].axes in ONE_AFTER_THE_OTHER
     if spec.beside or (packed and not has_tokens(module, batch)):
         # A mask of frames or pixels: rows are packed without padding. Or one of tokens, beside the stack.

@@ -51,7 +51,10 @@ class Batch:
 
     @staticmethod
     def of_inputs(inputs: Mapping[str, Tensor]) -> Batch:
-        """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns."""
+        """The batch of model inputs by name, such as a Hugging Face tokenizer or processor returns.
+
+        Its mask is what the inputs call one; a model whose mask is True at padding turns it when it is given the batch.
+        """
         if wrong := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
             kind = type(inputs[wrong[0]]).__name__
             raise BadInput(
