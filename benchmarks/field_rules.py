@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 HIDDEN, HEADS, D_HEAD, D_MLP, VOCAB, POSITIONS, LAYERS = 64, 4, 16, 96, 97, 64, 3
+WINDOW, WIDE_WINDOW = 4, 128
+"""Windows that a prompt is longer than, or shorter: without its cache a draft model masks too few keys."""
 IN_SIXTHS = 96
 """A hidden size of which a sixth is whole: boxes on a page have six numbers, with a part of it for each."""
 MOST_PATCH = 64
@@ -40,10 +42,13 @@ class Variant:
     """The hidden size; where it is not HIDDEN, sizes that are whole parts of it stay those parts."""
     parts: bool = False
     """Whether the hidden sizes of parts are divided with them, and the sizes of maps with the image's."""
+    sliding: int = WINDOW
+    """The longest sliding window; another than WINDOW is tried only where the config names one."""
 
 
 VARIANTS = (
     Variant(),
+    Variant(sliding=WIDE_WINDOW),
     Variant(64, HEADS, 4, of_each_kind=2),
     Variant(64, HEADS, 4, of_each_kind=2, rebuilt=False),
     Variant(64, HEADS, 4, sections=True),
@@ -92,7 +97,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"rank$", 16),
     (r"latent_query_num", lambda v: min(v, 8)),
     (r"^n_window", lambda v: v),
-    (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, 4)),
+    (r"(window|local_attention$|landmarks|segment_means)", lambda v: min(v, WINDOW)),
     (r"(attention_heads|n_heads?|num_heads|linear_num_value_heads)", lambda v: min(v, HEADS)),
     (r"^num_groups$", lambda v: min(v, 8)),
     (r"(period|interval|every|pattern$)", lambda v: min(v, 2)),

@@ -28,6 +28,7 @@ from benchmarks.field_rules import (
     UNSET,
     VARIANTS,
     WIDTHS,
+    WINDOW,
     Tokens,
     Variant,
 )
@@ -64,6 +65,9 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
             default = _default(model_type)
             model_class = _class(class_name, default)
             config = _of_class(default, model_class.config_class)
+            window = vars(config).get("sliding_window")
+            if variant.sliding != WINDOW and not isinstance(window, int):
+                continue
             small = shrunk(config, variant)
             module = (
                 supplied(partial(build, model_class), small)
@@ -299,6 +303,8 @@ def _of_layers(name: str, value: Any, total: int) -> bool:
 
 
 def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
+    if name == "sliding_window":
+        return min(value, variant.sliding)
     if "group" in name and value == hidden:  # a convolution of every channel on its own
         return variant.hidden
     if variant.filled and name == "num_queries":  # a part may give each a position, and the ends

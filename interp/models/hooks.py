@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models.attention import Watch
 from interp.models.layout import held, require_rows_first, shown
 from interp.models.plan import Plan
@@ -67,6 +67,11 @@ class RunWatch(Watch):
         if self.statistics is not None and (self.part is None or self.part.place is None):
             tokens = "input_ids" in self.run.batch.inputs  # before what a model puts besides
             self.statistics.require(self.layer, self._n_queries, or_more=tokens)
+            if self._n_keys > self._n_queries and not tokens:
+                raise Refused(
+                    f"row statistics take a key's number for its position; layer {self.layer} has {self._n_keys} keys "
+                    f"for {self._n_queries} positions, and which are the positions' own is not known: capture 'pattern'"
+                )
         if self.row_by_row and self.looks and len(q) != self.n_rows:
             raise BadInput(
                 f"'{self.prefix}q.{self.layer}' has {len(q)} rows for {self.n_rows} inputs, which do not see each "
