@@ -41,6 +41,9 @@ OPEN: tuple[tuple[str, Any], ...] = (
 TOWER: Mapping[str, Any] = {"architecture": "test_vit", "model_args": {"embed_dim": 64}}
 """A tower of images that timm makes, beside a text model: names of its fields do not shrink it."""
 
+ROTATED = 32
+"""Numbers of a head that are rotated at the least, where a config has nothing but a flag for it."""
+
 FORGOTTEN: Mapping[str, Any] = {
     "rope_theta": 10_000.0,
     "num_key_value_heads": 4,
@@ -96,6 +99,7 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     Heads whose rotary angles are made for several at once (a rotated part of over 1 of each) stay as many. A
     window of pixels, cut into patches of which some are merged, is two merged patches high and wide. A text
     projected to the width in which a tower of images ends still is. A spectrogram folded to a square still is one.
+    Heads of which a flag says that they are rotated, and no field how much of each, are wide enough for the least.
     """
     if made := _window(old, new) or _last_stage(old, new) or _folded(old, new):
         return made
@@ -103,6 +107,8 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, Mapping) and (rope.get("partial_rotary_factor") or 0) > 1:
         same = ("num_attention_heads", "num_key_value_heads")
         return {name: old[name] for name in same if isinstance(old.get(name), int)}
+    if old.get("use_rotary_embedding") and isinstance(new.get("hidden_size"), int):
+        return {"num_attention_heads": max(1, new["hidden_size"] // ROTATED)}
     names = ("hidden_size", "expand", "num_heads", "head_dim")
     if not all(isinstance(fields.get(name), int) for name in names for fields in (old, new)):
         return {}

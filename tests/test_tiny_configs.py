@@ -59,6 +59,12 @@ def test_heads_make_up_the_widened_stream_where_they_did() -> None:
     assert fitting({"hidden_size": 64}, {"hidden_size": 64}) == {}
 
 
+def test_heads_that_a_flag_alone_says_to_be_rotated_are_as_wide_as_is_rotated_of_them() -> None:
+    old, new = {"hidden_size": 768, "use_rotary_embedding": True}, {"hidden_size": 64}
+    assert fitting(old, new) == {"num_attention_heads": 2}
+    assert fitting({**old, "use_rotary_embedding": False}, new) == {}
+
+
 def test_a_window_of_pixels_is_of_whole_merged_patches_where_it_was() -> None:
     config: Any = shrunk(default("qwen2_5_vl").vision_config, Variant())
     merged = config.patch_size * config.spatial_merge_size

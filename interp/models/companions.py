@@ -46,6 +46,7 @@ OF_TEXT = frozenset(_OF_TEXT.split())
 MOST, TRIALS = 3, 80
 """How many of them are tried together, and how often in all."""
 TOKENS_AN_IMAGE = ("latent_query_num", "num_query_tokens", "image_seq_length")
+BINS = ("num_mel_bins", "feature_size")
 FRAMES_A_TOKEN = (1, 2, 4, 8, 16)
 needed: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 """Of models that were not content with their main input: what their forward works with."""
@@ -145,7 +146,7 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
         corners = torch.rand(PROBE_ROWS, length, 2, 2, generator=generator)
         yield corners.sort(dim=2).values.flatten(2).to(dtype)
     elif name == "input_features":
-        bins = next(_values(config, "num_mel_bins"), 0)
+        bins = next((n for key in BINS for n in _values(config, key)), 0)
         for frames in FRAMES_A_TOKEN if bins else ():
             x = torch.randn(PROBE_ROWS, length * frames, bins, generator=generator).to(dtype)
             yield from (x, x.mT.contiguous(), x[:, None])

@@ -117,6 +117,11 @@ def numbers_taken(
     if (made := _of_one_frame(module, name, others, reasons)) is not None:
         _known[module] = made
         return numbers_taken(module, name, others)
+    if told := _no_tensor(module, name):
+        raise Refused(
+            f"{type(module).__name__} takes '{name}', which by its signature is no tensor but {told}; inputs are "
+            f"tensors by name; {_parts_that_are_models(module)}"
+        )
     shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
@@ -136,19 +141,30 @@ def _of_one_frame(
         told = OneFrame(name, axis, several, reasons[several])
         for masks in _masks(module, name, told.shape):
             made = {name: _numbers(module, told.shape), **masks}
-            batch = Batch.of_inputs({**made, **others}).to(module_device(module))
-            if told.shape not in reasons and not _wanted(module, batch)[1]:
+            works = not _wanted(module, _batch(module, made, others))[1]
+            if told.shape not in reasons and works:
                 one_frame[module] = told
                 return made
     return None
 
 
+def _no_tensor(module: nn.Module, name: str) -> str:
+    """What a forward says that this input is, where that holds no tensor; "" where it does, or nothing is said."""
+    parameter = inspect.signature(type(module).forward).parameters.get(name)
+    said = inspect.Parameter.empty if parameter is None else parameter.annotation
+    told = said if isinstance(said, str) else inspect.formatannotation(said)
+    if said is inspect.Parameter.empty or "Tensor" in told or told.endswith("Any"):
+        return ""
+    return told.rsplit(".", 1)[-1] if isinstance(said, type) else told
+
+
 def _parts_that_are_models(module: nn.Module) -> str:
-    """What can be passed instead: the outermost parts that have a config of their own."""
+    """What can be passed instead: the outermost parts that have a config of their own and read tensors."""
     parts: list[str] = []
     for name, part in module.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in parts)
-        if name and not inside and isinstance(part, PreTrainedModel):
+        model = name and not inside and isinstance(part, PreTrainedModel)
+        if model and not _no_tensor(part, main_input(part)):
             parts.append(name)
     if not parts:
         return "no part of it is a model that could be passed instead"

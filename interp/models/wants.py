@@ -3,14 +3,15 @@
 Names tell little: an input that the signature requires, that a failure names, or in whose place a layer
 was given None is given numbers of a width that no other has. The layer that fails on that width says
 which input it reads, and what it wants: a linear layer so many numbers a position, an embedding whole
-numbers, a convolution so many channels.
+numbers, a convolution so many channels. Two streams that are put together name the length that one should have.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ WIDTHS = (71, 73, 79, 83, 89, 101)
 """Numbers a position in inputs of which nothing is known yet, and so how many may be found."""
 APART = (2, 0)
 """How many positions they have more than the main input, where they may: streams of one length look alike."""
+LENGTHS = (
+    r"Expected size (\d+) but got size (\d+)",
+    r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
+)
+"""How a failure names the lengths of two streams that should have one."""
 MOST = 3 * len(WIDTHS)
 """Forwards that are tried, at most, for the next input or the width of one."""
 
@@ -50,6 +56,12 @@ class Fault:
     def missing(self) -> bool:
         """Whether a layer was given None."""
         return any(x is None for _, x in self.inside)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of two streams that should have one; none where the failure is another."""
+        told = (re.search(pattern, self.why) for pattern in LENGTHS)
+        return next((tuple(map(int, match.groups())) for match in told if match), ())
 
     def is_at(self, other: Fault) -> bool:
         """Whether it is the same failure of the same layers, given something or nothing as before."""
@@ -123,7 +135,8 @@ def _found(search: _Search) -> dict[str, Tensor] | None:
         made, fault = search.forward()
         if made is not None:
             return search.given if made.ndim > 1 else None
-        further = search.as_wanted(fault) or search.with_another(fault)
+        further = search.as_wanted(fault) or search.as_long(fault)
+        further = further or search.with_mask(fault) or search.with_another(fault)
         if further is None:
             return None
         search = further
@@ -140,10 +153,22 @@ class _Search:
     widths: dict[str, int]
     apart: int
     """How many positions more than the main input the others have."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """By name those of inputs of whose length a failure told."""
+
+    @property
+    def of_wave(self) -> bool:
+        """Whether the main input is a wave: [row sample], or [row 1 sample]."""
+        x = self.given[self.main]
+        return x.is_floating_point() and (x.ndim == 2 or (x.ndim == 3 and x.shape[1] == 1))
 
     def positions(self, name: str) -> tuple[int, ...]:
-        """Rows and positions of an input."""
+        """Rows and positions of an input; beside a wave numbers have fewer than it has samples."""
         shape = self.given[self.main].shape
+        if name in self.lengths:
+            return shape[0], self.lengths[name]
+        if self.of_wave and name != self.main and not name.endswith("mask"):
+            return shape[0], min(shape[-1], FRAMES) + self.apart
         shape = shape[:-1] if len(shape) > 2 else shape
         more = 0 if name == self.main else self.apart
         return (*shape[:-1], shape[-1] + more)
@@ -208,10 +233,32 @@ class _Search:
         rest = {other: w for other, w in self.widths.items() if other != name}
         return replace(self, given={**self.given, name: new}, widths=rest)
 
+    def as_long(self, fault: Fault) -> _Search | None:
+        """With one input besides as long as what it is put together with; None where no lengths are told, or again."""
+        for own, wanted in permutations(fault.lengths, 2):
+            for name, x in self.given.items():
+                known = name == self.main or name in self.lengths
+                if not known and x.ndim > 1 and x.shape[1] == own:
+                    shape = (len(x), wanted, *x.shape[2:])
+                    new = self._numbers(*shape) if x.is_floating_point() else x.new_ones(shape)
+                    given, lengths = {**self.given, name: new}, {**self.lengths, name: wanted}
+                    return replace(self, given=given, lengths=lengths)
+        return None
+
+    def with_mask(self, fault: Fault) -> _Search | None:
+        """With a mask of ones of a length that is told, of several streams in one, with which the forward works."""
+        rows = len(self.given[self.main])
+        for name in (name for name in self.missing() if name.endswith("mask")):
+            for length in fault.lengths:
+                mask = torch.ones(rows, length, dtype=torch.long)
+                further = replace(self, given={**self.given, name: mask})
+                if further.forward()[0] is not None:
+                    return further
+        return None
+
     def _places(self, layer: nn.Embedding, positions: tuple[int, ...]) -> Tensor:
         """The first whole numbers that an embedding knows, one a position; of a wave one a row."""
-        x = self.given[self.main]
-        positions = (len(x), 1) if x.is_floating_point() and x.ndim == 2 else positions
+        positions = (positions[0], 1) if self.of_wave else positions
         return (torch.arange(positions[-1]) % layer.num_embeddings).expand(positions).clone()
 
     def _numbers(self, *shape: int) -> Tensor:

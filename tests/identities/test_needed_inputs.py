@@ -10,7 +10,7 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from benchmarks.architectures import examine, runs
 from benchmarks.tiny_configs import tiny_model
@@ -209,6 +209,64 @@ def test_a_wave_is_as_long_as_the_failure_says() -> None:
     module = tiny_model("muse_spark_audio", "MuseSparkAudioModel", partial(runs, strict=True))
     (wave,) = numbers_taken(module, "input_values", {}).values()
     assert wave.shape == (2, 7680)  # four times 1920
+
+
+class Joined(nn.Module):
+    """Reads waves [batch 1 sample], a position every 320, and to each position five numbers besides."""
+
+    main_input_name = "sound"
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()
+        self.added, self.linear = added, nn.Linear(5, 3)
+        self.conv, self.longest = nn.Conv1d(1, 3, 320, stride=320), 0
+
+    def forward(self, sound: Tensor, features: Tensor) -> tuple[Tensor]:
+        self.longest = max(self.longest, features.shape[1])
+        x, y = self.conv(sound).mT, self.linear(features)
+        return (x + y if self.added else torch.cat([x, y], -1),)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_numbers_beside_a_wave_are_as_long_as_what_they_are_put_together_with(added: bool) -> None:
+    module = Joined(added)
+    given = numbers_taken(module, "sound", {})
+    shapes = {name: tuple(x.shape) for name, x in given.items()}
+    assert shapes == {"sound": (2, 1, 6400), "features": (2, 6400 // 320, 5)}
+    assert module.longest < 100  # and none as long as a wave has samples: a block would be slow
+
+
+class OneMask(nn.Module):
+    """Attends from noise to a context and itself, of which the mask it makes by itself covers the noise alone."""
+
+    main_input_name = "noise"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()
+        self.inner, self.outer = nn.Linear(5, 5), nn.Linear(7, 5)
+
+    def forward(self, noise: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        keys = torch.cat([self.inner(noise), self.outer(context)], 1)
+        scores = (
+            noise @ keys.mT + (noise.new_ones(noise.shape[:2]) if mask is None else mask)[:, None]
+        )
+        return (scores.softmax(-1) @ keys,)
+
+
+def test_a_mask_of_two_streams_is_as_long_as_both() -> None:
+    given = numbers_taken(OneMask(), "noise", {})
+    shapes = {name: tuple(x.shape) for name, x in given.items()}
+    assert shapes == {"noise": (2, 72, 5), "context": (2, 74, 7), "mask": (2, 72 + 74)}
+
+
+def test_sound_is_tried_beside_tokens_in_the_bins_that_the_config_tells() -> None:
+    module = tiny_model("clvp", "ClvpModelForConditionalGeneration", partial(runs, strict=True))
+    inputs = probe_batch(module).inputs
+    assert set(inputs) == {"input_ids", "input_features"}
+    bins = module.config.decoder_config.feature_size  # type: ignore
+    assert inputs["input_features"].shape == (2, bins, 7)
 
 
 def test_a_model_without_a_forward_is_refused_with_its_parts() -> None:
@@ -536,3 +594,32 @@ def test_where_no_shape_works_the_parts_that_are_models_are_named() -> None:
         Model(Codec(part))
     with pytest.raises(Refused, match=rf"{tried}.*no part of it is a model"):
         Model(Codec())
+
+
+class Session:
+    """What a video has been found to hold so far."""
+
+
+class Tracker(PreTrainedModel):
+    """Reads no tensor; around a model that does."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(PreTrainedConfig())
+        self.tower = part
+
+    def forward(self, session: Session, frame: int | None = None) -> Tensor:
+        return self.tower(session.pixels)  # type: ignore
+
+
+def test_an_input_that_is_no_tensor_is_named_with_the_parts_that_read_tensors() -> None:
+    part = model_of("gemma4_vision", "Gemma4VisionModel").module
+    wanted = "Tracker takes 'session', which by its signature is no tensor but Session; .*: "
+    with pytest.raises(Refused, match=rf"^{wanted}tower$"):
+        Model(Tracker(part))
+    with pytest.raises(
+        Refused, match=rf"^{wanted}tower.tower$"
+    ):  # another is passed no more easily
+        Model(Tracker(Tracker(part)))
