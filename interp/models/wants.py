@@ -135,8 +135,7 @@ def _found(search: _Search) -> dict[str, Tensor] | None:
         made, fault = search.forward()
         if made is not None:
             return search.given if made.ndim > 1 else None
-        further = search.as_wanted(fault) or search.as_long(fault)
-        further = further or search.with_mask(fault) or search.with_another(fault)
+        further = search.as_wanted(fault) or search.as_long(fault) or search.with_another(fault)
         if further is None:
             return None
         search = further
@@ -243,17 +242,6 @@ class _Search:
                     new = self._numbers(*shape) if x.is_floating_point() else x.new_ones(shape)
                     given, lengths = {**self.given, name: new}, {**self.lengths, name: wanted}
                     return replace(self, given=given, lengths=lengths)
-        return None
-
-    def with_mask(self, fault: Fault) -> _Search | None:
-        """With a mask of ones of a length that is told, of several streams in one, with which the forward works."""
-        rows = len(self.given[self.main])
-        for name in (name for name in self.missing() if name.endswith("mask")):
-            for length in fault.lengths:
-                mask = torch.ones(rows, length, dtype=torch.long)
-                further = replace(self, given={**self.given, name: mask})
-                if further.forward()[0] is not None:
-                    return further
         return None
 
     def _places(self, layer: nn.Embedding, positions: tuple[int, ...]) -> Tensor:

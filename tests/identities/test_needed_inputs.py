@@ -237,30 +237,6 @@ def test_numbers_beside_a_wave_are_as_long_as_what_they_are_put_together_with(ad
     assert module.longest < 100  # and none as long as a wave has samples: a block would be slow
 
 
-class OneMask(nn.Module):
-    """Attends from noise to a context and itself, of which the mask it makes by itself covers the noise alone."""
-
-    main_input_name = "noise"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = PreTrainedConfig()
-        self.inner, self.outer = nn.Linear(5, 5), nn.Linear(7, 5)
-
-    def forward(self, noise: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
-        keys = torch.cat([self.inner(noise), self.outer(context)], 1)
-        scores = (
-            noise @ keys.mT + (noise.new_ones(noise.shape[:2]) if mask is None else mask)[:, None]
-        )
-        return (scores.softmax(-1) @ keys,)
-
-
-def test_a_mask_of_two_streams_is_as_long_as_both() -> None:
-    given = numbers_taken(OneMask(), "noise", {})
-    shapes = {name: tuple(x.shape) for name, x in given.items()}
-    assert shapes == {"noise": (2, 72, 5), "context": (2, 74, 7), "mask": (2, 72 + 74)}
-
-
 def test_sound_is_tried_beside_tokens_in_the_bins_that_the_config_tells() -> None:
     module = tiny_model("clvp", "ClvpModelForConditionalGeneration", partial(runs, strict=True))
     inputs = probe_batch(module).inputs
