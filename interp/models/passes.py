@@ -57,8 +57,12 @@ class Passes:
         stop_at: int | None = None,
         logits: bool | Tensor = True,
         grad: bool = False,
+        start: int = 0,
     ) -> Run:
-        """One forward under the plan; `stop_at`, `logits` and `grad` as in `Model.run`."""
+        """One forward under the plan; `stop_at`, `logits` and `grad` as in `Model.run`.
+
+        `start`: the first layer that is computed, where those before are skipped (`resumed`).
+        """
         check_kept(logits, batch, has_tokens(self.module, batch))
         run = Run(batch, cache=Cache(module_device(self.module)))
         with torch.set_grad_enabled(grad), self.hooked(run, plan, stop_at=stop_at, grad=grad):
@@ -75,7 +79,7 @@ class Passes:
                     run.logits = run.logits[:, logits.to(run.logits.device)]
             except Stop:
                 run.logits = None
-        plan.require_met(self.spec.n_layers if stop_at is None else stop_at)
+        plan.require_met(start, self.spec.n_layers if stop_at is None else stop_at)
         if plan.statistics is not None:
             run.statistics = plan.statistics.means(self.spec.n_layers)
         return run

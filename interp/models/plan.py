@@ -39,10 +39,12 @@ class Plan:
         self.met.add((name, layer))
         return self.edits.get((name, layer), ())
 
-    def require_met(self, until: int) -> None:
-        """Refused where a layer before `until` ran and one of its sites was passed by: an edit did nothing there."""
+    def require_met(self, start: int, until: int) -> None:
+        """Refused where a layer from `start` on, before `until`, ran and one of its sites was passed by: an edit did
+        nothing there.
+        """
         for name, layer in sorted(self.sites - self.met):
-            if layer in self.ran and layer < until:
+            if layer in self.ran and start <= layer < until:
                 raise Refused(
                     f"'{name}.{layer}' was passed by: on these inputs the layer does not call what it called on the "
                     "probe, where this site is; give inputs of another length or kind, or name another site"

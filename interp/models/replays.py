@@ -48,7 +48,7 @@ def replayed(
             stop_at = plan.last_layer + 1 if logits is False else None
             batch = run.batch.repeat(len(chunk))
             with passes.resumed(run, start, len(chunk)):
-                joint = passes.forward(batch, plan, stop_at=stop_at, logits=logits)
+                joint = passes.forward(batch, plan, stop_at=stop_at, logits=logits, start=start)
             for place, i in enumerate(chunk):
                 results[i] = metric(_part(joint, run.batch, len(chunk), place))
             if progress is not None:
