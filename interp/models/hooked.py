@@ -133,6 +133,7 @@ def _hook_attention(this: _Pass) -> None:
                 raise Refused(_more_often(this.module, module, "attends"))
             return Watch()
         place = this.spec.blocks[now].axes, this.layouts.get(now)
+        watching.own_first = place[1] is not None
         return in_one_row(watching, module, *place, this.run.batch.size)
 
     begin()

@@ -30,9 +30,11 @@ class RunWatch(Watch):
     """Shows one attention call's tensors to `touch`, heads behind positions.
 
     `row_by_row`: one that has another number of rows than inputs (`n_rows`) is refused, and not shown as it is.
+    `own_first`: keys that are no position's, such as padding of windows, come behind those that are.
     """
 
     row_by_row = False
+    own_first = False
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class RunWatch(Watch):
         if self.statistics is not None and (self.part is None or self.part.place is None):
             tokens = "input_ids" in self.run.batch.inputs  # before what a model puts besides
             self.statistics.require(self.layer, self._n_queries, or_more=tokens)
-            if self._n_keys > self._n_queries and not tokens:
+            if self._n_keys > self._n_queries and not (tokens or self.own_first):
                 raise Refused(
                     f"row statistics take a key's number for its position; layer {self.layer} has {self._n_keys} keys "
                     f"for {self._n_queries} positions, and which are the positions' own is not known: capture 'pattern'"
