@@ -113,15 +113,20 @@ def named_input(module: nn.Module) -> str:
 
 def main_input(module: nn.Module) -> str:
     """The same; where the name is inherited and not taken, the first that the forward requires."""
-    name, taken = named_input(module), inspect.signature(type(module).forward).parameters
+    name = named_input(module)
+    taken = inspect.signature(type(module).forward).parameters
     if name in taken or not hasattr(module, "main_input_name"):
         return name
-    required = (
-        each
-        for each, p in taken.items()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and each != "self"
-    )
-    return next(required, name)
+    return next(iter(required_inputs(module)), name)
+
+
+def required_inputs(module: nn.Module) -> list[str]:
+    """What the signature of a forward does not leave open, in its order."""
+    return [
+        name
+        for name, p in inspect.signature(type(module).forward).parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"
+    ]
 
 
 def _check_main(module: Any, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import FAILURES, is_encoder_decoder, main_input
+from interp.models.calls import FAILURES, is_encoder_decoder, main_input, required_inputs
 from interp.models.companions import as_weights, needed, with_companions
 from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
@@ -139,10 +139,11 @@ def _of_one_frame(
     """A clip of one frame with which the forward works, where none of several did, for these reasons; or None."""
     for several, axis in _videos(getattr(module, "config", None), name):
         told = OneFrame(name, axis, several, reasons[several])
+        if told.shape in reasons:  # tried before
+            continue
         for masks in _masks(module, name, told.shape):
             made = {name: _numbers(module, told.shape), **masks}
-            works = not _wanted(module, _batch(module, made, others))[1]
-            if told.shape not in reasons and works:
+            if not _wanted(module, _batch(module, made, others))[1]:
                 one_frame[module] = told
                 return made
     return None
@@ -206,7 +207,7 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         name = main_input(module)
         patches = inputs_known(module)
         known = _known.get(module) or needed.get(module) or patches
-        if lacking := _required(module) - batch.inputs.keys():
+        if lacking := set(required_inputs(module)) - batch.inputs.keys():
             known = known or (random_images(module) if name == "pixel_values" else {})
             like = {n: f", such as {tuple(known[n].shape)}" for n in lacking & known.keys()}
             raise BadInput(
@@ -229,13 +230,6 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
             f"it works on shape {tuple(known[name].shape)}, type {_type(module, known[name])}"
             + ", with ".join(["", *besides])
         ) from error
-
-
-def _required(module: nn.Module) -> set[str]:
-    """What a forward's signature does not leave open."""
-    parameters = inspect.signature(type(module).forward).parameters
-    named = {n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
-    return {n for n in named if parameters[n].default is inspect.Parameter.empty}
 
 
 def _type(module: nn.Module, x: Tensor) -> torch.dtype:
@@ -298,8 +292,7 @@ def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor
     if not isinstance(length, int):
         return made
     more = {names[n]: x[:, -length:] for n, x in made.items() if names.get(n) in taken}
-    each = (Batch.of_inputs(x).to(module_device(module)) for x in (made, {**made, **more}))
-    (without, _), (beside, _) = (tried(module, batch) for batch in each)
+    (without, _), (beside, _) = (tried(module, _batch(module, x)) for x in (made, {**made, **more}))
     if without is None or beside is None or without.shape == beside.shape:
         return made
     return {**made, **more}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import FAILURES, call_model, output_tensor
+from interp.models.calls import FAILURES, call_model, output_tensor, required_inputs
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -126,7 +126,7 @@ def told_by_layers(
 
 def _found(search: _Search) -> dict[str, Tensor] | None:
     """The inputs with which the forward works, where the search ends at such."""
-    required = search.missing(required=True)
+    required = [name for name in required_inputs(search.module) if name not in search.given]
     if len(required) + len(search.widths) > len(WIDTHS):
         return None
     for name in required:
@@ -175,14 +175,14 @@ class _Search:
     def forward(self) -> tuple[Tensor | None, Fault]:
         return tried(self.module, Batch.of_inputs(self.given).to(module_device(self.module)))
 
-    def missing(self, required: bool = False) -> list[str]:
-        """Parameters that are not given, of those whose default is None or (alone) that have none."""
+    def missing(self) -> list[str]:
+        """Parameters that are not given, of those that have no default, or None for one."""
         parameters = inspect.signature(type(self.module).forward).parameters
         return [
             name
             for name, p in parameters.items()
             if p.kind is p.POSITIONAL_OR_KEYWORD
-            and (p.default is p.empty or (p.default is None and not required))
+            and (p.default is p.empty or p.default is None)
             and name not in ("self", *self.given)
         ]
 

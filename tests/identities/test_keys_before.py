@@ -5,42 +5,14 @@ Tolerance: float32, five blocks deep, as in `test_families`.
 
 from __future__ import annotations
 
-from functools import cache, partial
-
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.architectures import runs
-from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput, Refused
-from interp.models.model import Model
 from interp.models.probe import probe_batch
-from interp.run.edits import Edit
 from interp.run.statistics import Mass
-from interp.sites import AXES
-
-ROUNDING = 1e-5
-
-
-@cache
-def model_of(model_type: str, name: str) -> Model:
-    return Model(tiny_model(model_type, name, partial(runs, strict=True)), id=name)
-
-
-def close(got: Tensor, wanted: Tensor) -> bool:
-    return float((got - wanted).abs().max()) < ROUNDING * max(1.0, float(wanted.abs().max()))
-
-
-def check_all_sites(model: Model, given: dict[str, Tensor]) -> None:
-    """Capturing every site, and editing it to itself, leaves what the model returns as it is, bit for bit or so."""
-    with torch.no_grad():
-        plain = model.module(**given).last_hidden_state
-    sites = [s for s in AXES if s not in model.spec.refused and model.layers_with(s)]
-    run = model.run(given, capture=sites)
-    assert "resid_post" in sites and close(run.logits, plain)
-    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
-    assert close(model.run(given, edits=same).logits, plain)
+from tests.identities.test_marked_padding import check_all_sites, model_of
 
 
 def drafted(n: int) -> dict[str, Tensor]:
