@@ -266,7 +266,7 @@ def _with_attention(draft: Draft) -> list[BlockMap]:
     ]
     blocks = with_attention_ahead(replace(draft, blocks=blocks))
     for block in blocks:
-        for prefix, cross in zip(CROSSES, block.crosses, strict=False):
+        for prefix, cross in block.sources:
             if cross.out is None:
                 why = f"no module of '{block.name}' returns the output of '{cross.attention}'"
                 draft.refuse(f"{prefix}out", why)

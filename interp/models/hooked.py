@@ -36,7 +36,7 @@ from interp.models.turned import channels_first, channels_last
 from interp.models.windows import in_one_row
 from interp.run.cache import Run
 from interp.run.edits import Seen
-from interp.sites import ATTENTION_SITES, CROSSES
+from interp.sites import ATTENTION_SITES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -243,7 +243,7 @@ class _LayerHooks:
 
     def _outputs(self) -> Iterator[tuple[str, str, float | Tensor]]:
         """(site, module, factor) of the sites that are a module's output times a factor."""
-        block, crosses = self.block, list(zip(CROSSES, self.block.crosses, strict=False))
+        block, crosses = self.block, self.block.sources
         outs = [("attn_out", block.attn_out), ("mlp_out", block.mlp_out)]
         outs += [(f"{of}out", cross.out) for of, cross in crosses]
         for name, module in outs:

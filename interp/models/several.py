@@ -19,7 +19,6 @@ from interp.models.placed import Placed
 from interp.models.recording import AttentionCall
 from interp.models.spec import BlockMap
 from interp.run.edits import Edit, Seen
-from interp.sites import CROSSES
 
 HEADS, WIDTH = "n_heads", "d_head"
 
@@ -154,5 +153,5 @@ def attention_calls(block: BlockMap) -> Iterator[tuple[str, str, Part | None]]:
             yield name, "", Part(index, len(names), block.along, first=index == 0)
     elif block.attention:
         yield block.attention, "", None
-    for prefix, cross in zip(CROSSES, block.crosses, strict=False):
+    for prefix, cross in block.sources:
         yield cross.attention, prefix, None

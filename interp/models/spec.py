@@ -212,6 +212,11 @@ class BlockMap:
         """The attention to a source, of several the first."""
         return self.to_source(0)
 
+    @property
+    def sources(self) -> list[tuple[str, CrossAttention]]:
+        """Its attentions to sources, each with the prefix of its sites."""
+        return list(zip(CROSSES, self.crosses, strict=False))
+
     def to_source(self, number: int) -> CrossAttention | None:
         """The attention to one of its sources, counted from 0; None where it attends to fewer."""
         return self.crosses[number] if number < len(self.crosses) else None
@@ -379,7 +384,7 @@ class Spec:
                     f"'{block.name}' normalises the residual stream after adding to it ('{norm}')"
                 )
             if block.cross is not None:
-                sources = [f"{of}write" for of, _ in zip(CROSSES, block.crosses, strict=False)]
+                sources = [f"{of}write" for of, _ in block.sources]
                 return (
                     f"'{block.name}' writes its attention to the source ('{block.cross.attention}') to "
                     f"the residual stream besides (site {' and '.join(sources)})"
