@@ -13,7 +13,8 @@ model type is
   of its own, or as a stack of the whole where no part of it is one;
 - partly: some site is refused, with the reason;
 - residual stream only: no attention is seen, since the model has none, or computes it neither through
-  transformers' attention interface nor as a softmax of rows times values;
+  transformers' attention interface nor as a softmax of rows times values (one whose config switches
+  attention off is tried with it on, and the row says so);
 - refused: the probe refuses the model, with the reason;
 - not built: no tiny model could be made of its default config, or its own forward fails on plain
   tokens or pixels, with the reason. These say nothing about the probe.
@@ -21,7 +22,8 @@ model type is
 Each model has a process of its own, with a limit on time and memory.
 
 Run: python -m benchmarks.architectures [--only bert,vit] [--write]
-(--write makes docs/support.csv and docs/support.md)
+(--write makes docs/support.csv and docs/support.md). A whole sweep ends with the modelling files that call the
+attention interface and have no type in full.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from benchmarks.tiny_configs import Unbuildable, tiny_model
+from benchmarks import callers
+from benchmarks.tiny_configs import Unbuildable, attention_switches, tiny_model
 from interp.errors import InterpError, Refused
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor
 from interp.models.find_stack import SeveralStacks
@@ -159,19 +162,34 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
             kind = WHOLE
         if kind == WHOLE and not is_encoder_decoder(module):
             return None
-        return _verified(replace(row, kind=kind, model=type(module).__name__), module)
+        row = _verified(replace(row, kind=kind, model=type(module).__name__), module)
+        return _switched_on(row, name, module) if row.outcome == OUTCOMES[2] else row
     kind = kind or _declared(model_type, classes[0])
     return replace(row, kind=kind, reason="; ".join(reasons[:1]))
 
 
-def _tiny(model_type: str, name: str, kind: str) -> nn.Module:
+def _tiny(model_type: str, name: str, kind: str, **switched: bool) -> nn.Module:
     """A tiny model; one for whose input no shape is found only where no other is made."""
     try:
-        return tiny_model(model_type, name, partial(runs, kind=kind, strict=True))
+        return tiny_model(model_type, name, partial(runs, kind=kind, strict=True), **switched)
     except Unbuildable as error:
         if "Refused" not in str(error):
             raise
-        return tiny_model(model_type, name, partial(runs, kind=kind))
+        return tiny_model(model_type, name, partial(runs, kind=kind), **switched)
+
+
+def _switched_on(row: Row, name: str, module: nn.Module) -> Row:
+    """The row of a model that shows no attention with attention switched on, where its config can; else `row`."""
+    config: Any = module.config
+    for field in attention_switches(config):
+        with suppress(Unbuildable):
+            attending = _part(_tiny(row.model_type, name, row.kind, **{field: True}), row.kind)
+            again = _verified(row, attending)
+            if again.outcome != row.outcome:
+                return replace(
+                    again, reason="; ".join(filter(None, (f"with {field}=True", again.reason)))
+                )
+    return row
 
 
 def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
@@ -427,6 +445,7 @@ def markdown(rows: list[Row]) -> str:
         "name where they are in none. "
         "Whatever a table says, `interp inspect MODEL` tries the identities on your own model.",
         "```text\n" + counts(rows) + "\n```",
+        "```text\n" + callers.summary(rows) + "\n```",
     ]
     for kind in KINDS:
         parts.append(f"## {kind.capitalize()}")
@@ -453,6 +472,8 @@ def main() -> None:
         sys.stdout.flush()
     rows.sort(key=lambda row: (row.kind, row.model_type))
     print(f"{counts(rows)}\n({libraries()})")
+    if not only:
+        print(callers.summary(rows))
     if options.write and not only:
         table = [asdict(row) for row in rows]
         DOCS.mkdir(exist_ok=True)

@@ -46,6 +46,7 @@ from benchmarks.stage_widths import declared, divided, image_sizes, of_image, re
 MOST_LAYERS = 8
 FAST = 64.0
 """A frame or so for each token that is spoken."""
+SWITCH = re.compile(r"^(use_|add_|with_)?(self_)?(attn|attention)$")
 MOST_PARAMETERS = 28_000_000
 
 
@@ -53,8 +54,13 @@ class Unbuildable(Exception):
     """No tiny model of this type could be built, for the reason given."""
 
 
-def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], Any]) -> nn.Module:
+def tiny_model(
+    model_type: str, class_name: str, check: Callable[[nn.Module], Any], **switched: bool
+) -> nn.Module:
     """A tiny random model of a class, in eval mode: the first variant that builds and passes `check`.
+
+    Args:
+        switched: fields of the default config that are set first.
 
     Raises:
         Unbuildable: no variant does; the reason of the first.
@@ -62,7 +68,7 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
     reasons = []
     for variant in VARIANTS:
         try:
-            default = _default(model_type)
+            default = _default(model_type, **switched)
             model_class = _class(class_name, default)
             config = _of_class(default, model_class.config_class)
             window = vars(config).get("sliding_window")
@@ -83,12 +89,17 @@ def tiny_model(model_type: str, class_name: str, check: Callable[[nn.Module], An
     raise Unbuildable(reasons[0])
 
 
-def _default(model_type: str) -> PreTrainedConfig:
+def _default(model_type: str, **switched: bool) -> PreTrainedConfig:
     """The default config; one that names a backbone has transformers' own, which needs no other library."""
-    config = CONFIG_MAPPING[model_type]()
+    config = CONFIG_MAPPING[model_type](**switched)
     if getattr(config, "backbone_config", None) is None:
         return config
-    return CONFIG_MAPPING[model_type](use_timm_backbone=False)
+    return CONFIG_MAPPING[model_type](use_timm_backbone=False, **switched)
+
+
+def attention_switches(config: PreTrainedConfig) -> list[str]:
+    """Fields that say attention by their name, and that are off."""
+    return [name for name, value in vars(config).items() if value is False and SWITCH.search(name)]
 
 
 def _class(name: str, config: PreTrainedConfig) -> Any:

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks import architectures
+from benchmarks import architectures, callers
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
-from benchmarks.tiny_configs import FAST, build, shrunk, tiny_model
+from benchmarks.tiny_configs import FAST, attention_switches, build, shrunk, tiny_model
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
 DIVIDED = next(variant for variant in VARIANTS if variant.divided)
@@ -262,6 +262,33 @@ def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(architectures, "BESIDES", {"torch": "torch", "pytest": "pytest"})
     assert architectures.libraries().endswith(f" and pytest {pytest.__version__}")
     assert architectures.libraries() in architectures.markdown([])
+
+
+def test_a_model_without_attention_by_default_is_tried_with_what_switches_it_on() -> None:
+    row = architectures.examine("patchtsmixer", "other", ["PatchTSMixerModel"])
+    assert row is not None and (row.outcome, row.reason) == ("in full", "with self_attn=True")
+    assert row.n_heads > 0
+    off = attention_switches(default("gpt2"))
+    assert off == [] and default("gpt2").add_cross_attention is False
+
+
+def test_files_that_call_the_attention_interface_and_have_no_row_in_full_are_named() -> None:
+    def row(model_type: str, model: str, outcome: str) -> architectures.Row:
+        return architectures.Row(model_type, "decoder", model, outcome, reason="so it is")
+
+    files = callers.calling_files()
+    assert "LlamaModel" in files["modeling_llama"] and "modeling_resnet" not in files
+    none = callers.not_in_full([])
+    assert set(none) == set(files)
+    rows = [row("bert", "BertModel", "in full"), row("llama", "LlamaForCausalLM", "partly")]
+    rows.append(row("bert", "BertForMaskedLM", "refused"))
+    left = callers.not_in_full(rows)
+    assert set(none) - set(left) == {"modeling_bert"}
+    assert left["modeling_llama"] == "llama partly (so it is)"
+    assert left["modeling_qwen2"] == "no model type of it is swept"
+    page = architectures.markdown(rows)
+    assert f"1 of {len(files)} modelling files" in page
+    assert "modeling_llama: llama partly" in page and "modeling_bert:" not in page
 
 
 def test_a_base_model_that_takes_too_long_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
