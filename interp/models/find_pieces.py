@@ -95,7 +95,12 @@ def _understood(
         if of.reader is None and first_tensor(ran[1]) is None:  # it returns no tensor by itself
             continue
         z, maker = Seen(*ran, of).z
-        if not softmax_of_rows(softmax) or hidden.ndim != 3 or z.ndim != 3 or maker is None:
+        if (
+            not softmax_of_rows(softmax)
+            or hidden.ndim != 3
+            or z.ndim not in (3, 4)
+            or maker is None
+        ):
             continue
         path = leading_to(z, maker)
         if softmax not in path:
@@ -161,7 +166,7 @@ def _numbers(path: list[Step], linears: list[Step], without: Step | None = None)
 
 def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
     """With its heads and where entries stand, if z is the pattern over all pairs of positions times v."""
-    known, width = pairs(seen), seen.z[0].shape[-1]
+    known, width = pairs(seen), seen.width
     if known is None or not once(known[0]) or width % known[1]:
         return None
     seen = replace(seen, of=replace(seen.of, n_heads=known[1]))

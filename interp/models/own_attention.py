@@ -120,6 +120,8 @@ def found_at(
         return None
     softmax = after[0]
     scores = softmax.args[0] if softmax.args else softmax.kwargs["input"]
+    if scores.ndim not in (3, 4):  # chunks of queries have an axis of their own: `pieces`
+        return None
     steps = tape.origin(scores, is_product, softmax.made_by.get(id(scores))) or []
     folds = [x for step in [*steps, *after] for x in step.outputs if x.ndim == 4]
     folds = [x for x in folds if x.shape[-2:] == weights.shape[-2:]]

@@ -58,12 +58,13 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
             return None
         found = []
         for weight in of:
-            ones = torch.ones_like(out) * weight.to(out)
-            (made,) = torch.autograd.grad(out, at, ones, retain_graph=True)
+            by_position = out.flatten(2)
+            ones = torch.ones_like(by_position) * weight.to(out)
+            (made,) = torch.autograd.grad(by_position, at, ones, retain_graph=True)
             found.append(made)
         return found
 
-    one, channels = torch.ones(1), torch.arange(z.shape[-1])
+    one, channels = torch.ones(1), torch.arange(seen.width)
     try:
         with torch.enable_grad():
             none = derivatives([0 * number for number in keys], one, queries, channels)
@@ -84,7 +85,7 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
     query, key, head = (x.round().long() for x in (query, key, head))
     if not torch.equal((query // n_pos)[there], (key // n_keys)[there]):
         return None
-    n_heads = round(z.shape[-1] / float(width))
+    n_heads = round(seen.width / float(width))
     at = ((query // n_pos * n_heads + head) * n_pos + query % n_pos) * n_keys + key % n_keys
     return at.where(there, -1), n_heads
 
@@ -109,7 +110,7 @@ def value_columns(seen: Seen) -> tuple[int, ...] | None:
         return None
     if out is None:
         return None
-    told = out.flatten(0, -2)
+    told = out.flatten(2).flatten(0, 1)
     columns = told[0].round()
     if (told - columns).abs().max() > EXACT or len(columns.unique()) < len(columns):
         return None

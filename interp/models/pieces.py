@@ -154,6 +154,11 @@ class Seen:
         return reader.args[0], reader.made_by.get(id(reader.args[0]))
 
     @property
+    def width(self) -> int:
+        """Channels of z, of all heads: they may have an axis of their own."""
+        return self.z[0].shape[2:].numel()
+
+    @property
     def n_queries(self) -> int:
         """Positions that z has: fewer than v has where queries are pooled."""
         return rows_of(self.z[0], self.of.turned[1])[1]
@@ -245,10 +250,10 @@ def watched(
     if watch.needs_rows:
         seen = _show_rows(watch, seen, new, looked_at)
     z, _ = seen.z
-    shown = by_head(z, of.turned[1], of.n_heads).transpose(1, 2)
+    shown = by_head(z.flatten(2), of.turned[1], of.n_heads).transpose(1, 2)
     changed = watch.z(shown)
     if _changed(changed, shown):
-        held = as_held(changed.transpose(1, 2), of.turned[1])
+        held = as_held(changed.transpose(1, 2), of.turned[1]).reshape(z.shape)
         if of.reader is None:
             new.returned = held
         else:
@@ -312,7 +317,7 @@ def is_product(seen: Seen, at: Tensor) -> bool:
     """Whether z is the pattern over all pairs of positions times v."""
     z, v = seen.z[0].detach(), seen.joined("v").detach().double()
     pattern = seen.spread(seen.weights.detach(), at, 0.0).double()
-    wanted = by_head(z, seen.of.turned[1], seen.of.n_heads).double()
+    wanted = by_head(z.flatten(2), seen.of.turned[1], seen.of.n_heads).double()
     return close(pattern @ v, wanted, CLOSE.get(z.dtype, CLOSE[torch.bfloat16]))
 
 
