@@ -1,11 +1,11 @@
 """How many model types of the installed transformers verify: a tiny random model of each, probed.
 
 For every causal language model, encoder, encoder-decoder and model of images, sound, video or anything else
-that transformers' auto classes know (and the text part of multimodal ones, listed apart), the default config
-is shrunk by the names of its fields, a random model is built from it, and the probe makes and verifies
-its map. No model type has code of its own here. An encoder-decoder has a row of its own for its decoder,
-with the attention to the source, besides the row of its encoder or of its decoder without a source. A
-model type is
+that transformers' auto classes know (and the text part of multimodal ones, and types that no auto class
+lists, both listed apart), the default config is shrunk by the names of its fields, a random model is built
+from it, and the probe makes and verifies its map. No model type has code of its own here. An
+encoder-decoder has a row of its own for its decoder, with the attention to the source, besides the row of
+its encoder or of its decoder without a source. A model type is
 
 - in full: every site that the architecture has passes its identity, and a pass that captures all of
   them returns the model's own logits (parallel blocks have no resid_mid, routed experts no single
@@ -53,10 +53,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks import callers
+from benchmarks.model_types import OTHER, SENSED, UNLISTED, WHOLE, model_types, own_classes
 from benchmarks.tiny_configs import Unbuildable, attention_switches, tiny_model
 from interp.errors import InterpError, Refused
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor
@@ -74,10 +74,11 @@ SECONDS, GIGABYTES = 60, 8
 """What one model may take."""
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = ("in full", "partly", "residual stream only", "refused", "not built")
-WHOLE, SENSED, OTHER = "encoder-decoder", "sound and video", "other"
 TEXT = "text"
 """The part of a multimodal model that reads tokens, where the whole does not work on tokens alone."""
-KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, OTHER, "multimodal")
+KINDS = ("decoder", "encoder", WHOLE, "vision", SENSED, OTHER, "multimodal", UNLISTED)
+APART = ("multimodal", UNLISTED)
+"""Kinds that are counted apart: of multimodal models the text part is tried, and the rest are parts of others."""
 KIND_OF_INPUT = {
     "input_ids": "encoder",
     "pixel_values": "vision",
@@ -105,49 +106,11 @@ class Row:
     reason: str = ""
 
 
-def model_types() -> list[tuple[str, str, list[str]]]:
-    """(model type, kind, classes to try, the most telling first); encoder-decoders stand twice."""
-    mappings = (
-        ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("decoder", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        (SENSED, auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
-        (SENSED, auto.MODEL_FOR_CTC_MAPPING_NAMES),
-        (SENSED, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
-        (SENSED, auto.MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_TEXT_RECOGNITION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_IMAGE_MAPPING_NAMES),
-        ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
-        ("multimodal", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-        ("", auto.MODEL_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_KEYPOINT_DETECTION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_POSE_ESTIMATION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_IMAGE_MATTING_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_TABLE_RECOGNITION_MAPPING_NAMES),
-        ("vision", auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
-    )
-    found: dict[str, tuple[str, list[str]]] = {}
-    for kind, mapping in mappings:
-        for model_type, classes in mapping.items():
-            classes = [classes] if isinstance(classes, str) else list(classes)
-            before, others = found.get(model_type, (kind, []))
-            found[model_type] = (before or kind, others + [c for c in classes if c not in others])
-    rows = [(name, *what) for name, what in found.items()]
-    for mapping in (
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    ):
-        rows += [row for name, of in mapping.items() if (row := (name, WHOLE, [of])) not in rows]
-    return sorted(row for row in rows if row[0] in CONFIG_MAPPING_NAMES)
-
-
 def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
-    """The row of one model type; None for a whole that is no encoder-decoder."""
+    """The row of one model type; None for a whole that is no encoder-decoder, or a type without a model class."""
+    classes = classes or own_classes(model_type)
+    if not classes:
+        return None
     row = Row(model_type, kind, classes[0], "not built")
     reasons = []
     parts = (kind, TEXT) if kind == "multimodal" else (kind,)
@@ -356,9 +319,8 @@ def _child(connection: Connection, model_type: str, kind: str, classes: list[str
         row = examine(model_type, kind, classes)
     except Exception as error:  # noqa: BLE001 - a fault of the probe: counted as one, never hidden
         kind = kind or _declared(model_type, classes[0])
-        row = Row(
-            model_type, kind, classes[0], "refused", reason=f"the probe fails: {_line(error)}"
-        )
+        name = classes[0] if classes else ""
+        row = Row(model_type, kind, name, "refused", reason=f"the probe fails: {_line(error)}")
     connection.send(row)
     connection.close()
 
@@ -375,7 +337,8 @@ def sweep(only: list[str], jobs: int) -> Iterator[Row]:
             process = context.Process(target=_child, args=(theirs, name, kind, classes))
             process.start()
             theirs.close()
-            unknown = Row(name, kind or _declared(name, classes[0]), classes[0], "not built")
+            first = classes[0] if classes else ""
+            unknown = Row(name, kind or _declared(name, first), first, "not built")
             running[mine] = (process, unknown, time.monotonic())
         ready = wait(list(running), timeout=1)
         for connection, (process, row, since) in list(running.items()):
@@ -409,14 +372,15 @@ def counts(rows: list[Row]) -> str:
         lines.append(f"{kind:16}" + "".join(cells))
     asked: dict[str, list[str]] = {}
     for row in rows:
-        if row.kind != "multimodal":
+        if row.kind not in APART:
             asked.setdefault(row.model_type, []).append(row.outcome)
     full = sum(set(outcomes) == {"in full"} for outcomes in asked.values())
     built = sum(set(outcomes) != {"not built"} for outcomes in asked.values())
-    more = count["multimodal", "in full"]
+    more, parts = (count[kind, "in full"] for kind in APART)
     lines.append(
-        f"{full} model types verified in full, of {built} built and {len(asked)} known (all kinds but\n"
-        f"the last; of encoder-decoders every row); {more} multimodal ones besides, by their text"
+        f"{full} model types verified in full, of {built} built and {len(asked)} known (all kinds but the\n"
+        f"last two; of encoder-decoders every row); {more} multimodal ones besides, by their text, and\n"
+        f"{parts} that no auto class lists, parts of larger models most of them"
     )
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks import architectures, callers
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
+from benchmarks.model_types import own_classes
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
 from benchmarks.tiny_configs import FAST, attention_switches, build, shrunk, tiny_model
 
@@ -296,3 +297,20 @@ def test_a_base_model_that_takes_too_long_is_listed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(architectures, "_child", lambda *_: time.sleep(60))
     (row,) = architectures.sweep(["sam2_vision_model"], 1)
     assert (row.kind, row.outcome) == ("vision", "not built") and "took more than" in row.reason
+
+
+def test_types_that_no_auto_class_lists_are_swept_by_the_models_that_their_file_shows() -> None:
+    kinds = {name: kind for name, kind, _ in architectures.model_types()}
+    assert kinds["siglip_text_model"] == "unlisted" and kinds["bert"] == "encoder"
+    assert len([row for row in architectures.model_types() if row[0] == "pop2piano"]) == 1
+    shown = own_classes("clvp_decoder")  # a head tells more; what is no model has no forward
+    assert shown == ["ClvpForCausalLM", "ClvpModel", "ClvpDecoder"]
+    assert own_classes("colpali") == ["ColPaliForRetrieval"] and own_classes("nougat") == []
+    assert architectures.examine("nougat", "unlisted", []) is None
+    row = architectures.examine("siglip_text_model", "unlisted", [])
+    assert row is not None and (row.model, row.outcome) == ("SiglipTextModel", "in full")
+    table = architectures.counts(
+        [row, architectures.Row("bert", "encoder", "BertModel", "in full")]
+    )
+    assert "1 model types verified in full, of 1 built and 1 known" in table
+    assert "\n1 that no auto class lists" in table
