@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import BadInput
+from interp.models.calls import inputs_taken
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.cache import Run
@@ -194,11 +195,7 @@ def _copies(cache: Any, size: int, times: int, start: int) -> Any:
 
 def _inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     """What the model is called with, positions as it counts them."""
-    parameters = inspect.signature(type(model.module).forward).parameters
-    inputs = {name: value for name, value in batch.inputs.items() if name in parameters}
-    if "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"] + model.spec.first_position
-    return inputs
+    return inputs_taken(model.module, batch, model.spec.first_position)
 
 
 def _last(model: Model, batch: Batch) -> dict[str, Tensor]:

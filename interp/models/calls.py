@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ drawing: WeakSet[nn.Module] = WeakSet()
 """Models that draw random numbers in every forward, as the probe finds: torch's generator is put back before each."""
 beside_tokens: WeakSet[nn.Module] = WeakSet()
 """Models that read tokens besides, and whose blocks have other positions (a policy that reads a robot's state)."""
+handed_on: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""By model the inputs that its forward does not name, and hands on to layers that cannot do without them."""
 FAILURES = (
     RuntimeError,
     ValueError,
@@ -50,15 +52,8 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
 
     `first_position` is what the model calls the position that a Batch calls 0.
     """
-    parameters = inspect.signature(type(module).forward).parameters
-    inputs = {
-        name: value
-        for name, value in batch.inputs.items()
-        if name in parameters or name in ("input_ids", "pixel_values")
-    }
-    if "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"] + first_position
-    if "use_cache" in parameters:
+    inputs = inputs_taken(module, batch, first_position)
+    if "use_cache" in inspect.signature(type(module).forward).parameters:
         extra["use_cache"] = False
     with hooks_called(module):
         if module not in drawing:
@@ -67,6 +62,16 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
         with torch.random.fork_rng([place] if place.type == "cuda" else []):
             torch.manual_seed(0)
             return module(**inputs, **extra)
+
+
+def inputs_taken(module: nn.Module, batch: Batch, first_position: int = 0) -> dict[str, Tensor]:
+    """Those of a batch's inputs that a model's forward takes, positions as the model counts them."""
+    parameters = inspect.signature(type(module).forward).parameters
+    taken = {*parameters, *handed_on.get(module, ()), "input_ids", "pixel_values"}
+    inputs = {name: value for name, value in batch.inputs.items() if name in taken}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + first_position
+    return inputs
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:

@@ -35,14 +35,6 @@ OPTIONAL = (
     "pixel_attention_mask",
 )
 """Parameters that a signature may leave open although the forward needs them, the likeliest first."""
-_OF_TEXT = """
-    self args kwargs flash_attn_kwargs input_ids attention_mask position_ids token_type_ids inputs_embeds
-    past_key_values labels use_cache cache_position logits_to_keep num_logits_to_keep output_attentions
-    output_hidden_states output_router_logits return_dict encoder_hidden_states encoder_attention_mask
-    decoder_input_ids decoder_attention_mask decoder_inputs_embeds encoder_outputs head_mask langs
-"""
-OF_TEXT = frozenset(_OF_TEXT.split())
-"""Parameters of forwards that are content with token ids: no trial is needed."""
 MOST, TRIALS = 3, 80
 """How many of them are tried together, and how often in all."""
 TOKENS_AN_IMAGE = ("latent_query_num", "num_query_tokens", "image_seq_length")
@@ -67,8 +59,7 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     optional = [
         name for name in OPTIONAL if name in read and name not in (*batch.inputs, *required)
     ]
-    alone = not optional and "input_ids" in batch.inputs and OF_TEXT.issuperset(read)
-    if not required and (alone or _works(module, batch)):
+    if not required and _works(module, batch):
         return batch
     for inputs in islice(_trials(module, batch, required, optional), TRIALS):
         tried = Batch.of_inputs(inputs)

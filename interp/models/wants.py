@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import FAILURES, call_model, output_tensor, required_inputs
+from interp.models.calls import FAILURES, call_model, handed_on, output_tensor, required_inputs
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -42,6 +42,8 @@ class Fault:
 
     why: str
     inside: tuple[tuple[nn.Module, Any], ...] = ()
+    around: tuple[str, ...] = ()
+    """What the modules around the last of these layers may be given, and by default are not."""
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -62,6 +64,13 @@ class Fault:
         """The lengths of two streams that should have one; none where the failure is another."""
         told = (re.search(pattern, self.why) for pattern in LENGTHS)
         return next((tuple(map(int, match.groups())) for match in told if match), ())
+
+    def fills(self, other: Fault) -> bool:
+        """Whether the layer that was given None in the other failure is given something, and fails on that."""
+        if not (self.inside and other.inside):
+            return False
+        (layer, x), (empty, nothing) = self.inside[-1], other.inside[-1]
+        return layer is empty and nothing is None and x is not None
 
     def is_at(self, other: Fault) -> bool:
         """Whether it is the same failure of the same layers, given something or nothing as before."""
@@ -89,10 +98,19 @@ def tried(module: nn.Module, batch: Batch) -> tuple[Tensor | None, Fault]:
             return output_tensor(call_model(module, batch)), Fault("")
     except FAILURES as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        return None, Fault(why, tuple(inside))
+        return None, Fault(why, tuple(inside), _left_open(module, inside[-1][0]) if inside else ())
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _left_open(module: nn.Module, layer: nn.Module) -> tuple[str, ...]:
+    """Parameters that are None by default of the modules around a layer, the whole left out; the nearest first."""
+    (name, *_) = (name for name, part in module.named_modules() if part is layer)
+    parts = name.split(".")
+    around = [module.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
+    read = [inspect.signature(type(part).forward).parameters for part in around]
+    return tuple(dict.fromkeys(n for each in read for n, p in each.items() if p.default is None))
 
 
 def channels_of(layer: nn.Module) -> tuple[int, int] | None:
@@ -137,9 +155,9 @@ def _found(search: _Search) -> dict[str, Tensor] | None:
             return search.given if made.ndim > 1 else None
         further = search.as_wanted(fault) or search.as_long(fault) or search.with_another(fault)
         if further is None:
-            return None
+            return search.given_up()
         search = further
-    return None
+    return search.given_up()
 
 
 @dataclass(frozen=True)
@@ -175,19 +193,29 @@ class _Search:
     def forward(self) -> tuple[Tensor | None, Fault]:
         return tried(self.module, Batch.of_inputs(self.given).to(module_device(self.module)))
 
-    def missing(self) -> list[str]:
-        """Parameters that are not given, of those that have no default, or None for one."""
+    def missing(self, fault: Fault) -> list[str]:
+        """Parameters that are not given, of those that have no default, or None for one.
+
+        Of a forward that hands on what it does not name, also those of the modules around the layer that failed.
+        """
         parameters = inspect.signature(type(self.module).forward).parameters
-        return [
+        open_ = [
             name
             for name, p in parameters.items()
-            if p.kind is p.POSITIONAL_OR_KEYWORD
-            and (p.default is p.empty or p.default is None)
-            and name not in ("self", *self.given)
+            if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.default is None)
         ]
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            open_ += [name for name in fault.around if name not in parameters]
+        return [name for name in open_ if name not in ("self", *self.given)]
+
+    def given_up(self) -> None:
+        """None; and of what the forward does not name nothing is handed on."""
+        handed_on.pop(self.module, None)
 
     def with_(self, name: str) -> _Search:
         """With one more: a mask of ones, or numbers in a width of their own."""
+        if name not in inspect.signature(type(self.module).forward).parameters:
+            handed_on.setdefault(self.module, set()).add(name)
         if name.endswith("mask"):
             ones = torch.ones(self.positions(name), dtype=torch.long)
             return replace(self, given={**self.given, name: ones})
@@ -196,16 +224,28 @@ class _Search:
         return replace(self, given={**self.given, name: x}, widths={**self.widths, name: width})
 
     def with_another(self, fault: Fault) -> _Search | None:
-        """With one more with which the forward comes further; None where there is none."""
-        named = [name for name in self.missing() if re.search(rf"\b{name}\b", fault.why)]
-        for name in named or (self.missing() if fault.missing else []):
+        """With one more with which the forward comes further; None where there is none.
+
+        The first that the layer is given that was given None, else the first with which another failure comes; of
+        what the forward does not name only such as the layer is given.
+        """
+        missing = self.missing(fault)
+        named = [name for name in missing if re.search(rf"\b{name}\b", fault.why)]
+        other = None
+        for name in named or (missing if fault.missing else []):
             if len(self.widths) == len(WIDTHS):
                 return None
             further = self.with_(name)
             made, after = further.forward()
-            if made is not None or not after.is_at(fault):
+            if made is not None or after.fills(fault):
                 return further
-        return None
+            if name in handed_on.get(self.module, ()):
+                handed_on[self.module].discard(name)
+            elif named and not after.is_at(fault):
+                return further
+            elif other is None and not after.is_at(fault):
+                other = further
+        return other
 
     def as_wanted(self, fault: Fault) -> _Search | None:
         """With the input changed that the failing layer reads; None where it is none, or not known which."""

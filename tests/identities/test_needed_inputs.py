@@ -205,6 +205,33 @@ def test_layers_without_input_tell_what_the_forward_needs(
     check_all_sites(model, given)
 
 
+def test_what_a_forward_hands_on_to_its_layers_is_found_by_the_layer_that_is_given_none() -> None:
+    """Voxtral's text model: its layers read a condition that its own signature does not name."""
+    model = model_of("voxtral_realtime_text", "VoxtralRealtimeTextModel")
+    assert not set(model.spec.refused) - model.spec.absent
+    known = probe_batch(model.module).inputs
+    assert {name: tuple(x.shape) for name, x in known.items()} == {
+        "input_ids": (2, 7),
+        "t_cond": (2, 7, 64),
+    }
+    given = {"input_ids": words(3, 9), "t_cond": 3 * torch.ones(3, 1, 64)}  # one for all positions
+    check_all_sites(model, given)
+    with torch.no_grad():
+        assert close(model.run(given).logits, model.module(**given).last_hidden_state)
+    assert not close(
+        model.run({**given, "t_cond": 0 * given["t_cond"]}).logits, plain(model, given)
+    )
+    with pytest.raises(BadInput, match=r"fails on input_ids.*it works with.*'t_cond' \(2, 7, 64\)"):
+        model.run({"input_ids": given["input_ids"]})
+
+
+def test_what_a_forward_does_not_take_is_not_handed_on() -> None:
+    """A tokenizer returns token types to any model: one that has no use for them is not given them."""
+    model, ids = model_of("llama", "LlamaForCausalLM"), words(2, 9)
+    besides = {"input_ids": ids, "token_type_ids": ids, "t_cond": torch.ones(2, 1, 64)}
+    assert close(model.run(besides).logits, plain(model, {"input_ids": ids}))
+
+
 def test_a_wave_is_as_long_as_the_failure_says() -> None:
     module = tiny_model("muse_spark_audio", "MuseSparkAudioModel", partial(runs, strict=True))
     (wave,) = numbers_taken(module, "input_values", {}).values()
