@@ -175,7 +175,7 @@ def map_of(model: Model) -> dict[str, Any]:
                 ],
                 "parallel": block.parallel,
                 **_sources(block),
-                "asides": block.asides,
+                "asides": tuple(dict.fromkeys(aside.attention for aside in block.asides)),
             }
             for block in spec.blocks
         ],

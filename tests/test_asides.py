@@ -19,6 +19,7 @@ from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput
 from interp.models.model import Model
+from interp.models.spec import Aside
 from interp.run.edits import Edit
 
 CLASSES = {"sam": "SamModel", "sam2": "Sam2Model"}
@@ -97,7 +98,7 @@ def test_attention_of_each_role_is_found(family: str) -> None:
         assert block.cross is not None and block.cross.write is not None
         assert block.cross.attention == f"{name}.cross_attn_token_to_image"
         assert block.cross.d_head < block.d_head
-        assert block.asides == (f"{name}.cross_attn_image_to_token",)
+        assert block.asides == (Aside(f"{name}.cross_attn_image_to_token"),)
         assert (block.carry_first is not None) == (layer == 0)  # attention replaces what it reads
     assert any("cross_attn_image_to_token" in note for note in model.notes)
     assert not model.spec.chained and model.spec.not_a_sum

@@ -29,7 +29,8 @@ from interp.run.batch import Batch
 def with_asides(seen: Recording, layers: list[Layer], key: int | str, batch: Batch) -> list[Layer]:
     """The layers, attention that writes to another stream told apart where that leaves one attention of the stream.
 
-    Tried where a block returns several things and its calls are not one attention as they are.
+    Tried where a block returns several things and its calls are not one attention as they are, or what it attends to
+    is as long as its stream and may be such another one, which attends to itself.
     """
     some = [
         i
@@ -37,7 +38,14 @@ def with_asides(seen: Recording, layers: list[Layer], key: int | str, batch: Bat
         if layer.call.is_tuple
         and not layer.members
         and len(layer.inside.attention) > 1
-        and (layer.attention is None or layer.along == HEADS or len(layer.crosses) > 1)
+        and (
+            layer.attention is None
+            or layer.along == HEADS
+            or len(layer.crosses) > 1
+            or any(
+                call.tensors["k"].shape[2] == layer.hidden(key).shape[1] for call in layer.crosses
+            )
+        )
     ]
     if not some:
         return layers
@@ -74,7 +82,7 @@ def _asides(seen: Recording, layer: Layer, args: tuple, kwargs: dict) -> tuple[A
     """The calls whose heads change nothing of the stream that a block returns, but something that it returns besides.
 
     The block is called by itself, on what it was given, with one call's z multiplied by numbers of either sign: once
-    for each. () where it does not return again what it returned, or one module makes a call of either kind.
+    for each. () where it does not return again what it returned.
     """
     block, calls = seen.module.get_submodule(layer.name), layer.inside.attention
     generator = torch.Generator().manual_seed(0)
@@ -106,9 +114,7 @@ def _asides(seen: Recording, layer: Layer, args: tuple, kwargs: dict) -> tuple[A
         unmoved = torch.equal(stream, plain[0])
         if unmoved and not all(map(torch.equal, besides, plain[1:])):
             found.append(call)
-    modules = {call.module for call in found}
-    others = {call.module for call in calls if not any(call is each for each in found)}
-    return () if modules & others else tuple(found)
+    return tuple(found)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

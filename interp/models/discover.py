@@ -32,8 +32,9 @@ from interp.models.projections import (
     with_output,
 )
 from interp.models.recording import AttentionCall, Recording
+from interp.models.repeated import on_the_stream
 from interp.models.restarted import restarts
-from interp.models.several import HEADS
+from interp.models.several import HEADS, asides_of
 from interp.models.spec import BlockMap, Member, Spec
 from interp.models.stack import Layer, starts_stage
 from interp.models.trials import scaled_z, sees_no_later
@@ -50,6 +51,8 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
     layers = with_axes(find_placed(seen, layers, axes, key, batch), axes)
     _refuse_no_one_attention(layers, refused)
     layers = with_ahead(seen, layers, stack, refused)
+    layers, repeated = zip(*map(_shared_with_asides, layers), strict=True)
+    layers = list(layers)
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
     blocks = [
@@ -59,12 +62,13 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
             axes=layer.axes,
             starts_stage=start,
             ends_stage=layer.reshapes(key) and layer.output.shape == after,
-            asides=tuple(dict.fromkeys(seen.names[call.module] for call in layer.asides)),
+            asides=asides_of(layer.inside, layer.asides),
             members=tuple(Member(name, seen.call(name).is_tuple) for name in layer.members),
             adds=layer.added_to is not None,
+            repeated=names,
         )
-        for layer, shape, start, after in zip(
-            layers, shapes, starts, [*shapes[1:], None], strict=True
+        for layer, shape, start, after, names in zip(
+            layers, shapes, starts, [*shapes[1:], None], repeated, strict=True
         )
     ]
     absent: set[str] = set()
@@ -125,6 +129,15 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
     return spec
 
 
+def _shared_with_asides(layer: Layer) -> tuple[Layer, frozenset[str]]:
+    """The layer with the calls on its stream alone, where attention modules make others for another stream; the names
+    of what is called several times."""
+    calls = layer.inside.attention
+    others = {call.module for call in calls if not any(call is aside for aside in layer.asides)}
+    shared = any(call.module in others for call in layer.asides)
+    return on_the_stream(layer) if shared else (layer, frozenset())
+
+
 def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> None:
     """Refuse attention's sites where the calls of a layer are no one attention, in that layer or everywhere."""
     alone = any(layer.attention for layer in layers)
@@ -171,7 +184,7 @@ def _goes_on_besides(block: BlockMap, anew: bool) -> str:
             f"'{block.name}' starts the residual stream anew: what it reads goes on by other ways"
         )
     if block.asides:
-        return f"'{block.name}' returns another stream besides, to which '{block.asides[0]}' writes"
+        return f"'{block.name}' returns another stream besides, to which '{block.asides[0].attention}' writes"
     return ""
 
 

@@ -95,7 +95,7 @@ def _taken_apart(
         if names:
             sums, others = taken_apart(again, key)
             if sums is not None:
-                return again, replace(block, **{field: names}), sums, others
+                return again, replace(block, **{field: getattr(block, field) | names}), sums, others
     return layer, block, None, candidates
 
 

@@ -112,11 +112,11 @@ def _hook_attention(this: _Pass) -> None:
     shown = plan.statistics is not None or any(name in ATTENTION_SITES for name, _ in plan.sites)
     if not shown and not any(_in_own_attention(this.module, name) for name in this.inside):
         return
-    places: dict[nn.Module, list[tuple[int, str, Part | None]]] = {}
+    places: dict[nn.Module, list[tuple[int, str | None, Part | None]]] = {}
     for layer, block in enumerate(this.spec.blocks):
         for name, prefix, part in attention_calls(block):
             places.setdefault(this.module.get_submodule(name), []).append((layer, prefix, part))
-    left: dict[nn.Module, Iterator[tuple[int, str, Part | None]]] = {}
+    left: dict[nn.Module, Iterator[tuple[int, str | None, Part | None]]] = {}
 
     def begin(*_: Any) -> None:
         left.update((module, iter(calls)) for module, calls in places.items())
@@ -125,7 +125,11 @@ def _hook_attention(this: _Pass) -> None:
         if module not in left:
             return Watch()
         expected = next(left[module], None)
-        layer, prefix, part = expected or places[module][-1]
+        layer, prefix, part = (
+            expected or [call for call in places[module] if call[1] is not None][-1]
+        )
+        if prefix is None:  # what it writes to is at no site
+            return Watch()
         now = this.turns.now if this.turns else layer
         watching = RunWatch(now, plan, this.touch, this.run, prefix, part)
         if expected is None:

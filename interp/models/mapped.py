@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from interp.models.axes import with_axes
 from interp.models.between import with_ahead
-from interp.models.recording import AttentionCall, Recording
+from interp.models.recording import Recording
 from interp.models.repeated import on_the_stream
+from interp.models.several import calls_aside
 from interp.models.spec import Spec
 from interp.models.stack import Layer, layers_of, with_cross
 from interp.models.turned import channels_behind
@@ -18,7 +19,7 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
     """Every layer, what is inside it brought to [batch pos width]."""
     recorded = zip(layers_of(seen, spec.stack), spec.blocks, strict=True)
     layers = [
-        with_cross(replace(layer, asides=_called(layer, block.asides)), spec.hidden)
+        with_cross(replace(layer, asides=calls_aside(layer.inside, block.asides)), spec.hidden)
         for layer, block in recorded
     ]
     placed = zip(layers, spec.blocks, strict=True)
@@ -45,9 +46,3 @@ def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
             layer = channels_behind(layer, spec.hidden)[0]
         made.append(on_the_stream(layer)[0] if block.repeated else layer)
     return made
-
-
-def _called(layer: Layer, names: tuple[str, ...]) -> tuple[AttentionCall, ...]:
-    """The attention calls that these modules make in a layer."""
-    inside = layer.inside
-    return tuple(call for call in inside.attention if inside.names[call.module] in names)

@@ -7,17 +7,18 @@ are so many heads more, those of the first call first.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.errors import BadInput
 from interp.models.layout import require_between_seen
 from interp.models.placed import Placed
-from interp.models.recording import AttentionCall
-from interp.models.spec import BlockMap
+from interp.models.recording import AttentionCall, Recording
+from interp.models.spec import Aside, BlockMap
 from interp.run.edits import Edit, Seen
 
 HEADS, WIDTH = "n_heads", "d_head"
@@ -141,8 +142,23 @@ def seen_as_one(calls: Sequence[AttentionCall]) -> tuple[AttentionCall, str] | N
     return joined, along
 
 
-def attention_calls(block: BlockMap) -> Iterator[tuple[str, str, Part | None]]:
-    """(module, prefix of its sites, part of its layer's attention) of every attention call of a block."""
+Called = tuple[str, str | None, Part | None]
+"""(module, prefix of its sites, part of its layer's attention) of an attention call; the prefix is None at no site."""
+
+
+def attention_calls(block: BlockMap) -> list[Called]:
+    """The attention calls of a block that are at sites, those of one module in their order; and where such a module
+    makes calls that write to another stream besides, these among them."""
+    calls = list(_at_sites(block))
+    for aside in block.asides:
+        mine = [i for i, (name, _, _) in enumerate(calls) if name == aside.attention]
+        if mine:
+            at = mine[aside.number] if aside.number < len(mine) else len(calls)
+            calls.insert(at, (aside.attention, None, None))
+    return calls
+
+
+def _at_sites(block: BlockMap) -> Iterator[Called]:
     names = block.attends or ((block.attention,) if block.attention else ())
     if block.placed:
         count = 1 + block.placed[-1].index
@@ -155,3 +171,23 @@ def attention_calls(block: BlockMap) -> Iterator[tuple[str, str, Part | None]]:
         yield block.attention, "", None
     for prefix, cross in block.sources:
         yield cross.attention, prefix, None
+
+
+def asides_of(seen: Recording, calls: Sequence[AttentionCall]) -> tuple[Aside, ...]:
+    """Attention calls of a block, in which `seen` happened, that write to another stream: by their modules."""
+    number = {id(call): n for n, call in _numbered(seen.attention)}
+    return tuple(Aside(seen.names[call.module], number[id(call)]) for call in calls)
+
+
+def calls_aside(seen: Recording, asides: Sequence[Aside]) -> tuple[AttentionCall, ...]:
+    """The inverse."""
+    numbered = _numbered(seen.attention)
+    return tuple(call for n, call in numbered if Aside(seen.names[call.module], n) in asides)
+
+
+def _numbered(calls: Sequence[AttentionCall]) -> Iterator[tuple[int, AttentionCall]]:
+    """Each call, and how many its module made before."""
+    made: Counter[nn.Module] = Counter()
+    for call in calls:
+        yield made[call.module], call
+        made[call.module] += 1

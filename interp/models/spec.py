@@ -95,6 +95,15 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
+class Aside:
+    """An attention call that writes to another stream that its block returns besides: the `number`-th, counted from
+    0, that the module `attention` makes in the block."""
+
+    attention: str
+    number: int = 0
+
+
+@dataclass(frozen=True)
 class Normed:
     """A norm that a block goes on with, and what it has added to the stream since the norm before it."""
 
@@ -138,8 +147,8 @@ class BlockMap:
     into them, with weights that depend on the token; it has no writes then. `attends`: where a layer attends
     several times, the module of each call in order; `along` then says whether their heads lie side by side
     ("n_heads"; each call has an output of its own) or the parts of their heads ("d_head"). `placed`: of inputs in
-    several parts, which part attends to which in each of these calls. `asides`: modules that attend too, and
-    write to another stream that the block returns besides; their heads are at no site. `W_out`: the one
+    several parts, which part attends to which in each of these calls. `asides`: attention calls that write to
+    another stream that the block returns besides; their heads are at no site. `W_out`: the one
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read. `ends_stage`:
     the block itself returns what is of the width and length that the next one reads, and is not what it reads.
@@ -161,7 +170,7 @@ class BlockMap:
     attends: tuple[str, ...] = ()
     along: str = ""
     placed: tuple[Placed, ...] = ()
-    asides: tuple[str, ...] = ()
+    asides: tuple[Aside, ...] = ()
     n_heads: int = 0
     n_kv_heads: int = 0
     d_head: int = 0
@@ -458,7 +467,8 @@ class Spec:
         layers = [i for i, block in enumerate(self.blocks) if block.asides]
         if not layers:
             return ""
-        names = " and ".join(f"'{name}'" for name in self.blocks[layers[0]].asides)
+        asides = dict.fromkeys(aside.attention for aside in self.blocks[layers[0]].asides)
+        names = " and ".join(f"'{name}'" for name in asides)
         return (
             f"besides, layers {ranges(layers)} attend for another stream that they return ({names}): the heads that "
             "write to it are at no site; what it carries on to later layers is part of every run and replay"

@@ -85,8 +85,8 @@ def with_cross(layer: Layer, key: int | str) -> Layer:
     attends to more sources than there are sites for, or to several and not to itself, is told by none.
     """
     sources = given(layer, key)
-    asides = {call.module for call in layer.asides}
-    calls = [call for call in layer.inside.attention if call.module not in asides]
+    asides = {id(call) for call in layer.asides}
+    calls = [call for call in layer.inside.attention if id(call) not in asides]
     crosses = [call for call in calls if sources and reads_any(layer.inside, call, sources)]
     if len(crosses) > 1:
         crosses = _of_values(layer, key, crosses, len(calls))

@@ -281,12 +281,13 @@ def test_a_model_without_a_forward_is_refused_with_its_parts() -> None:
 
 
 def test_two_streams_are_told_apart_by_their_lengths() -> None:
-    """LXMERT's blocks attend four times, over words, objects, and from one to the other: no heads of one block."""
+    """LXMERT's blocks attend four times, over words, objects, and from each to the other: sites are of the words."""
     model = model_of("lxmert", "LxmertModel")
     given = probe_batch(model.module).inputs
     assert given["visual_feats"].shape == (2, 9, 64) and given["visual_pos"].shape == (2, 9, 4)
-    assert "heads of different shapes" in model.spec.refused["z"]
-    run = model.run(given, capture=["resid_post"])
+    run = model.run(given, capture=["resid_post", "cross_pattern"])
+    n_words = run.cache["resid_post"].shape[1]
+    assert n_words != 9 and run.cache["cross_pattern"].shape[-2:] == (n_words, 9)
     assert close(run.logits, plain(model, given))
 
 
