@@ -12,7 +12,6 @@ import torch
 from interp.data.pairs import Pairs
 from interp.errors import Refused
 from interp.models.model import Model
-from interp.models.probe import probe_batch
 from interp.models.verify import relative_error, relative_tolerance
 from interp.run.edits import Edit
 
@@ -31,7 +30,7 @@ def require_heads_alone(model: Model, what: str, pairs: Pairs | None = None) -> 
 
     >>> require_heads_alone(tiny_model(), "paths between heads")
     """
-    batch = probe_batch(model.module).to(model.device)
+    batch = model.probed
     if pairs is not None:
         if pairs.length <= batch.ids.shape[1]:
             return

@@ -29,7 +29,6 @@ from interp.models.attention import Watch, window
 from interp.models.calls import call_model
 from interp.models.hooks import hidden_of, with_hidden
 from interp.models.model import Model
-from interp.models.probe import probe_batch
 from interp.models.spec import BlockMap, first_tensor, module_device
 
 
@@ -76,7 +75,7 @@ def find_reads(model: Model) -> list[Reads]:
 def _probe(model: Model) -> list[_Seen]:
     """One forward of probe tokens, each block's graph starting at its own input."""
     seen = [_Seen() for _ in model.blocks]
-    batch = probe_batch(model.module).to(model.device)
+    batch = model.probed
     layer_of = {
         model.module.get_submodule(block.attention): layer
         for layer, block in enumerate(model.spec.blocks)

@@ -24,7 +24,6 @@ from interp.data.texts import WIKIPEDIA, documents
 from interp.errors import BadInput
 from interp.models.load import model_sha256
 from interp.models.model import Model
-from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 from interp.run.files import write_atomically
 from interp.run.progress import Progress
@@ -386,7 +385,7 @@ def site_shape(model: Model, site: Site) -> tuple[int, int]:
     ((32, 4), (8, 0))
     """
     # What a stack that was named reads may need more than tokens.
-    data = probe_batch(model.module) if model.spec.named else torch.zeros(1, 2, dtype=torch.long)
+    data = model.probed if model.spec.named else torch.zeros(1, 2, dtype=torch.long)
     found = model.run(data, capture=[site], logits=False).cache[site]
     heads = found.shape[2] if has_heads(site.name) and site.head is None else 0
     return found[0, 0].numel(), heads

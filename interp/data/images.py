@@ -21,7 +21,6 @@ from interp.data.drawn_images import drawn_images
 from interp.errors import BadInput, Refused
 from interp.models.calls import main_input
 from interp.models.model import Model
-from interp.models.probe import probe_batch
 from interp.run.batch import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".npy")
@@ -227,7 +226,7 @@ def _check_stages(model: Model) -> None:
     stages = model.spec.stages
     if len(stages) == 1:
         return
-    batch = probe_batch(model.module)
+    batch = model.probed
     sites = [f"resid_pre.{stage[0]}" for stage in stages]
     cache = model.run(batch, capture=sites, logits=False).cache
     lengths = [cache[site].shape[1] for site in sites]
@@ -257,7 +256,7 @@ def _check_layers(model: Model, pixels: Tensor, grid: Grid) -> None:
 
 def _input_shape(model: Model) -> tuple[int, int, int]:
     """Channels, height and width of what the model takes."""
-    shape = probe_batch(model.module).inputs["pixel_values"].shape
+    shape = model.probed.inputs["pixel_values"].shape
     if len(shape) == 3:
         raise Refused(
             f"{model.id} reads images that are cut into patches already ({shape[1]} of {shape[2]} numbers), and in "

@@ -61,6 +61,8 @@ def find_axes(
             raise _refused(seen, layers[0], raw[0], batch)
         axes = _with_others(seen, layers, key, batch) if axes == PLAIN else axes
         return [axes] * len(layers)
+    if batch.size == 1:
+        return _in_one_order(seen, layers, _of_one_row(seen, layers, raw, batch), key, batch)
     copies = batch.rows(slice(0, 1)).repeat(batch.size)
     again = calls_of(record(seen.module, copies), layers)
     found = []
@@ -72,6 +74,19 @@ def find_axes(
             raise _refused(seen, layer, before, batch)
         found.append(axes)
     return _in_one_order(seen, layers, found, key, batch)
+
+
+def _of_one_row(
+    seen: Recording, layers: list[Layer], raw: list[Tensor], batch: Batch
+) -> list[tuple[str, ...]]:
+    """The axes where the probe is an example of one row: all is that row's, and no other tells how it lies."""
+    found = []
+    for layer, x in zip(layers, raw, strict=True):
+        kinds = _possible(x.shape, batch)
+        if len(kinds) != 1:
+            raise _refused(seen, layer, x, batch)
+        found += kinds
+    return found
 
 
 def _with_others(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
+from interp.models.examples import fresh
 from interp.models.forwards import hooks_called
 from interp.models.spec import Spec, first_tensor, module_device
 from interp.run.batch import Batch
@@ -52,7 +53,8 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
 
     `first_position` is what the model calls the position that a Batch calls 0.
     """
-    inputs = inputs_taken(module, batch, first_position)
+    inputs: dict[str, Any] = inputs_taken(module, batch, first_position)
+    inputs |= {name: fresh(name, x) for name, x in batch.objects.items()}
     if "use_cache" in inspect.signature(type(module).forward).parameters:
         extra["use_cache"] = False
     with hooks_called(module):
@@ -193,9 +195,10 @@ def output_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):  # which has `values`, of sparse ones
         return output
     several = tuple(output.values()) if hasattr(output, "values") else output
-    if isinstance(several, tuple):  # not which points match, on which no identity can be tried
-        several = tuple(x for x in several if not isinstance(x, Tensor) or x.is_floating_point())
-    found = first_tensor(several)
+    several = several if isinstance(several, tuple) else (several,)
+    # Not which points match, on which no identity can be tried; nor numbers of objects, which are no tensor.
+    numbers = [x for x in several if not isinstance(x, Tensor) or x.is_floating_point()]
+    found = next((x for x in map(first_tensor, numbers) if x is not None), None)
     if found is None:
         raise Refused("the model returns neither logits nor a hidden state")
     return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import FAILURES, call_model, main_input, output_tensor, text_config
+from interp.models.examples import GIVE
 from interp.models.images import random_images
 from interp.models.spec import module_device
 from interp.models.wants import told_by_layers
@@ -179,8 +180,7 @@ def random_ids(
         d_vocab = next(_values(config, "num_hash_buckets"), None)
     if d_vocab is None:
         raise Refused(
-            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; only whole "
-            "token and image models can be probed"
+            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; {GIVE}"
         )
     special = {
         value

@@ -23,11 +23,16 @@ from interp.run.batch import Batch
 def exact_instead(module: nn.Module, batch: Batch, seen: Recording) -> tuple[Tensor, Tensor] | None:
     """What the model returns in float64 under the window and by itself, where these agree to the rounding of that.
 
-    None where they do not, or where the window sees another number of attention calls there than in `seen`.
+    None where they do not, where an input is no tensor and so has no such copy, or where the window sees another number
+    of attention calls there than in `seen`.
     """
     parameters = list(module.parameters())
     on_meta = any(parameter.is_meta for parameter in parameters)
-    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
+    if (
+        on_meta
+        or batch.objects
+        or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64
+    ):
         return None
     copied, exact = in_float64(module, batch)
     _note_alike(module, copied)

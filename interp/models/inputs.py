@@ -19,8 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import FAILURES, is_encoder_decoder, main_input, required_inputs
+from interp.models.calls import (
+    FAILURES,
+    call_model,
+    is_encoder_decoder,
+    main_input,
+    required_inputs,
+)
 from interp.models.companions import as_weights, needed, with_companions
+from interp.models.examples import GIVE, told
 from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
 from interp.models.images import random_images
@@ -117,16 +124,16 @@ def numbers_taken(
     if (made := _of_one_frame(module, name, others, reasons)) is not None:
         _known[module] = made
         return numbers_taken(module, name, others)
-    if told := _no_tensor(module, name):
+    if kind := _no_tensor(module, name):
         raise Refused(
-            f"{type(module).__name__} takes '{name}', which by its signature is no tensor but {told}; inputs are "
-            f"tensors by name; {_parts_that_are_models(module)}"
+            f"{type(module).__name__} takes '{name}', which by its signature is no tensor but {kind}; {GIVE}; "
+            f"or {_parts_that_are_models(module)}"
         )
     shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
         f"shapes of random input that were tried (of {shape}: {why}); wanted: one with a row for each input in "
-        f"what is returned; {_parts_that_are_models(module)}"
+        f"what is returned; {GIVE}; or {_parts_that_are_models(module)}"
     )
 
 
@@ -177,7 +184,7 @@ def check_kind(module: nn.Module, data: Any) -> None:
     main = main_input(module)
     if main == "input_ids":
         return
-    named = data.inputs if isinstance(data, Batch) else data
+    named = {**data.inputs, **data.objects} if isinstance(data, Batch) else data
     named = named if isinstance(named, Mapping) else {"input_ids": named}
     read = inspect.signature(type(module).forward).parameters
     if main not in named and not any(n in read and not n.endswith("mask") for n in named):
@@ -207,11 +214,14 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
         name = main_input(module)
         patches = inputs_known(module)
         known = _known.get(module) or needed.get(module) or patches
-        if lacking := set(required_inputs(module)) - batch.inputs.keys():
+        if batch.objects:
+            _check_objects(module, batch)
+        if lacking := set(required_inputs(module)) - {*batch.inputs, *batch.objects}:
             known = known or (random_images(module) if name == "pixel_values" else {})
             like = {n: f", such as {tuple(known[n].shape)}" for n in lacking & known.keys()}
             raise BadInput(
-                f"{type(module).__name__} was given {', '.join(batch.inputs)}; its forward requires besides "
+                f"{type(module).__name__} was given {', '.join([*batch.inputs, *batch.objects])}; "
+                "its forward requires besides "
                 + " and ".join(f"'{n}'{like.get(n, '')}" for n in sorted(lacking))
             ) from error
         missing = [given for given in known if given not in batch.inputs]
@@ -229,6 +239,17 @@ def faults_of_input(module: nn.Module, batch: Batch) -> Iterator[None]:
             f"{type(module).__name__} fails on '{name}' of shape {tuple(x.shape)}, type {x.dtype}: {why}; "
             f"it works on shape {tuple(known[name].shape)}, type {_type(module, known[name])}"
             + ", with ".join(["", *besides])
+        ) from error
+
+
+def _check_objects(module: nn.Module, batch: Batch) -> None:
+    """BadInput where the model by itself fails on a batch with inputs that are no tensors."""
+    try:
+        with torch.no_grad():
+            call_model(module, batch)
+    except FAILURES as error:
+        raise BadInput(
+            f"{type(module).__name__} fails on {batch}: {told(error)}; it works on the example that it was opened on"
         ) from error
 
 

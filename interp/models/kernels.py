@@ -64,7 +64,11 @@ def eager_instead(
         return None
     parameters = list(module.parameters())
     on_meta = any(parameter.is_meta for parameter in parameters)
-    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
+    if (
+        on_meta
+        or batch.objects
+        or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64
+    ):
         return None
     copied, exact = in_float64(module, batch)
     own = told(copied, exact)

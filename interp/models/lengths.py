@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from interp.models.calls import main_input
@@ -18,7 +20,7 @@ def follow_values(seen: Recording, module: nn.Module, batch: Batch) -> str:
     name = main_input(module)
     if name not in batch.inputs:
         return ""
-    other = Batch({**batch.inputs, name: batch.inputs[name].flip(-1)}, batch.mask)
+    other = replace(batch, inputs={**batch.inputs, name: batch.inputs[name].flip(-1)})
     before, after = _shapes(seen), _shapes(record(module, other))
     moved = next((part for part in before if after.get(part) != before[part]), None)
     if moved is None:

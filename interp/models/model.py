@@ -20,11 +20,11 @@ from interp.models.layout import require_tokens_alone
 from interp.models.offered import Offered
 from interp.models.passes import Passes
 from interp.models.plan import planned
-from interp.models.probe import probe
+from interp.models.probe import probe, probe_batch
 from interp.models.readout import unembed
 from interp.models.replays import TOKENS_PER_FORWARD, replayed
 from interp.models.spec import module_device
-from interp.models.taken import batch_of
+from interp.models.taken import batch_like, batch_of
 from interp.models.tokens import Tokens
 from interp.models.weights import FrozenNorm, Weights
 from interp.run.batch import Batch
@@ -47,6 +47,7 @@ class Model:
         stack: of a model with several stacks of blocks, the one whose layers these are, by its name or that of
             the module around it. The whole model runs, and `run.logits` is what it returns first. A model's own,
             where it has one, is meant without.
+        example: inputs by name on which the map is found, where none can be made up. See `interp.load`.
 
     >>> model = tiny_model()
     >>> run = model.run(torch.tensor([[5, 6, 7]]), capture=["z", "resid_post.1"])
@@ -62,12 +63,14 @@ class Model:
         *,
         notes: Sequence[str] = (),
         stack: str | None = None,
+        example: Mapping[str, Any] | None = None,
     ):
         self.module = module.eval()
         self.tokenizer = tokenizer
         self.notes = tuple(notes)
         before = replaced.kinds(self.module)
-        self.spec = probe(self.module, called=stack)
+        self.example = None if example is None else batch_like(self.module, example)
+        self.spec = probe(self.module, self.example, called=stack)
         self.id = f"{id}:{stack}" if self.spec.named else id
         self.notes += replaced.note(before, replaced.kinds(self.module))
         if self.module in drawing:
@@ -139,6 +142,12 @@ class Model:
     def parts(self) -> list[list[nn.Module]]:
         """The modules of each layer: one block, in most models, or several called one after the other."""
         return parts_of(self.module, self.spec)
+
+    @property
+    def probed(self) -> Batch:
+        """Inputs that the map was found on: the example that was given, or what is made up for such a model."""
+        made = probe_batch(self.module) if self.example is None else self.example
+        return made.to(self.device)
 
     def layers_with(self, name: str) -> list[int]:
         """The layers that have the site called `name`; raises Refused with the reason if none."""
@@ -250,9 +259,10 @@ class Model:
         """
         return self._tokens.id_of(token)
 
-    def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor]) -> Batch:
+    def as_batch(self, data: Batch | Tensor | str | Sequence[str] | Mapping[str, Any]) -> Batch:
         """Any accepted form of input as a checked Batch on the model's device."""
-        return batch_of(data, self.module, self.spec, self._tokens).to(self.device)
+        batch = batch_of(data, self.module, self.spec, self._tokens, self.example)
+        return batch.to(self.device)
 
     @property
     def _tokens(self) -> Tokens:
@@ -262,7 +272,7 @@ class Model:
 
     def run(
         self,
-        data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor],
+        data: Batch | Tensor | str | Sequence[str] | Mapping[str, Any],
         capture: Iterable[str | Site] = (),
         edits: Sequence[Edit] = (),
         *,
@@ -336,7 +346,7 @@ class Model:
     @contextmanager
     def hooked(
         self,
-        data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor],
+        data: Batch | Tensor | str | Sequence[str] | Mapping[str, Any],
         capture: Iterable[str | Site] = (),
         edits: Sequence[Edit] = (),
         *,

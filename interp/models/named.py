@@ -28,7 +28,7 @@ def stands_beside_tokens(seen: Recording, first: Layer, key: int | str, batch: B
     hidden, ids = first.hidden(key), batch.inputs.get("input_ids")
     if ids is None or hidden.shape[:2] != ids.shape[:2]:
         return ids is not None
-    others = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(0)})
+    others = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(int(len(ids) == 1))})
     return torch.equal(_read(record(seen.module, others), first, key), hidden)
 
 
@@ -45,6 +45,8 @@ def before_attention(seen: Recording, first: Layer, key: int | str, batch: Batch
 def rows_apart(seen: Recording, batch: Batch) -> bool:
     """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images)."""
     out, twice = seen.output, None
+    if batch.objects:  # of which no second row can be made
+        return False
     with suppress(*FAILURES):
         twice = output_tensor(call_model(seen.module, batch.repeat(2))).to(out.device)
     if twice is None or twice.shape != (2 * len(out), *out.shape[1:]):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models.calls import call_model, check_kept, has_tokens, output_tensor
 from interp.models.frames import require_one_frame
 from interp.models.hooked import hooked
@@ -74,6 +75,11 @@ class Passes:
                 made = output_tensor(
                     call_model(self.module, batch, self.spec.first_position, **extra)
                 )
+                if grad and made.is_inference():
+                    raise Refused(
+                        "gradients cannot be had of this model: its forward runs in torch.inference_mode(), which "
+                        "keeps no graph; runs without grad=True work"
+                    )
                 run.logits = by_row(made, self.spec.hidden_axes, batch.size)
                 if isinstance(logits, Tensor) and not self._keeps_logits:
                     run.logits = run.logits[:, logits.to(run.logits.device)]

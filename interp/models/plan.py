@@ -40,15 +40,22 @@ class Plan:
         return self.edits.get((name, layer), ())
 
     def require_met(self, start: int, until: int) -> None:
-        """Refused where a layer from `start` on, before `until`, ran and one of its sites was passed by: an edit did
-        nothing there.
+        """Refused where a site of a layer from `start` on, before `until`, was passed by: an edit did nothing there.
+
+        Its layer did not run at all (a tracker looks back on no frame at its first), or not as on the probe.
         """
         for name, layer in sorted(self.sites - self.met):
-            if layer in self.ran and start <= layer < until:
+            if not start <= layer < until:
+                continue
+            if layer not in self.ran:
                 raise Refused(
-                    f"'{name}.{layer}' was passed by: on these inputs the layer does not call what it called on the "
-                    "probe, where this site is; give inputs of another length or kind, or name another site"
+                    f"'{name}.{layer}' was passed by: layer {layer} is not called on these inputs, as it was on the "
+                    "probe; give inputs on which it is"
                 )
+            raise Refused(
+                f"'{name}.{layer}' was passed by: on these inputs the layer does not call what it called on the "
+                "probe, where this site is; give inputs of another length or kind, or name another site"
+            )
 
     def kept(self, x: Tensor) -> Tensor:
         """What is captured of x: where gradients are wanted and nothing before it needs one, a leaf in its place.

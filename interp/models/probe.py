@@ -7,7 +7,8 @@ name, with the reason.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from weakref import WeakSet
@@ -31,6 +32,7 @@ from interp.models.codebooks import with_codebooks
 from interp.models.companions import probe_length, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.exact import exact_instead
+from interp.models.examples import GIVE, told
 from interp.models.find_own import find_own
 from interp.models.find_stack import SeveralStacks, is_within
 from interp.models.forwards import find_called
@@ -57,11 +59,14 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
         called: of a model with several stacks of blocks, the one that is wanted.
 
     Raises:
-        BadInput: the probe forward fails, or no stack is called so. Refused: no stack of blocks can be made out.
+        BadInput: the forward fails on `batch`, or no stack is called so. Refused: it fails on what is made up, or no
+            stack of blocks can be made out.
     """
+    made_up = batch is None
     batch = (probe_batch(module) if batch is None else batch).to(module_device(module))
     with torch.no_grad():
-        plain = output_tensor(call_model(module, batch))
+        with _works(module, batch, made_up):
+            plain = output_tensor(call_model(module, batch))
         if not bool(plain.isfinite().all()):  # nothing can be compared, or solved for
             raise BadInput(
                 f"{type(module).__name__} returns NaN or infinite values on the probe: check its weights, or open it "
@@ -126,6 +131,22 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
                     in_float64=relative_error(seen.output, plain)[0],
                 )
         return spec
+
+
+@contextmanager
+def _works(module: nn.Module, batch: Batch, made_up: bool) -> Iterator[None]:
+    """Inside, a failure of the forward is a BadInput, of an example; of what the probe made up it is Refused."""
+    try:
+        yield
+    except FAILURES as error:
+        name, why = type(module).__name__, told(error)
+        if made_up:
+            raise Refused(
+                f"{name} fails on what was made up for it, {batch}: {why}; {GIVE}"
+            ) from error
+        raise BadInput(
+            f"{name} fails on the example {batch}: {why}; wanted: inputs by name with which its own forward works"
+        ) from error
 
 
 def _discovered(
@@ -200,7 +221,7 @@ def first_position(module: nn.Module, batch: Batch, plain: Tensor) -> int:
         return 0
     rows, length = batch.ids.shape[:2]
     positions = torch.arange(length).expand(rows, length).to(batch.ids)
-    told = Batch({**batch.inputs, "position_ids": positions})
+    told = replace(batch, inputs={**batch.inputs, "position_ids": positions})
     for first in (0, *(pad + 1 for pad in pads)):
         if torch.equal(output_tensor(call_model(module, told, first)), plain):
             return first

@@ -29,7 +29,7 @@ class ModuleCall:
     order: int
     is_tuple: bool
     original: Tensor | None
-    version: int
+    version: int | None
     start: int = 0
     keys: tuple[int | str, ...] = ()
     dict_key: str = ""
@@ -37,8 +37,17 @@ class ModuleCall:
 
     @property
     def mutated(self) -> bool:
-        """Whether the output was changed in place after the module returned it."""
-        return self.original is not None and self.original._version != self.version
+        """Whether the output was changed in place after the module returned it.
+
+        Tensors made in inference mode count no versions: there the values are compared.
+        """
+        if self.original is None or self.version is None:
+            return self.original is not None and not self._as_kept(self.original)
+        return self.original._version != self.version
+
+    def _as_kept(self, x: Tensor) -> bool:
+        assert self.output is not None
+        return torch.equal(x.nan_to_num().cpu(), self.output.nan_to_num())
 
 
 @dataclass
@@ -152,7 +161,7 @@ def record(
                 order,
                 not isinstance(output, Tensor),
                 out,
-                0 if out is None else out._version,
+                None if out is None or out.is_inference() else out._version,
                 start,
                 keys,
                 str(next(iter(output), "")) if type(output) is dict else "",

@@ -292,7 +292,7 @@ class Spec:
     `named`: the stack is one of several that the model has, and was asked for by name. `beside`: its positions are
     not those of the tokens that the model reads besides. `heard`: what the model returns first is made of what its last
     block returns. `together`: what the model returns for a row depends on the
-    rows beside it.
+    rows beside it, or the probe had a single row and it was not tried.
     """
 
     family: str

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from interp.errors import BadInput
-from interp.models.calls import check_source, check_tokens, has_tokens, is_encoder_decoder
+from interp.errors import BadInput, Refused, unknown
+from interp.models.calls import (
+    check_source,
+    check_tokens,
+    has_tokens,
+    is_encoder_decoder,
+    main_input,
+)
 from interp.models.codebooks import begun, in_codebooks
+from interp.models.examples import fresh
 from interp.models.grids import named_as_taken, with_images_apart
 from interp.models.inputs import check_kind
 from interp.models.layout import ONE_AFTER_THE_OTHER
@@ -20,12 +29,15 @@ from interp.run.batch import Batch
 
 
 def batch_of(
-    data: Batch | Tensor | str | Sequence[str] | Mapping[str, Tensor],
+    data: Batch | Tensor | str | Sequence[str] | Mapping[str, Any],
     module: nn.Module,
     spec: Spec,
     tokens: Tokens,
+    example: Batch | None = None,
 ) -> Batch:
     """Text, token ids [batch pos] or [pos], inputs by name or a Batch, as a checked Batch.
+
+    `example`: what the model was opened on, if anything: then inputs by name may be no tensors.
 
     Raises:
         BadInput: what this model does not read, too many positions, ids outside the vocabulary.
@@ -37,7 +49,7 @@ def batch_of(
     elif isinstance(data, Tensor):
         batch = Batch.of_ids(data[None] if data.ndim == 1 else data)
     elif isinstance(data, Mapping):
-        batch = Batch.of_inputs(data)
+        batch = Batch.of_inputs(data) if example is None else batch_like(module, data)
     else:
         batch = tokens.batch(data)
     if not batch.has_source and is_encoder_decoder(module):
@@ -51,6 +63,11 @@ def batch_of(
             )
         batch = begun(module, batch)
     batch = as_marked(module, with_images_apart(module, in_codebooks(module, batch)))
+    if example is not None and example.size == 1 < batch.size:
+        raise Refused(
+            f"{tokens.id} was opened on an example of one row and is given {batch.size}: how rows lie beside one "
+            "another was not tried. Give them one by one, or open it on an example of two"
+        )
     packed = spec.blocks[0].axes in ONE_AFTER_THE_OTHER
     if spec.beside or (packed and not has_tokens(module, batch)):
         # A mask of frames or pixels: rows are packed without padding. Or one of tokens, beside the stack.
@@ -65,3 +82,24 @@ def batch_of(
     if batch.has_source:
         check_source(module, batch)
     return batch
+
+
+def batch_like(module: nn.Module, inputs: Mapping[str, Any]) -> Batch:
+    """The batch of inputs by name of which some are no tensors, these as they are now.
+
+    It has one row where none of the tensors is of token ids or the model's main input.
+
+    Raises:
+        BadInput: the forward names no such input, or it cannot be copied.
+    """
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    objects = {name: fresh(name, x) for name, x in inputs.items() if name not in tensors}
+    if not inputs:
+        raise BadInput("no inputs were given; wanted: a mapping of the forward's inputs by name")
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    if strange := [name for name in objects if name not in names]:
+        raise unknown(f"input of {type(module).__name__}", strange[0], names)
+    batch = Batch.of_inputs(tensors)
+    in_rows = not objects or {main_input(module), batch.name_of_ids} & tensors.keys()
+    return Batch(batch.inputs, batch.mask, n_rows=None if in_rows else 1, objects=objects)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,6 +24,9 @@ class Batch:
     An input may hold several entries for each row, one row's after the other's: ids the codebooks of a row,
     images their patches. `packed` names the axis along which they lie, and `n_rows` says how many rows there are.
 
+    `objects` are inputs that are no tensors, such as the session of a video tracker: every forward gets a copy of its
+    own. They hold all rows, so a batch with some has neither fewer rows nor more.
+
     >>> batch = Batch.of_ids(torch.tensor([[5, 6, 7], [8, 9, 1]]))
     >>> batch.size, batch.repeat(2).ids.shape, bool(batch.padded)
     (2, torch.Size([4, 3]), False)
@@ -32,6 +36,7 @@ class Batch:
     mask: Bool[Tensor, "batch pos"] | None = None
     packed: Mapping[str, int] = field(default_factory=dict)
     n_rows: int | None = None
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_ids(ids: Int[Tensor, "batch pos ..."], mask: Tensor | None = None) -> Batch:
@@ -96,7 +101,8 @@ class Batch:
 
     def __repr__(self) -> str:
         """Names and shapes of the inputs, and how many positions of each row are real where some are not."""
-        named = ", ".join(f"{name} {list(x.shape)}" for name, x in self.inputs.items())
+        shapes = [f"{name} {list(x.shape)}" for name, x in self.inputs.items()]
+        named = ", ".join([*shapes, *(f"{n} {type(x).__name__}" for n, x in self.objects.items())])
         if self.mask is not None and not bool(self.mask.all()):
             named += f", real positions {self.mask.sum(1).tolist()}"
         return f"Batch({named})"
@@ -141,7 +147,13 @@ class Batch:
         return ("decoder_attention_mask" if self.has_source else "attention_mask") in self.inputs
 
     def repeat(self, times: int) -> Batch:
-        """`times` copies of all rows, one copy after the other."""
+        """`times` copies of all rows, one copy after the other.
+
+        Raises:
+            BadInput: several, of a batch with inputs that are no tensors.
+        """
+        if times != 1:
+            self._require_tensors(f"{times} copies of its rows")
         return self._map(lambda x: torch.cat([x] * times), self.size * times)
 
     def rows(self, rows: slice | Tensor) -> Batch:
@@ -156,11 +168,21 @@ class Batch:
                     f"which of the {x.shape[0]} entries of '{name}' belong to which of {self.size} rows is not known: "
                     "make a batch of each row"
                 )
+        if not isinstance(rows, slice) or range(self.size)[rows] != range(self.size):
+            self._require_tensors("some of its rows")
         kept = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
         return self._map(lambda x: x[rows], kept)
 
+    def _require_tensors(self, what: str) -> None:
+        """BadInput where there are inputs that are no tensors: which part of them is a row's is not known."""
+        if self.objects:
+            raise BadInput(
+                f"a batch with '{next(iter(self.objects))}', which is no tensor, was asked for {what}; only the whole "
+                "of it can be run: give batches of their own"
+            )
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
+        """The same batch with its tensors on `device`; what is no tensor stays where it is."""
         return self._map(lambda x: x.to(device), self.size)
 
     def _map(self, change: Callable[[Tensor], Tensor], n_rows: int) -> Batch:
@@ -175,7 +197,8 @@ class Batch:
 
         mask = None if self.mask is None else change(self.mask)
         inputs = {name: changed(name, x) for name, x in self.inputs.items()}
-        return Batch(inputs, mask, self.packed, None if self.n_rows is None else n_rows)
+        rows = None if self.n_rows is None else n_rows
+        return replace(self, inputs=inputs, mask=mask, n_rows=rows)
 
 
 def _own_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
