@@ -44,6 +44,8 @@ class Variant:
     """Whether the hidden sizes of parts are divided with them, and the sizes of maps with the image's."""
     sliding: int = WINDOW
     """The longest sliding window; another than WINDOW is tried only where the config names one."""
+    gain: float = 2.0
+    """About how many times as large as what it reads a convolution makes it: many that add to it overflow."""
 
 
 VARIANTS = (
@@ -65,6 +67,7 @@ VARIANTS = (
     Variant(224, HEADS, filled=True, divided=True),
     Variant(224, HEADS, patch=16, divided=True, parts=True),
     Variant(64, HEADS, 4, patch=16, filled=True),
+    Variant(224, HEADS, patch=16, divided=True, parts=True, gain=1.0),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (

@@ -6,6 +6,8 @@ type is known here.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import inspect
 import re
@@ -16,6 +18,12 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_MLP_LAYER_TYPES
 
 Made = TypeVar("Made")
+
+LIBRARY_SMALLEST = "test_vit"
+"""The smallest transformer of images that timm lists."""
+
+TOWER: Mapping[str, Any] = {"architecture": LIBRARY_SMALLEST, "model_args": {"embed_dim": 64}}
+"""A tower of images that timm makes, beside a text model: names of its fields do not shrink it."""
 
 OPEN: tuple[tuple[str, Any], ...] = (
     (r"^head_dim$|^indexer_head_dim$", 16),
@@ -35,11 +43,13 @@ OPEN: tuple[tuple[str, Any], ...] = (
     (r"_scale_factors$", [1.0]),
     (r"^class_thresholds$", [0.5, 0.5]),
     (r"^class_order$", [0, 1]),
+    (r"^backbone$", LIBRARY_SMALLEST),
+    (r"^model_args$", {"channel_multiplier": 1 / 16}),  # timm's name for the widths of all stages
 )
 """What becomes of a field left open, where nothing else about the config tells."""
 
-TOWER: Mapping[str, Any] = {"architecture": "test_vit", "model_args": {"embed_dim": 64}}
-"""A tower of images that timm makes, beside a text model: names of its fields do not shrink it."""
+ALIKE = 0.9
+"""How alike two names are of which one is the other but for a slip."""
 
 ROTATED = 32
 """Numbers of a head that are rotated at the least, where a config has nothing but a flag for it."""
@@ -146,6 +156,24 @@ def _folded(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(fields.get(name), int) for name in names for fields in (old, new)):
         return {}
     return {"num_mel_bins": new["spec_size"] // (old["spec_size"] // old["num_mel_bins"])}
+
+
+def spelt(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields; one that the class does not declare, named like one that it does but for a slip, is that one."""
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    known, slips = {**fields}, set(fields) - names - {*config.attribute_map}
+    for slip in sorted(slips):
+        as_long = sorted(name for name in names if len(name) == len(slip))
+        if meant := difflib.get_close_matches(slip, as_long, n=1, cutoff=ALIKE):
+            known[meant[0]] = known.pop(slip)
+    return known
+
+
+def of_library(fields: Mapping[str, Any]) -> bool:
+    """Whether another library makes a part, by the name of an architecture: that fixes the widths of its stages."""
+    return any(
+        hasattr(x, "architecture") for x in fields.values() if isinstance(x, PreTrainedConfig)
+    )
 
 
 def towered(name: str, part: PreTrainedConfig) -> PreTrainedConfig:

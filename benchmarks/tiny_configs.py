@@ -37,7 +37,9 @@ from benchmarks.open_fields import (
     fitting,
     of_every_kind,
     of_layers,
+    of_library,
     rope_of_types,
+    spelt,
     supplied,
     towered,
 )
@@ -76,9 +78,9 @@ def tiny_model(
                 continue
             small = shrunk(config, variant)
             module = (
-                supplied(partial(build, model_class), small)
+                supplied(partial(build, model_class, gain=variant.gain), small)
                 if variant.filled
-                else build(model_class, small)
+                else build(model_class, small, variant.gain)
             )
             check(module)
             return module
@@ -118,9 +120,10 @@ def _of_class(config: PreTrainedConfig, wanted: type | None) -> PreTrainedConfig
     return parts[0] if parts else config
 
 
-def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
-    """A random model: matrices with a standard deviation of 0.2, kernels of convolutions as wide as keeps the size
-    of what they read, vectors moved off their trivial values.
+def build(model_class: type, config: PreTrainedConfig, gain: float = 2.0) -> nn.Module:
+    """A random model: matrices with a standard deviation of 0.2, vectors moved off their trivial values.
+
+    Kernels of convolutions make what they read about `gain` times as large.
     """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
@@ -138,7 +141,7 @@ def build(model_class: type, config: PreTrainedConfig) -> nn.Module:
                 if parameter.ndim < 2:
                     parameter.add_(0.1 * noise)
                 elif parameter.ndim > 3:  # deep stacks of convolutions neither fade nor overflow
-                    parameter.copy_(2 * noise / parameter[0].numel() ** 0.5)
+                    parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
                 else:
                     parameter.copy_(0.2 * noise)
     return module
@@ -162,6 +165,7 @@ def shrunk(
         if not name.startswith("_")
         and name not in ("transformers_version", "dtype", "ignore_keys_at_rope_validation")
     }
+    fields = spelt(config, fields)
     if variant.divided:
         fields = declared(config, fields)
         wide = widths(config, variant.parts) if wide is None else wide
@@ -171,7 +175,7 @@ def shrunk(
     if variant.common and not narrowest:
         sizes = {_hidden(vars(x)) for x in fields.values() if isinstance(x, PreTrainedConfig)} - {0}
         narrowest = min((x for x in sizes if any(y > x and y % x == 0 for y in sizes)), default=0)
-    tokens = Tokens()
+    tokens, by_name = Tokens(), of_library(fields)
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
@@ -195,6 +199,8 @@ def shrunk(
             new[name] = tokens.of(value)
         elif variant.parts and image and name.endswith("feature_sizes"):
             new[name] = of_image(value, image, variant.image)
+        elif by_name and isinstance(value, (list, tuple)) and "channel" in name:
+            new[name] = value
         elif wide and (less := divided(name, value, wide)) != value:
             new[name] = less
         elif name == "head_dim" and value == fields.get("qk_rope_head_dim"):

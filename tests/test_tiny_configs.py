@@ -15,7 +15,7 @@ from benchmarks import architectures, callers
 from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.model_types import own_classes
-from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, supplied
+from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, spelt, supplied
 from benchmarks.tiny_configs import FAST, attention_switches, build, shrunk, tiny_model
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
@@ -251,10 +251,31 @@ def test_a_tower_of_another_library_is_its_smallest_and_a_model_s_own_architectu
     config: Any = shrunk(default("fast_vlm"), Variant())
     assert config.vision_config.architecture == "test_vit"
     own: Any = shrunk(default("timm_wrapper"), Variant())
-    backbone: Any = shrunk(
-        default("edgetam_vision_model"), Variant()
-    )  # what the model itself attends with
-    assert own.architecture == backbone.backbone_config.architecture == "resnet50"
+    assert own.architecture == "resnet50"
+
+
+def test_a_field_that_a_default_config_misspells_is_the_one_that_is_meant() -> None:
+    """EdgeTAM's names an `archirecture`, and the widths of that one's stages; these stay where others are divided."""
+    whole = default("edgetam_vision_model")
+    assert whole.backbone_config.architecture == "resnet50"
+    assert whole.backbone_config.archirecture == "repvit_m1"
+    for variant in (Variant(), PARTS):
+        backbone: Any = shrunk(whole, variant)
+        assert backbone.backbone_config.architecture == "repvit_m1"
+        assert backbone.backbone_channel_list == whole.backbone_channel_list
+    other = default("bert")
+    other.hidden_act_ = "relu"
+    fields = {"hidden_act": "gelu", "hidden_act_": "relu"}
+    assert spelt(other, fields) == fields
+
+
+def test_kernels_are_as_loud_as_is_asked() -> None:
+    """Convolutions that add to what they read overflow where each makes it larger: the last variant's do not."""
+    small = shrunk(default("resnet"), Variant())
+    loud, calm = (build(transformers.ResNetModel, small, gain) for gain in (2.0, 1.0))
+    kernels = [[x for x in each.parameters() if x.ndim > 3] for each in (loud, calm)]
+    assert kernels[0] and all(a.equal(2 * b) for a, b in zip(*kernels, strict=True))
+    assert VARIANTS[-1].gain == 1.0
 
 
 def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ several a row.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from itertools import combinations, islice
 from typing import Any
@@ -18,11 +19,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import FAILURES, call_model, main_input, output_tensor, text_config
+from interp.models.calls import main_input, text_config
+from interp.models.clips import clip_shapes
 from interp.models.examples import GIVE
 from interp.models.images import random_images
 from interp.models.spec import module_device
-from interp.models.wants import told_by_layers
+from interp.models.wants import SAMPLES, told_by_layers, tried
 from interp.run.batch import Batch
 
 PROBE_ROWS, PROBE_LENGTH = 2, 7
@@ -31,6 +33,8 @@ OPTIONAL = (
     "bbox",
     "pixel_values",
     "input_features",
+    "pixel_values_videos",
+    "input_values",
     "image_attention_mask",
     "image_embeds_position_mask",
     "pixel_attention_mask",
@@ -60,13 +64,14 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     optional = [
         name for name in OPTIONAL if name in read and name not in (*batch.inputs, *required)
     ]
-    if not required and _works(module, batch):
+    made, fault = tried(module, batch.to(module_device(module)))
+    if not required and made is not None and made.ndim > 1:
         return batch
-    for inputs in islice(_trials(module, batch, required, optional), TRIALS):
-        tried = Batch.of_inputs(inputs)
-        if _works(module, tried):
+    named = [name for name in optional if re.search(rf"\b{name}\b", fault.why)]
+    for inputs in islice(_trials(module, batch, required, optional, named), TRIALS):
+        if _works(module, Batch.of_inputs(inputs)):
             needed[module] = inputs
-            return with_companions(module, tried)
+            return with_companions(module, batch)
     told = told_by_layers(module, batch.inputs, main_input(module))
     if told is not None:
         needed[module] = told
@@ -84,9 +89,12 @@ def as_weights(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _trials(
-    module: nn.Module, batch: Batch, required: list[str], optional: list[str]
+    module: nn.Module, batch: Batch, required: list[str], optional: list[str], named: list[str]
 ) -> Iterator[dict[str, Tensor]]:
-    """Inputs to try: text alone, then the main input with the required ones and as few others as may be."""
+    """Inputs to try: text alone, then the main input with the required ones and as few others as may be.
+
+    Several that the failure of the main input alone names are tried together before.
+    """
     main = main_input(module)
     parameter = inspect.signature(type(module).forward).parameters.get(main)
     if "input_ids" in optional and parameter is not None and parameter.default is None:
@@ -94,6 +102,8 @@ def _trials(
     given = [batch.inputs]
     if main == "pixel_values":
         given += [{**batch.inputs, main: x} for x in _made(module, main, batch.inputs)][1:]
+    if len(named) > 1:
+        yield from _filled(module, [*required, *named], batch.inputs)
     for inputs in given:
         for count in range(MOST + 1):
             for some in combinations(optional, count):
@@ -132,6 +142,12 @@ def _made(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[T
                 images.append(torch.randn(shape, generator=generator).to(dtype))
         for pixels in images:  # one image, several or two a row
             yield from (pixels, pixels[:, None], torch.stack([pixels, pixels.flip(0)], 1))
+    elif name == "input_values":  # a wave
+        x = torch.randn(PROBE_ROWS, SAMPLES, generator=generator).to(dtype)
+        yield from (x, x[:, None])
+    elif name.endswith("videos"):
+        for shape, _ in clip_shapes(module, name):
+            yield torch.randn(shape, generator=generator).to(dtype)
     elif name.endswith(("pixel_values", "_masks")) and "pixel_values" in inputs:  # of its shape
         yield torch.randn(inputs["pixel_values"].shape, generator=generator).to(dtype)
     elif name == "bbox":  # left, top, right, bottom: parts of a page
@@ -194,11 +210,8 @@ def random_ids(
 
 
 def _works(module: nn.Module, batch: Batch) -> bool:
-    try:
-        with torch.no_grad():
-            return output_tensor(call_model(module, batch.to(module_device(module)))).ndim > 1
-    except FAILURES:
-        return False
+    made, _ = tried(module, batch.to(module_device(module)))
+    return made is not None and made.ndim > 1
 
 
 def _values(config: Any, name: str) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from interp.run.batch import Batch
 ROWS = 2
 ANY_SIDES = (64, 128, 256)
 """Pixels a side for models whose config names no size: most take any, some only images of several patches."""
+MOST_SIDE = 1024
+"""Of an image that a failure asks for."""
 PLACES = "pixel_position_ids"
 """The parameter that tells the column and the row of each patch."""
 
@@ -23,9 +26,9 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
     """Two random images by the names of the model's inputs.
 
     Pixels [row channel height width] of the size that the config names, [row frame channel height width]
-    where it names frames; of a model that takes any size the smallest on which its forward works. A model
-    that is told how many rows and columns of patches there are (`spatial_shapes`), or which of them each is
-    in (`pixel_position_ids`), reads patches [row patch channel·height·width].
+    where it names frames; where it names no size, the smallest of a few on which the forward works, else the one
+    that a failure asks for. A model that is told how many rows and columns of patches there are (`spatial_shapes`),
+    or which of them each is in (`pixel_position_ids`), reads patches [row patch channel·height·width].
     """
     config: Any = getattr(module, "config", None)
     config = getattr(config, "vision_config", config)
@@ -55,7 +58,16 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
         sides = size if isinstance(size, (tuple, list)) else (size, size)
         return {"pixel_values": _normal(module, *lead, *sides)}
     images = [{"pixel_values": _normal(module, *lead, side, side)} for side in ANY_SIDES]
-    return next((image for image in images if _taken(module, image)), images[0])
+    faults = []
+    for image in images:
+        faults.append(_fault(module, image))
+        if not faults[-1]:
+            return image
+    for fault, side in zip(faults, ANY_SIDES, strict=True):
+        told = sides_told(fault, side)
+        if told and not _fault(module, made := {"pixel_values": _normal(module, *lead, *told)}):
+            return made
+    return images[0]
 
 
 def _normal(module: nn.Module, *shape: int) -> Tensor:
@@ -63,11 +75,30 @@ def _normal(module: nn.Module, *shape: int) -> Tensor:
     return numbers.to(next(module.parameters()).dtype)
 
 
-def _taken(module: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    """Whether the model's forward works on these inputs."""
+def _fault(module: nn.Module, inputs: dict[str, Tensor]) -> str:
+    """Why the model's forward fails on these inputs; "" where it works."""
     try:
         with torch.no_grad():
             call_model(module, Batch(inputs).to(module_device(module)))
-    except FAILURES:
-        return False
-    return True
+    except FAILURES as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def sides_told(fault: str, tried: int) -> tuple[int, int] | None:
+    """Height and width of the images that a failure asks for, beside the side that was tried; None where it does not.
+
+    >>> sides_told("Input image size (64*64) doesn't match model (32*48).", 64)
+    (32, 48)
+    >>> sides_told("Input height (64) doesn't match model (224).", 64)
+    (224, 224)
+    """
+    numbers = [int(each) for each in re.findall(r"\d+", fault)]
+    other = [each for each in numbers if each != tried]
+    if (
+        tried not in numbers
+        or len(other) not in (1, 2)
+        or not 0 < min(other) <= max(other) <= MOST_SIDE
+    ):
+        return None
+    return other[0], other[-1]

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from interp.errors import BadInput, Refused
 from interp.models.calls import (
@@ -26,6 +26,7 @@ from interp.models.calls import (
     main_input,
     required_inputs,
 )
+from interp.models.clips import ROWS, clip_shapes, sizes
 from interp.models.companions import as_weights, needed, with_companions
 from interp.models.examples import GIVE, told
 from interp.models.frames import OneFrame, one_frame
@@ -36,7 +37,7 @@ from interp.models.spec import module_device
 from interp.models.wants import SAMPLES, tried
 from interp.run.batch import Batch
 
-ROWS, FRAMES = 2, 72
+FRAMES = 72
 """0.4 s at 16 kHz; frames for models that take any number: several positions after pooling by 8."""
 SECONDS = 200
 """Two seconds of frames: for models that cut sound into parts of a quarter, a half or a whole one."""
@@ -51,10 +52,6 @@ BINS = (
 CHANNELS = ("num_input_channels", "input_size")
 """Of a time series, as long as the config's context."""
 MOST_FRAMES = ("max_source_positions", "max_length", "max_position_embeddings")
-VIDEO_FRAMES = ("num_frames", "frames_per_clip")
-SOME_FRAMES = 3
-"""Of a video whose frames no config counts."""
-SIDES = ("image_size", "crop_size")
 WAVES = (ROWS, SAMPLES)
 UNKNOWN = (ROWS, FRAMES, FRAMES - 1)
 """Of these the first layer says how many bins it wants; in the second two axes that can be told apart."""
@@ -82,7 +79,7 @@ def numbers_taken(
     """
     if module in _known:
         return as_weights(module, _known[module])
-    waiting = list(dict.fromkeys(_shapes(getattr(module, "config", None), name)))
+    waiting = list(dict.fromkeys(_shapes(module, name)))
     reasons: dict[tuple[int, ...], str] = {}
     shaped: list[dict[str, Tensor]] = []
     in_one: list[dict[str, Tensor]] = []
@@ -144,7 +141,7 @@ def _of_one_frame(
     reasons: dict[tuple[int, ...], str],
 ) -> dict[str, Tensor] | None:
     """A clip of one frame with which the forward works, where none of several did, for these reasons; or None."""
-    for several, axis in _videos(getattr(module, "config", None), name):
+    for several, axis in clip_shapes(module, name):
         told = OneFrame(name, axis, several, reasons[several])
         if told.shape in reasons:  # tried before
             continue
@@ -274,32 +271,23 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
             yield {n: ones.clone() if n.endswith("mask") else 0 * ones for n in names}
 
 
-def _shapes(config: Any, name: str) -> Iterator[tuple[int, ...]]:
-    """Video where sides are told, and frames or by its name; spectrograms where bins are, waves, anything."""
-    yield from (shape for shape, _ in _videos(config, name))
-    lengths = [n for size in _sizes(config, MOST_FRAMES) for n in (size, 2 * size, size // 2)]
-    for bins in _sizes(config, BINS):
+def _shapes(module: nn.Module, name: str) -> Iterator[tuple[int, ...]]:
+    """Video where frames are told or the name says it; spectrograms where bins are, waves, anything."""
+    yield from (shape for shape, _ in clip_shapes(module, name))
+    config = getattr(module, "config", None)
+    lengths = [n for size in sizes(config, MOST_FRAMES) for n in (size, 2 * size, size // 2)]
+    for bins in sizes(config, BINS):
         for frames in (FRAMES, *lengths, SECONDS):
             yield ROWS, frames, bins
             yield ROWS, bins, frames
     lags = getattr(config, "lags_sequence", None) or ()
-    for length in _sizes(config, ("context_length",)):
-        for channels in _sizes(config, CHANNELS):
+    for length in sizes(config, ("context_length",)):
+        for channels in sizes(config, CHANNELS):
             for size in dict.fromkeys((length, length + max(lags, default=0))):
                 yield from ((ROWS, size, channels), (ROWS, size))
     yield WAVES
     yield ROWS, 1, SAMPLES
     yield UNKNOWN
-
-
-def _videos(config: Any, name: str) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Shapes of clips where sides are told, and frames or by its name; with the axis of the frames."""
-    told = _sizes(config, VIDEO_FRAMES)
-    for frames in told or [SOME_FRAMES] * name.endswith("videos"):
-        for side in _sizes(config, SIDES):
-            for channels in [*_sizes(config, ("num_channels", "in_chans")), 3]:
-                yield (ROWS, frames, channels, side, side), 1
-                yield (ROWS, channels, frames, side, side), 2
 
 
 def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -317,14 +305,6 @@ def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor
     if without is None or beside is None or without.shape == beside.shape:
         return made
     return {**made, **more}
-
-
-def _sizes(config: Any, names: tuple[str, ...]) -> list[int]:
-    """The values that a config and its parts have under these names."""
-    own = [getattr(config, name, None) for name in names]
-    parts = [p for p in vars(config).values() if isinstance(p, PreTrainedConfig)] if config else []
-    inner = [size for part in parts for size in _sizes(part, names)]
-    return [size for size in own if isinstance(size, int) and size > 0] + inner
 
 
 def _numbers(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
