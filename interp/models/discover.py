@@ -16,6 +16,7 @@ from interp.models.axes import find_axes, with_axes
 from interp.models.between import with_ahead, with_attention_ahead
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, main_input, text_config
+from interp.models.channels import is_over_channels
 from interp.models.draft import Draft
 from interp.models.ends import with_ends
 from interp.models.find_placed import find_placed
@@ -77,7 +78,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
         _queries_and_keys(draft)
         draft = _with_parts(draft)
         layers, blocks, refused = draft.layers, draft.blocks, draft.refused
-        absent = _absent(blocks, refused)
+        absent = _absent(blocks, refused) | draft.absent
         causal = any(layer.attention for layer in layers) and all(
             _causal(layer.attention) for layer in layers if layer.attention
         )
@@ -204,13 +205,20 @@ def _with_windows(draft: Draft) -> Draft:
         for i, layer in enumerate(draft.layers)
     ]
     unseen: dict[int, str] = {}
+    absent: set[int] = set()
     for i, layer in enumerate(layers):
         rows = layer.hidden(key).shape[0]
         q = None if layer.attention is None else layer.attention.tensors["q"]
         if q is None or i in windows or layer.placed:
             continue
         n_pos, whole = layer.hidden(key).shape[1], layer.output.shape[1]
-        if q.shape[0] != rows or _padded(layer, key):
+        if is_over_channels(layer, key):
+            absent.add(i)
+            why = (
+                f"'{layer.name}' attends from channels to channels ({q.shape[2]} of them in each of {q.shape[1]} "
+                "groups), each of which holds all positions: it has no attention between positions"
+            )
+        elif q.shape[0] != rows or _padded(layer, key):
             why = (
                 f"'{layer.name}' attends in windows ({q.shape[0]} of {q.shape[2]} positions, for {rows} "
                 "rows of the batch), and which positions of the residual stream they hold was not found"
@@ -225,7 +233,10 @@ def _with_windows(draft: Draft) -> Draft:
     for (i, why), site in product(unseen.items(), (*SELF_SITES, "attn_out")):
         draft.refuse(f"{site}.{i}" if alone else site, why)
     blocks = [replace(block, windows=windows.get(i)) for i, block in enumerate(draft.blocks)]
-    return replace(draft, layers=layers, blocks=blocks)
+    without = frozenset(
+        f"{site}.{i}" for i in absent if alone for site in (*SELF_SITES, "attn_out")
+    )
+    return replace(draft, layers=layers, blocks=blocks, absent=without)
 
 
 def _padded(layer: Layer, key: int | str) -> bool:

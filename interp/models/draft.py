@@ -24,6 +24,8 @@ class Draft:
     layers: list[Layer]
     blocks: list[BlockMap]
     refused: dict[str, str]
+    absent: frozenset[str] = frozenset()
+    """Those of the refused sites that a layer does not have, where others do."""
 
     @property
     def pairs(self) -> list[tuple[Layer, BlockMap]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from interp.errors import BadInput, Refused, unknown
 from interp.models.aside import with_asides
 from interp.models.feeding import fed_stack
+from interp.models.in_a_row import with_blocks_in_a_row
 from interp.models.in_parts import AND, lists_in_turn
 from interp.models.reads import merged, read_of
 from interp.models.recording import Recording, record
@@ -76,7 +77,10 @@ def find_stack(
             f"blocks of '{stack}' are not called with a hidden state that the next one reads: "
             "nothing can be addressed"
         )
-    layers = with_asides(seen, [with_cross(layer, key) for layer in layers], key, batch)
+    told = [with_cross(layer, key) for layer in layers]
+    if any(layer.inside.attention and not layer.attention for layer in told):  # no one attention
+        told = [with_cross(layer, key) for layer in with_blocks_in_a_row(seen, layers)]
+    layers = with_asides(seen, told, key, batch)
     layers = added_outside(layers, key)
     if not _same_sources(layers, key):
         why = f"blocks of '{stack}' attend to two sources each, and not to the same ones in the same order"

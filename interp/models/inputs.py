@@ -31,7 +31,7 @@ from interp.models.companions import as_weights, needed, with_companions
 from interp.models.examples import GIVE, told
 from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
-from interp.models.images import random_images
+from interp.models.images import ANY_SIDES, random_images
 from interp.models.polarity import right_way
 from interp.models.spec import module_device
 from interp.models.wants import SAMPLES, tried
@@ -102,6 +102,9 @@ def numbers_taken(
             if shape in (WAVES, UNKNOWN):
                 moved = _moved(shape, *channels)
                 waiting += [other for other in moved if other not in (*reasons, *waiting)]
+            if "conv2d" in why:
+                images = _pictures(module, _batch(module, made, others))
+                waiting += [other for other in images if other not in (*reasons, *waiting)]
             if multiple := re.search(r"multiple of (\d+)", why):
                 least = int(multiple[1])
                 whole = (*shape[:-1], -(-shape[-1] // least) * least)
@@ -328,6 +331,14 @@ def _wanted(module: nn.Module, batch: Batch) -> tuple[tuple[int, int], str]:
         one = made.ndim == 2 and made.shape[0] % batch.size == 0
         return (0, 0), f"{IN_ONE if one else RETURNS} {tuple(made.shape)} for {batch.size} rows"
     return (0, 0), ""
+
+
+def _pictures(module: nn.Module, batch: Batch) -> list[tuple[int, ...]]:
+    """Shapes of images with as many channels as the convolution over rows and columns reads that failed."""
+    _, fault = tried(module, batch)
+    layer = fault.inside[-1][0] if fault.inside else None
+    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else 0
+    return [(ROWS, channels, side, side) for side in ANY_SIDES if channels]
 
 
 def _moved(shape: tuple[int, ...], got: int, wanted: int) -> list[tuple[int, ...]]:

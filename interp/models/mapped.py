@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from interp.models.axes import with_axes
 from interp.models.between import with_ahead
+from interp.models.in_a_row import with_blocks_in_a_row
 from interp.models.recording import Recording
 from interp.models.repeated import on_the_stream
 from interp.models.several import calls_aside
@@ -17,10 +18,12 @@ from interp.models.windows import in_order
 
 def as_mapped(spec: Spec, seen: Recording) -> list[Layer]:
     """Every layer, what is inside it brought to [batch pos width]."""
-    recorded = zip(layers_of(seen, spec.stack), spec.blocks, strict=True)
+    recorded = layers_of(seen, spec.stack)
+    if [layer.name for layer in recorded] != [block.name for block in spec.blocks]:
+        recorded = with_blocks_in_a_row(seen, recorded)
     layers = [
         with_cross(replace(layer, asides=calls_aside(layer.inside, block.asides)), spec.hidden)
-        for layer, block in recorded
+        for layer, block in zip(recorded, spec.blocks, strict=True)
     ]
     placed = zip(layers, spec.blocks, strict=True)
     layers = [

@@ -17,12 +17,13 @@ def channels_behind(layer: Layer, key: int | str) -> tuple[Layer, frozenset[str]
 
     Where there are as many channels as positions nothing tells the two: what is solved for with them does.
     """
-    if layer.axes != PLAIN:
+    if layer.axes not in (PLAIN, CHANNELS_FIRST):
         return layer, frozenset()
     rows, n_pos = layer.hidden(key).shape[:2]
+    axes = (3, 4) if layer.axes == PLAIN else (4,)
 
     def turns(x: Tensor) -> bool:
-        return x.ndim in (3, 4) and x.shape[0] == rows and x.shape[2:].numel() == n_pos
+        return x.ndim in axes and x.shape[0] == rows and x.shape[2:].numel() == n_pos
 
     def turned(call: ModuleCall) -> ModuleCall:
         inputs = [channels_last(x) if turns(x) else x for x in call.inputs]
