@@ -20,9 +20,6 @@ from interp.models.forwards import other_forwards
 from interp.models.pairs import leading_to, pairs, rows_of, value_columns
 from interp.models.pieces import (
     CLOSE,
-    Pieces,
-    Seen,
-    Substitutes,
     calls_of,
     close,
     is_product,
@@ -30,11 +27,15 @@ from interp.models.pieces import (
     once,
     pieces,
 )
+from interp.models.pieces_seen import Pieces, Seen, Substitutes
 from interp.models.pooling import Pooling, poolings
 from interp.models.spec import first_tensor
 from interp.models.tape import Step, Tape, key_of, softmax_of_rows, tensors
 from interp.run.batch import Batch
 
+Ran = tuple[Tape, Any, list[Tensor]]
+"""A run of a module: its calls, what it returns, and what its linear layers do."""
+Run = Callable[[Substitutes], Ran]
 LONGER = (4, 16)
 """How many times as long inputs are tried, until there is a key of every sort: global ones, of many positions each."""
 
@@ -61,7 +62,7 @@ def _learnt(module: nn.Module, batch: Batch, parts: Sequence[nn.Module]) -> dict
     found: dict[nn.Module, Pieces] = {}
 
     def learn(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def run(new: Substitutes) -> tuple[Tape, Any, list[Tensor]]:
+        def run(new: Substitutes) -> Ran:
             return new.run(forward, args, kwargs)
 
         ran = run(Substitutes())
@@ -78,9 +79,9 @@ def _learnt(module: nn.Module, batch: Batch, parts: Sequence[nn.Module]) -> dict
 
 
 def _understood(
-    ran: tuple[Tape, Any, list[Tensor]],
+    ran: Ran,
     hidden: Tensor,
-    run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]],
+    run: Run,
 ) -> Pieces | None:
     """The one attention of this call with a query for each row of `hidden`, whose z is its pattern times v.
 
@@ -89,37 +90,21 @@ def _understood(
     tape = ran[0]
     softmaxes = [step for step in tape.steps if step.name == "softmax"]
     linears = [step for step in tape.steps if step.name == "linear"]
-    found = []
+    found, parts = [], list[Pieces]()
     for number, softmax in enumerate(softmaxes):
         of = Pieces(number, _reader(tape, softmax, linears), (), 1, (False, False))
         if of.reader is None and first_tensor(ran[1]) is None:  # it returns no tensor by itself
             continue
-        z, maker = Seen(*ran, of).z
-        if (
-            not softmax_of_rows(softmax)
-            or hidden.ndim != 3
-            or z.ndim not in (3, 4)
-            or maker is None
-        ):
+        v = _values(Seen(*ran, of), run)
+        if not v or hidden.ndim != 3:
             continue
-        path = leading_to(z, maker)
-        if softmax not in path:
-            continue
-        held = Substitutes(pattern={number: softmax.outputs[0]})
-        v = [
-            i
-            for i in _numbers(path, linears, without=softmax)
-            if not ran[2][i].numel()
-            or not torch.equal(Seen(*run(replace(held, linear={i: 2 * ran[2][i]})), of).z[0], z)
-        ]
-        if not v:
-            continue
+        parts.append(replace(of, v=tuple(v)))
         read = [linears[i].args[0] for i in v]
         before = any(torch.equal(x, hidden.transpose(0, 1)) for x in read)
         before = before and not any(torch.equal(x, hidden) for x in read)
         for after in (False, True):
             own = [i for i in v if rows_of(ran[2][i], before)[1] == hidden.shape[1]]
-            n_rows, n_queries = rows_of(z, after)
+            n_rows, n_queries = rows_of(Seen(*ran, parts[-1]).z, after)
             fewer = len(softmaxes) == 1 and not after and n_queries < hidden.shape[1]
             if n_rows != hidden.shape[0] or not own:
                 continue
@@ -133,7 +118,57 @@ def _understood(
                     _of_columns(*seen, run) if fused else _with_queries(*seen, run, hidden)
                 )
                 break
+    if not found and len(parts) > 1:
+        return _together(ran, parts, hidden, run)
     return found[0] if len(found) == 1 else None
+
+
+def _values(seen: Seen, run: Run) -> list[int]:
+    """The linear layers that z changes with while the pattern is held; [] where z is not made of the pattern."""
+    softmax, (z, maker), made = seen.softmax, seen.made_z, seen.made
+    if not softmax_of_rows(softmax) or z.ndim not in (3, 4) or maker is None:
+        return []
+    path = leading_to(z, maker)
+    if softmax not in path:
+        return []
+    held = Substitutes(pattern={seen.of.softmax: softmax.outputs[0]})
+
+    def changes(number: int) -> bool:
+        other = Seen(*run(replace(held, linear={number: 2 * made[number]})), seen.of)
+        return not torch.equal(other.made_z[0], z)
+
+    numbers = _numbers(path, seen.linears, without=softmax)
+    return [i for i in numbers if not made[i].numel() or changes(i)]
+
+
+def _together(ran: Ran, parts: list[Pieces], hidden: Tensor, run: Run) -> Pieces | None:
+    """Several softmaxes as one attention, each of queries of its own, one after the other; None where they are not."""
+    first, *others = parts
+    more = [(of.softmax, of.reader) for of in others if of.reader is not None]
+    distinct = {first.reader, *(reader for _, reader in more)}
+    if None in distinct or len(distinct) < len(parts) or len({of.v for of in parts}) > 1:
+        return None
+    seen = Seen(*ran, replace(first, more=tuple(more)))
+    if any(part.z.shape[0] != hidden.shape[0] for part in seen.parts):
+        return None
+    if seen.n_queries != hidden.shape[1] or not _returned_in_order(seen, run):
+        return None
+    verified = _verified(seen)
+    return None if verified is None else _with_queries(*verified, run, hidden)
+
+
+def _returned_in_order(seen: Seen, run: Run) -> bool:
+    """Whether a position of what the module returns changes just where z there does."""
+    made = first_tensor(seen.out)
+    if made is None or made.shape[:2] != seen.z.shape[:2]:
+        return False
+    half = torch.rand(seen.n_queries, generator=torch.Generator().manual_seed(0)) < 0.5
+    half = half.to(made.device)
+    changed = torch.where(half[:, None], seen.z.flip(-1), seen.z)
+    read = {number: x for number, x in seen.by_reader(changed).items() if number is not None}
+    other = first_tensor(run(Substitutes(read=read))[1])
+    assert other is not None
+    return torch.equal((other != made).flatten(2).any(2).any(0), half)
 
 
 def _reader(tape: Tape, softmax: Step, linears: list[Step]) -> int | None:
@@ -166,7 +201,7 @@ def _numbers(path: list[Step], linears: list[Step], without: Step | None = None)
 
 def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
     """With its heads and where entries stand, if z is the pattern over all pairs of positions times v."""
-    known, width = pairs(seen), seen.width
+    known, width = pairs(seen), seen.z.shape[-1]
     if known is None or not once(known[0]) or width % known[1]:
         return None
     seen = replace(seen, of=replace(seen.of, n_heads=known[1]))
@@ -181,7 +216,7 @@ def _verified(seen: Seen) -> tuple[Seen, Tensor] | None:
 def _with_queries(
     seen: Seen,
     at: Tensor,
-    run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]],
+    run: Run,
     hidden: Tensor,
 ) -> Pieces:
     """With the linear layers of q and k, where the scores are one product of them and else something of no q.
@@ -190,12 +225,14 @@ def _with_queries(
     keys, is seen of what a change of half of them changes. Where queries enter other products besides (with
     positions), the scores must be made of `hidden` through q and k alone, each head's of its own columns.
     """
-    of, softmax = seen.of, seen.softmax
-    numbers = _numbers(leading_to(seen.scores, softmax.made_by.get(id(seen.scores))), seen.linears)
+    of = seen.of
+    numbers = sorted(
+        {i for part in seen.parts for i in _numbers(_leading_to_scores(part), seen.linears)}
+    )
     sizes = [seen.shown(i).shape[2] for i in of.v]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     visible = (at >= 0) & (seen.weights > 0)
-    n_pos, n_keys = rows_of(seen.z[0], of.turned[1])[1], sum(sizes)
+    n_pos, n_keys = seen.n_queries, sum(sizes)
     query, key = at[visible] // n_keys % n_pos, at[visible] % n_keys
     head = at[visible] // (n_keys * n_pos) % of.n_heads
     half = torch.rand(n_keys, generator=torch.Generator().manual_seed(0)).to(at.device) < 0.5
@@ -248,15 +285,13 @@ def _follows(change: Tensor, seen: Seen, at: Tensor, eps: float) -> bool:
     return close(scale * of_pairs, change, eps)
 
 
-def _of_columns(
-    seen: Seen, at: Tensor, run: Callable[[Substitutes], tuple[Tape, Any, list[Tensor]]]
-) -> Pieces:
+def _of_columns(seen: Seen, at: Tensor, run: Run) -> Pieces:
     """With queries and keys that are columns of the layer of values, pooled or not, where these make the scores.
 
     Twice the queries must be scores that are larger by a multiple of queries times keys. Columns are tried that lie
     to each other as those of values do, and that with these are all there are.
     """
-    (number,), (z, _) = seen.of.v, seen.z
+    (number,), z = seen.of.v, seen.z
     made, columns = seen.made[number], seen.of.columns["v"]
     n_pos = rows_of(made, seen.of.turned[0])[1]
     ways: Iterable[Pooling | None] = [None]
@@ -302,7 +337,8 @@ def _like(columns: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
 
 def _reads(hidden: Tensor, seen: Seen, through: set[int]) -> bool:
     """Whether the scores are made of `hidden` in another way than through these steps."""
-    open_, known = [seen.softmax.made_by.get(id(seen.scores))], set(through)
+    open_ = [part.softmax.made_by.get(id(part.scores)) for part in seen.parts]
+    known = set(through)
     while open_:
         step = open_.pop()
         if step is None or id(step) in known:
@@ -311,4 +347,9 @@ def _reads(hidden: Tensor, seen: Seen, through: set[int]) -> bool:
         if any(x is hidden for x in tensors(step.args, step.kwargs)):
             return True
         open_ += step.made_by.values()
-    return seen.scores is hidden
+    return any(part.scores is hidden for part in seen.parts)
+
+
+def _leading_to_scores(seen: Seen) -> list[Step]:
+    """The steps that the scores of an only softmax were made with."""
+    return leading_to(seen.scores, seen.softmax.made_by.get(id(seen.scores)))

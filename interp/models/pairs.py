@@ -18,7 +18,7 @@ from interp.errors import Refused
 from interp.models.tape import Step, Tape, key_of, tensors
 
 if TYPE_CHECKING:
-    from interp.models.pieces import Seen
+    from interp.models.pieces_seen import Seen
 
 CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 """Left out where numbers are sent through a module: they stay exact in float64."""
@@ -31,8 +31,28 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
 
     None where z is not linear in the pattern, or an entry is of more than one query, head or key.
     """
-    weights = seen.weights
-    z, maker = seen.z
+    parts = seen.parts
+    if len(parts) == 1:
+        return _pairs(seen)
+    found = [_pairs(part) for part in parts]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found) or len({n_heads for _, n_heads in known}) > 1:
+        return None
+    n_pos, n_keys = seen.n_queries, seen.joined("v").shape[2]
+    places, first = [], 0
+    for part, (at, _) in zip(parts, known, strict=True):
+        n = part.n_queries
+        row, query, key = at // (n * n_keys), at // n_keys % n, at % n_keys
+        there = (row * n_pos + first + query) * n_keys + key
+        places.append(there.where(at >= 0, -1).flatten())
+        first += n
+    return torch.cat(places), known[0][1]
+
+
+def _pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
+    """The same for an only softmax."""
+    weights, z = seen.weights, seen.z
+    made_z, maker = seen.made_z
     sources = [(seen.linears[i].outputs[0], seen.linears[i]) for i in seen.of.v]
     before, after = seen.of.turned
     n_rows, n_pos = rows_of(z, after)
@@ -45,7 +65,7 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
         first += size
     queries = torch.arange(n_rows * n_pos).reshape(n_rows, n_pos)
     queries = (queries.T if after else queries)[..., None]
-    path = leading_to(z, maker)
+    path = leading_to(made_z, maker)
 
     def derivatives(values: list[Tensor], *of: Tensor) -> list[Tensor] | None:
         """That of each of these sums of z by the entries, values being these numbers."""
@@ -53,18 +73,18 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
         sent = {key_of(weights, seen.softmax): at}
         for (x, made), value in zip(sources, values, strict=True):
             sent[key_of(x, made)] = torch.ones_like(x, dtype=torch.float64) * value.to(x.device)
-        out = _sent(seen.tape, path, sent).get(key_of(z, maker))
+        out = _sent(seen.tape, path, sent).get(key_of(made_z, maker))
         if out is None or not out.requires_grad:
             return None
         found = []
         for weight in of:
-            by_position = out.flatten(2)
+            by_position = out.reshape(z.shape)
             ones = torch.ones_like(by_position) * weight.to(out)
             (made,) = torch.autograd.grad(by_position, at, ones, retain_graph=True)
             found.append(made)
         return found
 
-    one, channels = torch.ones(1), torch.arange(seen.width)
+    one, channels = torch.ones(1), torch.arange(z.shape[-1])
     try:
         with torch.enable_grad():
             none = derivatives([0 * number for number in keys], one, queries, channels)
@@ -85,7 +105,7 @@ def pairs(seen: Seen) -> tuple[Int[Tensor, "..."], int] | None:
     query, key, head = (x.round().long() for x in (query, key, head))
     if not torch.equal((query // n_pos)[there], (key // n_keys)[there]):
         return None
-    n_heads = round(seen.width / float(width))
+    n_heads = round(z.shape[-1] / float(width))
     at = ((query // n_pos * n_heads + head) * n_pos + query % n_pos) * n_keys + key % n_keys
     return at.where(there, -1), n_heads
 
@@ -95,9 +115,9 @@ def value_columns(seen: Seen) -> tuple[int, ...] | None:
 
     (A row of the pattern sums to one.) None where a channel is of no one column.
     """
-    if len(seen.of.v) != 1:
+    if len(seen.of.v) != 1 or seen.of.more:
         return None
-    (number,), (z, maker) = seen.of.v, seen.z
+    (number,), (z, maker) = seen.of.v, seen.made_z
     made, weights = seen.linears[number].outputs[0], seen.weights
     numbers = torch.arange(made.shape[-1], dtype=torch.float64, device=made.device)
     sent = {
@@ -110,7 +130,7 @@ def value_columns(seen: Seen) -> tuple[int, ...] | None:
         return None
     if out is None:
         return None
-    told = out.flatten(2).flatten(0, 1)
+    told = out.reshape(seen.z.shape).flatten(0, 1)
     columns = told[0].round()
     if (told - columns).abs().max() > EXACT or len(columns.unique()) < len(columns):
         return None

@@ -43,6 +43,9 @@ def attention_map(layer: Layer, block: BlockMap, key: int | str, batch: Batch) -
     if layer.along:
         return block if layer.along == HEADS else with_output(layer, block, key)
     readers = [name for name in _projections(seen, z) if _reads(seen.call(name), z)]
+    if not readers and (name := _reads_in_turns(seen, block.attention or "", z)):
+        block = replace(block, W_O=name, repeated=block.repeated | {name})
+        return with_output(layer, block, key)
     if not readers:
         return block
     # Wrappers (an output module that projects and normalises) read z too: the projection is innermost.
@@ -77,9 +80,7 @@ def gated_attention_map(
         if within and not name.startswith(f"{block.attention}."):
             continue  # it reads the stream, with attention's output in it
         call, other = seen.call(name), changed.inside.once(name)
-        matrix = getattr(seen.module.get_submodule(name), "weight", None)
-        linear = isinstance(matrix, Tensor) and matrix.ndim == 2
-        if linear and call.order > attention.order and other is not None:
+        if _is_linear(seen, name) and call.order > attention.order and other is not None:
             x, y = call.inputs[0].double().reshape(-1), other.inputs[0].double().reshape(-1)
             if not torch.equal(x, y):
                 after.append((call.order, name, x, y))
@@ -151,6 +152,23 @@ def _projections(seen: Recording, z: Tensor) -> list[str]:
         and next(seen.module.get_submodule(name).parameters(), None) is not None
         and not elementwise(seen, name, calls[0])
     ]
+
+
+def _reads_in_turns(seen: Recording, attention: str, z: Tensor) -> str:
+    """The linear layer of an attention module that reads z in several calls, some positions after the others; "" if
+    none does."""
+    for name, calls in seen.calls.items():
+        if len(calls) > 1 and name.startswith(f"{attention}.") and _is_linear(seen, name):
+            read = [x.flatten(1, -2) for call in calls for x in call.inputs[:1] if x.ndim > 2]
+            fits = all(x.shape[0] == len(z) and x.shape[2] == read[0].shape[2] for x in read)
+            if len(read) == len(calls) and fits and same(torch.cat(read, 1), z):
+                return name
+    return ""
+
+
+def _is_linear(seen: Recording, name: str) -> bool:
+    matrix = getattr(seen.module.get_submodule(name), "weight", None)
+    return isinstance(matrix, Tensor) and matrix.ndim == 2
 
 
 def _reads(call: ModuleCall, z: Tensor) -> bool:

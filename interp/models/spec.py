@@ -152,7 +152,8 @@ class BlockMap:
     linear layer that makes mlp_out from the neurons (`d_mlp` of them). `d_model`: width of the residual stream
     that the block reads. `starts_stage`: it is of another width or length than the block before read. `ends_stage`:
     the block itself returns what is of the width and length that the next one reads, and is not what it reads.
-    `repeated`: modules called several times, of which the call on the stream is meant.
+    `repeated`: modules called several times, of which the call on the stream is meant; of W_O inside attention, which
+    reads z a few positions at a time, all calls are.
     `turned`: modules that return [batch channels pos]. `reshapes_behind`: where a block pools the stream on its
     way, the module that reads `resid_mid` before; the writes known are those up to there.
     `windows`: where positions are cut into windows, each of which attends to itself. `axes`: those of the stream.

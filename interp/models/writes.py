@@ -350,7 +350,7 @@ def write_map(
         reshapes_behind=sums.reshapes_behind,
     )
     touched = {*(write.module for write in writes), block.W_out, block.mlp_out, sums.norm_mid}
-    touched |= {block.attn_out, *(cross.out for cross in crosses)}
+    touched |= {block.W_O, block.attn_out, *(cross.out for cross in crosses)}
     block = replace(block, repeated=block.repeated & touched, turned=block.turned & touched)
     for prefix, cross in zip(CROSSES, crosses, strict=False):
         if cross.write is None:
