@@ -13,6 +13,7 @@ and come before that block's `resid_pre`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -118,9 +119,10 @@ _BEFORE_ROTARY = (
     "'{place}attn.hook_rot_{last}' (which models without rotary positions have too)"
 )
 _INPUTS = "is a copy of what the block reads: ask for '{place}hook_resid_pre'"
-_SCALES = (
-    "is no site; cache.to_transformer_lens(model) works out the scale of ln1 and ln_final from the "
-    "residual stream: ask for '{place}hook_resid_pre'"
+_SCALE = "is no site; cache.to_transformer_lens(model) works it out from '{place}%s': ask for that"
+_NORMED = (
+    "is no site; it is '{place}%s' (less its mean, in a LayerNorm) over the scale, which "
+    "cache.to_transformer_lens(model) works out from it: ask for '{place}%s'"
 )
 _NO_COUNTERPART = {
     "attn.hook_q": _BEFORE_ROTARY,
@@ -135,17 +137,18 @@ _NO_COUNTERPART = {
     "hook_mlp_in": "is a copy of what the MLP reads: ask for '{place}hook_resid_mid'",
     "mlp.hook_pre": "comes before the activation function: ask for '{place}mlp.hook_post'",
     "mlp.hook_pre_linear": "comes before the gate: ask for '{place}mlp.hook_post'",
-    "ln1.hook_scale": _SCALES,
-    "ln2.hook_scale": _SCALES,
-    "ln1.hook_normalized": _SCALES,
-    "ln2.hook_normalized": _SCALES,
+    "ln1.hook_scale": _SCALE % "hook_resid_pre",
+    "ln2.hook_scale": _SCALE % "hook_resid_mid",
+    "ln1.hook_normalized": _NORMED % ("hook_resid_pre", "hook_resid_pre"),
+    "ln2.hook_normalized": _NORMED % ("hook_resid_mid", "hook_resid_mid"),
     "hook_pos_embed": "is no site; positions are part of 'embed', the input of the first block",
     "pos_embed.hook_out": "is no site; positions are part of 'embed', the input of the first block",
     "embed.hook_in": "are the token ids: model.tokenize(text).ids",
     "hook_unembed": "are the logits: read run.logits",
     "unembed.hook_out": "are the logits: read run.logits",
-    "ln_final.hook_scale": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
-    "ln_final.hook_normalized": "is no site; ask for 'hook_resid_post', whose last layer it reads",
+    "ln_final.hook_scale": "is no site; cache.to_transformer_lens(model) works it out from "
+    "'hook_resid_post', whose last layer the norm reads: ask for that",
+    "ln_final.hook_normalized": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
     "ln_final.hook_in": "is 'hook_resid_post' of the last layer",
     "ln_final.hook_out": "is no site; ask for 'hook_resid_post', whose last layer the norm reads",
     "unembed.hook_in": "is no site; ask for 'hook_resid_post', whose last layer the final norm reads",
@@ -192,7 +195,7 @@ class Site:
             raise BadInput(f"{text!r} is no site; a site is a text: '{written}'")
         if text in _ELSEWHERE:
             raise BadInput(f"no site '{text}'; {_ELSEWHERE[text]}")
-        if "hook_" in text:
+        if "hook_" in text or text.startswith("blocks."):
             return _from_transformer_lens(text)
         name, *numbers = text.split(".")
         if name not in AXES:
@@ -223,7 +226,7 @@ def _from_transformer_lens(text: str) -> Site:
     place, hook = (f"blocks.{inside[1]}.", inside[2]) if inside else ("", text)
     if text.startswith("encoder."):
         raise BadInput(
-            f"'{text}' is of the encoder: open it on its own, Model(module.get_encoder())"
+            f"'{text}' is of the encoder: open it on its own, interp.load(model.module.get_encoder())"
         )
     if text.startswith("decoder.") and hook == "hook_resid_mid":
         raise BadInput(
@@ -234,6 +237,7 @@ def _from_transformer_lens(text: str) -> Site:
         return Site("resid_mid", int(inside[1]) if inside else None)
     if hook in TRANSFORMER_LENS:
         return Site(TRANSFORMER_LENS[hook], int(inside[1]) if inside else None)
+    hook = f"attn.{hook}" if f"attn.{hook}" in _NO_COUNTERPART else hook
     if hook in _NO_COUNTERPART:
         last = "k" if ".k." in hook or hook.endswith("k") else "q"
         reason = _NO_COUNTERPART[hook].format(place=place, last=last)
@@ -248,7 +252,20 @@ def _from_transformer_lens(text: str) -> Site:
             f"'{place}hook_resid_mid', '{place}mlp.hook_post', or put a forward hook of your own on the "
             "module in model.module"
         )
-    raise unknown("TransformerLens site", hook, TRANSFORMER_LENS)
+    raise BadInput(f"no site '{text}'; {_nearest(text)}")
+
+
+def _nearest(text: str) -> str:
+    """What to write for a name that is nearly one of TransformerLens'."""
+    if re.match(r"(blocks|decoder)\.-\d", text):
+        return "layers are counted from 0, and a site without a number is that of all layers"
+    layer = re.search(r"\d+", text)
+    last = text[text.index("hook_") :].split(".")[0] if "hook_" in text else text.split(".")[-1]
+    ends = {name.split("hook_")[-1]: name for name in reversed(TRANSFORMER_LENS)}
+    ends = {end: name.removeprefix("cross_") for end, name in ends.items()}
+    found = difflib.get_close_matches(last.removeprefix("hook_"), ends, n=1)
+    meant = f"did you mean 'blocks.{layer[0] if layer else 0}.{ends[found[0]]}'? " if found else ""
+    return f"{meant}known, behind 'blocks.5.': {', '.join(TRANSFORMER_LENS)}"
 
 
 def to_transformer_lens(site: Site) -> list[str]:

@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Int
@@ -24,6 +24,7 @@ from interp.run.cache import Cache
 from interp.run.edits import Edit, Seen
 from interp.sites import AXES, Site, by_query, ranges, to_transformer_lens
 from interp.transformer_lens_elsewhere import missing_attribute, refuse_options
+from interp.transformer_lens_parts import HookPoint
 from interp.transformer_lens_weights import Weights
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def activation_cache(cache: Cache, model: Model | View | None = None) -> Activat
     for layer in cache.layers("resid_pre"):
         if (norm := lens.norm_before_attention(layer)) is not None:
             named[f"blocks.{layer}.ln1.hook_scale"] = norm.scale(stored["resid_pre", layer])
+    before_mlp = "resid_pre" if "resid_mid" in lens.model.spec.refused else "resid_mid"
+    for layer in cache.layers(before_mlp):
+        if (found := lens.norm_before_mlp(layer)) is not None and found[1] == before_mlp:
+            scale = found[0].scale(stored[before_mlp, layer])
+            named[f"blocks.{layer}.ln2.hook_scale"] = scale
     last = lens.model.n_layers - 1
     if ("resid_post", last) in stored and lens.cfg.normalization_type is not None:
         named["ln_final.hook_scale"] = lens.model.final_norm.scale(stored["resid_post", last])
@@ -105,7 +111,9 @@ class _Named(dict[str, Tensor]):
         captured = f"captured: {', '.join(sites) or 'nothing'}"
         try:
             site = Site.parse(name)
-        except BadInput:
+        except BadInput as error:
+            if "hook_" in name and not str(error).startswith("no site"):
+                raise NotCaptured(f"{error}; {captured}") from None
             near = difflib.get_close_matches(name, self, n=3)
             meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
             raise NotCaptured(f"this cache has no '{name}'{meant} {captured}") from None
@@ -137,23 +145,38 @@ class View(Weights):
     def to_tokens(
         self, text: str | Sequence[str], prepend_bos: bool | None = None
     ) -> Int[Tensor, "batch pos"]:
-        """Token ids, padded on the right; BOS comes first unless told otherwise, as in TransformerLens."""
+        """Token ids, padded on the right; BOS comes first where TransformerLens puts it (not in NeoX, Qwen …)."""
         bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         if self.tokenizer is not None and self.tokenizer.bos_token_id is None:
             bos = None
         return self.model.tokenize(text, bos=bos).ids.to(self.model.device)
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
+    def to_string(
+        self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]
+    ) -> str | list[str]:
         """The text of token ids [pos], or one text a row of [batch pos]."""
+        tokens = torch.as_tensor(tokens)
         if self.tokenizer is None:
             raise BadInput(f"{self.model.id} was loaded without a tokenizer: load with tokenizer=")
         if tokens.ndim == 2:
             return self.tokenizer.batch_decode(tokens, clean_up_tokenization_spaces=False)
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
-    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
-        """Each token's text."""
+    @overload
+    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]: ...
+    @overload
+    def to_str_tokens(
+        self, text: Sequence[str], prepend_bos: bool | None = None
+    ) -> list[list[str]]: ...
+    def to_str_tokens(
+        self, text: str | Tensor | Sequence[str], prepend_bos: bool | None = None
+    ) -> list[str] | list[list[str]]:
+        """Each token's text; of several texts, a list each."""
+        if not isinstance(text, (str, Tensor)):
+            return [self.to_str_tokens(each, prepend_bos) for each in text]
         ids = self.to_tokens(text, prepend_bos) if isinstance(text, str) else text
+        if ids.ndim > 1 and len(ids) > 1:
+            raise BadInput(f"{len(ids)} rows of ids: pass one of them, as to_str_tokens(ids[0])")
         return self.model.tokens(ids.reshape(-1).tolist())
 
     def to_single_token(self, text: str) -> int:
@@ -181,6 +204,7 @@ class View(Weights):
             raise BadInput(f"token {token!r} is not in the input: {self.to_str_tokens(ids)}")
         return places[0 if mode == "first" else -1]
 
+    @property
     def all_head_labels(self) -> list[str]:
         """ "L0H0", "L0H1" … in the order of the flattened axes [n_layers n_heads]."""
         return [f"L{layer}H{head}" for layer, head in self.model.spec.heads]
@@ -297,8 +321,7 @@ class View(Weights):
                     f"'{name}' of a prompt this long comes in chunks of query rows: use Edit.apply, "
                     "whose function is told the first row"
                 )
-            hook = SimpleNamespace(name=name, layer=lambda: seen.layer)
-            new = function(x.clone(), hook=hook)
+            new = function(x.clone(), hook=HookPoint(name, seen.layer))
             return x if new is None else new
 
         return Edit.apply(site, change)

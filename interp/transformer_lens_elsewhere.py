@@ -11,7 +11,7 @@ _MODULE = "it is the Hugging Face module's: model.module.{name}"
 _HOOKED = "nothing stays hooked: pass edits=[interp.Edit.apply(name, change)] to each model.run"
 _GENERATE = "interp.generate.generate(model, text, edits=[…], max_new_tokens=…)"
 _CIRCUIT = (
-    "multiply the factors: view(model).{factors}, [n_layers n_heads …]; "
+    "interp.transformer_lens.view(model).{product} of the layers with attention, [n_layers n_heads …]; "
     "circuits.weights.ov_directions is the SVD of W_OV"
 )
 _SWITCH = "there is no such switch: model.run(…, capture=[…]) keeps what is named, and {instead}"
@@ -33,18 +33,15 @@ ATTRIBUTES = {
     "hook_dict": "view(model).hook_names() lists the names",
     "hook_points": "view(model).hook_names() lists the names",
     "list_hooks": "nothing stays hooked; view(model).hook_names() lists the names",
-    "QK": _CIRCUIT.format(factors="W_Q and W_K"),
-    "OV": _CIRCUIT.format(factors="W_V and W_O"),
-    "QK_for_attn_layers": _CIRCUIT.format(factors="W_Q and W_K"),
-    "OV_for_attn_layers": _CIRCUIT.format(factors="W_V and W_O"),
-    "W_QK": _CIRCUIT.format(factors="W_Q and W_K"),
-    "W_OV": _CIRCUIT.format(factors="W_V and W_O"),
+    "QK_for_attn_layers": _CIRCUIT.format(product="QK"),
+    "OV_for_attn_layers": _CIRCUIT.format(product="OV"),
+    "W_QK": _CIRCUIT.format(product="QK"),
+    "W_OV": _CIRCUIT.format(product="OV"),
     "all_composition_scores": "circuits.path_patching measures composition on prompts",
     "W_pos": "model.module has the table of learned positions; site 'embed' is the sum of both",
     "W_E_pos": "model.module has the table of learned positions; site 'embed' is the sum of both",
-    "embed": "model.W_E[ids], or capture site 'embed' (learned positions included)",
     "input_to_embed": "capture site 'embed'",
-    "attn_head_labels": "view(model).all_head_labels()",
+    "attn_head_labels": "view(model).all_head_labels",
     "boot_transformers": "interp.load(name)",
     "from_pretrained": "interp.load(name)",
     "cache_all": "run_with_cache(text), or model.run(text, capture=[…])",

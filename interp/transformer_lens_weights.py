@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import cached_property
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import Refused
-from interp.models.calls import at_home
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
 from interp.projections import Projections
+from interp.transformer_lens_parts import Block, Config, Embed, Norm, Unembed, norms_before_mlp
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
 
 
 class Weights:
@@ -37,7 +40,8 @@ class Weights:
         spec = model.spec
         has_norm = spec.final_norm is not None and not spec.readout
         kind = "LN" if has_norm and model.final_norm.centred else "RMS"
-        self.cfg = SimpleNamespace(
+        self.cfg = Config(
+            model.module,
             model_name=model.id,
             n_layers=model.n_layers,
             n_heads=spec.n_heads,
@@ -52,18 +56,8 @@ class Weights:
             final_rms=has_norm and kind == "RMS",
             device=model.device,
             dtype=model.dtype,
-            default_prepend_bos=True,
         )
-        self.blocks = [
-            SimpleNamespace(
-                attn=_Attention(self, layer),
-                mlp=_MLP(self, layer),
-                residual_contribution_scale=1.0
-                if where.mlp_write is None
-                else where.mlp_write.scale,
-            )
-            for layer, where in enumerate(spec.blocks)
-        ]
+        self.blocks = [Block(self, layer) for layer in range(model.n_layers)]
 
     @cached_property
     def projections(self) -> Projections:
@@ -166,16 +160,44 @@ class Weights:
         head = self.model.module.get_submodule(spec.unembedding or "")
         return linear_map(head, spec.d_model, self.model.device)[1]
 
-    def ln_final(self, residual: Tensor) -> Tensor:
-        """The final norm, gain included."""
-        name = self.model.spec.final_norm
-        return (
-            residual if name is None else at_home(self.model.module.get_submodule(name), residual)
-        )
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head, [n_layers n_heads d_model d_model], kept as its factors."""
+        from transformer_lens import FactoredMatrix
 
-    def unembed(self, normed: Tensor) -> Tensor:
-        """Logits of normed residual vectors."""
-        return at_home(self.model.module.get_submodule(self.model.spec.unembedding or ""), normed)
+        return FactoredMatrix(self._of_every_head(self.W_V), self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_Kᵀ of every head, [n_layers n_heads d_model d_model], kept as its factors."""
+        from transformer_lens import FactoredMatrix
+
+        return FactoredMatrix(self.W_Q, self._of_every_head(self.W_K).transpose(-2, -1))
+
+    def _of_every_head(self, W: Tensor) -> Tensor:
+        """Of weights a key/value head, those that each head reads."""
+        layers = self.model.layers_with("z")
+        groups = [
+            [self.model.spec.kv_group(layer, head) for head in range(self.model.spec.n_heads)]
+            for layer in layers
+        ]
+        return torch.stack([each[group] for each, group in zip(W, groups, strict=True)])
+
+    @cached_property
+    def embed(self) -> Embed:
+        """The token embedding: W_E, and vectors of ids."""
+        return Embed(self)
+
+    @cached_property
+    def ln_final(self) -> Norm:
+        """The final norm, gain included: `ln_final(residual)`, `ln_final.w`."""
+        name = self.model.spec.final_norm
+        return Norm(self.model.final_norm, self.model.module.get_submodule(name) if name else None)
+
+    @cached_property
+    def unembed(self) -> Unembed:
+        """Logits of normed residual vectors: `unembed(normed)`, `unembed.W_U`."""
+        return Unembed(self)
 
     def norm_before_attention(self, layer: int) -> FrozenNorm | None:
         """The norm whose output the values of a layer are made from; None where there is none."""
@@ -183,6 +205,17 @@ class Weights:
         if source is None or source.input in ("", "resid_pre"):
             return None
         return self.model.norm(source.input)
+
+    def norm_before_mlp(self, layer: int) -> tuple[FrozenNorm, str] | None:
+        """The norm that only the MLP of a layer reads, and the site that it reads; None where there is none."""
+        if layer not in self._norms_before_mlp:
+            return None
+        name, site = self._norms_before_mlp[layer]
+        return self.model.norm(name), site
+
+    @cached_property
+    def _norms_before_mlp(self) -> dict[int, tuple[str, str]]:
+        return norms_before_mlp(self.model)
 
     @torch.no_grad()
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
@@ -204,78 +237,3 @@ class Weights:
                 block = self.blocks[i]
                 total = total + block.residual_contribution_scale * block.mlp.b_out
         return total
-
-
-class _Attention:
-    """`blocks[layer].attn`."""
-
-    def __init__(self, lens: Weights, layer: int):
-        self._lens, self._layer = lens, layer
-        write = lens.model.spec.blocks[layer].attn_write
-        self._result_contribution_scale = 1.0 if write is None else write.scale
-
-    def _projection(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._lens.projections.weights(name, self._layer)
-
-    @property
-    def W_Q(self) -> Tensor:
-        return self._projection("q")[0]
-
-    @property
-    def W_K(self) -> Tensor:
-        return self._projection("k")[0]
-
-    @property
-    def W_V(self) -> Tensor:
-        return self._projection("v")[0]
-
-    @property
-    def b_Q(self) -> Tensor:
-        return self._projection("q")[1]
-
-    @property
-    def b_K(self) -> Tensor:
-        return self._projection("k")[1]
-
-    @property
-    def b_V(self) -> Tensor:
-        return self._projection("v")[1]
-
-    @property
-    def W_O(self) -> Tensor:
-        return self._lens.model.W_O(self._layer)
-
-    @property
-    def b_O(self) -> Tensor:
-        return self._lens.model.b_O(self._layer)
-
-
-class _MLP:
-    """`blocks[layer].mlp`."""
-
-    def __init__(self, lens: Weights, layer: int):
-        self._lens, self._layer = lens, layer
-
-    def _reads(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-        return self._lens.projections.neurons(self._layer)
-
-    @property
-    def W_in(self) -> Tensor:
-        return self._reads()[0][0]
-
-    @property
-    def b_in(self) -> Tensor:
-        return self._reads()[0][1]
-
-    @property
-    def W_gate(self) -> Tensor | None:
-        gate = self._reads()[1]
-        return None if gate is None else gate[0]
-
-    @property
-    def W_out(self) -> Tensor:
-        return self._lens.model.W_out(self._layer)
-
-    @property
-    def b_out(self) -> Tensor:
-        return self._lens.model.b_out(self._layer)

@@ -121,6 +121,7 @@ def test_every_name_means_their_place(pair: tuple[Model, TransformerBridge]) -> 
     assert {"hook_resid_pre", "hook_resid_post", "attn.hook_pattern", "attn.hook_z"} <= kinds
     assert {"hook_attn_out", "attn.hook_out", "hook_mlp_out", "mlp.hook_out"} <= kinds
     assert "attn.hook_v" in kinds and "ln_final.hook_scale" in shared
+    assert ("ln2.hook_scale" in kinds) == (model.spec.family != "olmo2")  # whose norms follow
     for name in shared:
         mine, other = ours[name], theirs[name]
         if name == "hook_embed" and "hook_pos_embed" in theirs:
@@ -130,6 +131,8 @@ def test_every_name_means_their_place(pair: tuple[Model, TransformerBridge]) -> 
                 continue  # OPT's bridge shows the pattern under this name too
             # what is masked differs: -inf or the smallest number
             mine, other = (x.tril().nan_to_num(neginf=0.0) for x in (mine, other))
+        if name.endswith("ln2.hook_scale"):
+            other = other.reshape(mine.shape)  # OPT's blocks flatten batch and position
         assert off(mine, other) < TINY, name
     as_projected = (
         model.spec.family == "gpt2"
@@ -155,6 +158,18 @@ def test_weights_are_theirs(pair: tuple[Model, TransformerBridge]) -> None:
             other = torch.zeros_like(getattr(lens, name))
         assert torch.equal(getattr(lens, name), other), name
     assert torch.equal(lens.blocks[1].attn.W_Q, bridge.blocks[1].attn.W_Q)
+    for product in ("QK", "OV"):
+        assert torch.equal(getattr(lens, product).A, getattr(bridge, product).A)
+        assert torch.equal(getattr(lens, product).B, getattr(bridge, product).B)
+    assert torch.equal(lens.unembed.W_U, bridge.unembed.W_U)
+    x = torch.randn(2, lens.cfg.d_model)
+    assert off(lens.unembed(x), bridge.unembed(x)) < TINY
+    assert off(lens.ln_final(x), bridge.ln_final(x)) < TINY
+    assert off(lens.embed(IDS), bridge.embed(IDS)) < TINY or model.spec.family == "gemma2"
+    for name in ("ln1", "ln2") if model.spec.family != "olmo2" else ():
+        norm, other = getattr(lens.blocks[1], name), getattr(bridge.blocks[1], name)
+        assert off(norm(x), other(x)) < TINY
+        assert off(norm.w, other.w + (model.spec.family == "gemma2")) < TINY
     assert all(torch.equal(x, before[name]) for name, x in model.module.state_dict().items())
     assert not any(module._forward_hooks for module in model.module.modules())
 
@@ -167,6 +182,13 @@ def test_their_cache_methods_run_on_our_capture(pair: tuple[Model, TransformerBr
     assert isinstance(ours, ActivationCache)
     assert off(ours.accumulated_resid(layer=2), theirs.accumulated_resid(layer=2)) < TINY
     assert off(ours.stack_activation("pattern"), theirs.stack_activation("pattern")) < TINY
+    if model.spec.family not in ("olmo2", "opt") and "resid_mid" not in model.spec.refused:
+        for layer in (1, 2):
+            mine, other = (
+                c.accumulated_resid(layer=layer, apply_ln=True, mlp_input=True)
+                for c in (ours, theirs)
+            )
+            assert off(mine, other) < TINY
     parts, labels = ours.decompose_resid(return_labels=True)
     last = ours["resid_post", -1]
     assert (
@@ -249,6 +271,8 @@ def test_a_cache_without_its_model_is_indexed_and_stacked(tiny: Model) -> None:
             "'blocks.9.attn.hook_z' was not captured: of 'z' there are layers 0–1; captured: ",
         ),
         (("zz", 1), "no 'blocks.1.hook_zz'; did you mean "),
+        (("q", 1), "ask for 'blocks.1.attn.hook_rot_q'"),
+        (("scale", 1, "ln2"), "works it out from 'blocks.1.hook_resid_mid'"),
     ):
         with pytest.raises(KeyError) as raised:  # as their code catches it
             _ = cache[key]
@@ -293,7 +317,7 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
     ),
     "generate": (lambda model, ids: model.generate("a"), "interp.generate.generate"),
     "size": (lambda model, ids: model.d_head, "model.spec.d_head"),
-    "circuit": (lambda model, ids: model.W_OV, "view(model).W_V and W_O"),
+    "circuit": (lambda model, ids: model.W_OV, "view(model).OV"),
     "trace": (lambda model, ids: model.trace("a"), "model.run(text, capture=[…], edits=[…])"),
     "call": (lambda model, ids: model(ids), "model.run(text).logits"),
     "run as cache": (lambda model, ids: model.run(ids)["z"], "run.cache['z']"),
@@ -320,6 +344,20 @@ HABITS: dict[str, tuple[Callable[[Model, Any], Any], str]] = {
     "called for a loss": (
         lambda model, ids: model(ids, return_type="loss"),
         "interp.transformer_lens.view(model)(text",
+    ),
+    "size of theirs": (
+        lambda model, ids: ours_as_theirs.view(model).cfg.rms_norm_eps,
+        "see model.module.config.rms_norm_eps",
+    ),
+    "several rows of ids": (
+        lambda model, ids: ours_as_theirs.view(model).to_str_tokens(ids.repeat(2, 1)),
+        "to_str_tokens(ids[0])",
+    ),
+    "kept on a hook": (
+        lambda model, ids: ours_as_theirs.view(model).run_with_hooks(
+            ids, fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: hook.ctx)]
+        ),
+        "a variable of your own",
     ),
     "rows": (lambda model, ids: model.tokens(ids), "tokenize(text).ids[0]"),
 }
@@ -539,12 +577,16 @@ def test_losses_and_token_places_are_theirs(pair: tuple[Model, TransformerBridge
     assert off(each, bridge(IDS, return_type="loss", loss_per_token=True)) < TINY  # type: ignore[arg-type]
     logits, loss = lens(IDS, return_type="both")  # type: ignore[misc]
     assert torch.equal(loss, each.mean()) and torch.equal(logits, lens(IDS))  # type: ignore[union-attr]
-    assert lens.all_head_labels()[:2] == ["L0H0", "L0H1"]
-    assert len(lens.all_head_labels()) == model.n_layers * model.spec.n_heads
+    assert lens.all_head_labels[:2] == ["L0H0", "L0H1"]
+    assert lens.all_head_labels == bridge.all_head_labels
     text = "abcab"
     for mode in ("first", "last"):
         theirs = bridge.get_token_position("b", text, mode=mode, prepend_bos=False)
         assert lens.get_token_position("b", text, mode, prepend_bos=False) == theirs
     assert lens.to_single_str_token(lens.to_single_token("b")) == "b"
+    assert lens.to_string([3, 4]) == bridge.to_string([3, 4])
+    assert lens.cfg.default_prepend_bos == bridge.cfg.default_prepend_bos
+    assert lens.to_tokens(text).tolist() == bridge.to_tokens(text).tolist()
+    assert lens.to_str_tokens(["ab", "ba"]) == bridge.to_str_tokens(["ab", "ba"])
     with pytest.raises(BadInput, match="not in the input"):
         lens.get_token_position("d", text)
