@@ -9,7 +9,7 @@ its own column, with a norm in between or without.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.attention import Watch, window
-from interp.models.calls import call_model
+from interp.models.calls import call_model, main_input
 from interp.models.hooks import Stop, hidden_of, with_hidden
 from interp.models.probe import probe_batch
 from interp.models.spec import Spec, module_device
@@ -151,7 +151,9 @@ class Projections:
         kept: dict[tuple[str, int], Tensor] = {}
 
         def coded(out: Tensor) -> Tensor:
-            return _codes(out.shape[-1]).to(out).reshape(out.shape)
+            codes = _codes(out.shape[-1]).to(out)
+            # a table of relative positions, say, has no rows of the batch
+            return codes.reshape(out.shape) if codes.numel() == out.numel() else out
 
         def listen(module: nn.Module) -> Watch:
             return _Kept(kept, attentions[module]) if module in attentions else Watch()
@@ -193,6 +195,8 @@ class Projections:
         Every block reads what it reads in the last row, so that only its own changed layer tells rows
         apart, and one forward serves all layers.
         """
+        if (reads := main_input(self.module)) != "input_ids":
+            raise Refused(f"projections are found with token ids, and this model reads '{reads}'")
         if self.spec.shared:
             raise Refused("layers share their modules: projections are not told apart by layer")
         prompt = probe_batch(self.module).ids[:1, :length]
@@ -212,8 +216,15 @@ class Projections:
                 hook = block.register_forward_pre_hook(partial(same, layer), with_kwargs=True)
                 stack.callback(hook.remove)
             stack.callback(blocks[-1].register_forward_hook(stop).remove)
-            with suppress(Stop):
+            try:
                 call_model(self.module, batch)
+            except Stop:  # behind the last block
+                return
+            except (RuntimeError, IndexError) as error:  # Funnel pools what is not there
+                raise Refused(
+                    f"projections are found with prompts of {length} tokens, which "
+                    f"{type(self.module).__name__} does not read: {error}"
+                ) from error
 
     @contextmanager
     def _outputs(self, changes: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.errors import BadInput
+from interp.errors import BadInput, Refused
 from interp.models.model import Model
 from interp.run.cache import Cache
 from interp.run.edits import Edit, Seen
@@ -78,21 +78,26 @@ def activation_cache(cache: Cache, model: Model | View | None = None) -> Activat
         n_layers = 1 + max((layer for _, layer in stored), default=-1)
         return ActivationCache(named, SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers)))
     lens = model if isinstance(model, View) else View(model)
-    if any(name in ("q", "k") for name, _ in stored) and lens.projections.as_projected:
+    if any(name in ("q", "k") for name, _ in stored) and _as_projected(lens):
         before = {name.replace("hook_rot_", "hook_"): x for name, x in named.items()}
         named.update((name, x) for name, x in before.items() if name.endswith(("hook_q", "hook_k")))
-    for layer in cache.layers("resid_pre"):
-        if (norm := lens.norm_before_attention(layer)) is not None:
-            named[f"blocks.{layer}.ln1.hook_scale"] = norm.scale(stored["resid_pre", layer])
-    before_mlp = "resid_pre" if "resid_mid" in lens.model.spec.refused else "resid_mid"
-    for layer in cache.layers(before_mlp):
-        if (found := lens.norm_before_mlp(layer)) is not None and found[1] == before_mlp:
-            scale = found[0].scale(stored[before_mlp, layer])
-            named[f"blocks.{layer}.ln2.hook_scale"] = scale
+    for layer in sorted({*cache.layers("resid_pre"), *cache.layers("resid_mid")}):
+        for hook, norm_of in (("ln1", lens.norm_before_attention), ("ln2", lens.norm_before_mlp)):
+            norm = norm_of(layer)
+            if norm is not None and (norm[1], layer) in stored:
+                scale = norm[0].scale(stored[norm[1], layer])
+                named[f"blocks.{layer}.{hook}.hook_scale"] = scale
     last = lens.model.n_layers - 1
     if ("resid_post", last) in stored and lens.cfg.normalization_type is not None:
         named["ln_final.hook_scale"] = lens.model.final_norm.scale(stored["resid_post", last])
     return ActivationCache(named, lens)
+
+
+def _as_projected(lens: View) -> bool:
+    try:
+        return lens.projections.as_projected
+    except Refused:  # where projections are not found, nothing says that q and k are these
+        return False
 
 
 class NotCaptured(BadInput, KeyError):

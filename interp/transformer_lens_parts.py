@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.calls import at_home
-from interp.models.model import Model
-from interp.models.probe import probe_batch
 from interp.models.weights import FrozenNorm
 
 if TYPE_CHECKING:
@@ -88,16 +82,15 @@ class Block:
     @cached_property
     def ln2(self) -> Norm:
         """The norm before the MLP."""
-        found = self._lens.norm_before_mlp(self._layer)
-        return self._norm(None if found is None else found[0], "its MLP alone")
+        return self._norm(self._lens.norm_before_mlp(self._layer), "its MLP alone")
 
-    def _norm(self, norm: FrozenNorm | None, what: str) -> Norm:
-        if norm is None:
+    def _norm(self, found: tuple[FrozenNorm, str] | None, what: str) -> Norm:
+        if found is None:
             raise Refused(
                 f"layer {self._layer} of {self._lens.model.id}: no norm whose output {what} reads was "
                 "found; model.module has what there is"
             )
-        return Norm(norm, norm.module)
+        return Norm(found[0], found[0].module)
 
 
 class Attention:
@@ -219,84 +212,3 @@ class Unembed:
         """Logits [... d_vocab] of normed residual vectors [... d_model]."""
         model = self._lens.model
         return at_home(model.module.get_submodule(model.spec.unembedding or ""), normed)
-
-
-# --- the norm before an MLP ---------------------------------------------------------------------------
-
-
-@dataclass
-class _Call:
-    """What a module inside a block read and returned."""
-
-    name: str
-    read: Tensor
-    returned: Tensor
-
-
-@torch.no_grad()
-def norms_before_mlp(model: Model) -> dict[int, tuple[str, str]]:
-    """(module, the site that it reads) of the norm whose output a layer's MLP reads and its attention does not.
-
-    Seen in one forward over a few tokens: a module of the block, outside attention, that reads resid_mid (in
-    parallel blocks, resid_pre), and whose output another module outside attention reads.
-    """
-    sites = [name for name in ("resid_mid", "resid_pre") if name not in model.spec.refused]
-    if model.spec.shared or model.spec.n_streams > 1 or not sites:
-        return {}
-    calls: dict[int, list[_Call]] = {}
-    with ExitStack() as stack:
-        for layer, name, module in _outside_attention(model):
-
-            def keep(
-                _: nn.Module, args: tuple, out: Any, at: int = layer, name: str = name
-            ) -> None:
-                if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-                    calls.setdefault(at, []).append(_Call(name, args[0].cpu(), out.cpu()))
-
-            stack.callback(module.register_forward_hook(keep).remove)
-        run = model.run(probe_batch(model.module), capture=sites, logits=False)
-    before_attention = {block.v.input for block in model.spec.blocks if block.v is not None}
-    found = {}
-    for site in sites:
-        for layer, stream in run.cache.by_layer(site).items():
-            normed = _normed(model, calls.get(layer, []), stream.cpu()) - before_attention
-            if layer not in found and len(normed) == 1:
-                found[layer] = (normed.pop(), site)
-    return found
-
-
-def _outside_attention(model: Model) -> Iterator[tuple[int, str, nn.Module]]:
-    for layer, block in enumerate(model.spec.blocks):
-        for name, module in model.module.get_submodule(block.name).named_modules(prefix=block.name):
-            if name != block.name and not f"{name}.".startswith(f"{block.attention}."):
-                yield layer, name, module
-
-
-def _normed(model: Model, calls: list[_Call], stream: Tensor) -> set[str]:
-    """The norms that read the stream and were read by another module."""
-    near = 1e-3 * float(stream.abs().max())
-    return {
-        call.name
-        for call in calls
-        if call.read.shape == call.returned.shape
-        and call.read.numel() == stream.numel()  # OPT's blocks flatten batch and position
-        and float((call.read.reshape(stream.shape) - stream).abs().max()) <= near
-        and any(x.name != call.name and _same(x.read, call.returned) for x in calls)
-        and _is_norm(model, call)
-    }
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.reshape(-1), y.reshape(-1))
-
-
-def _is_norm(model: Model, call: _Call) -> bool:
-    """Whether gain · x [less its mean] / σ(x) + bias is what the module returned."""
-    try:
-        norm = model.norm(call.name)
-    except Refused:  # it mixes channels
-        return False
-    x, gain, bias = call.read.float(), norm.gain.cpu().float(), norm.bias.cpu().float()
-    wanted = call.returned.float()
-    error = gain * norm.centre(x) / norm.scale(x).cpu() + bias - wanted
-    return float(error.abs().max()) <= 1e-2 * float(wanted.abs().max())

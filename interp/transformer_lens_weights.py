@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.block_norms import BlockNorms, block_norms
 from interp.errors import Refused
 from interp.models.model import Model
 from interp.models.weights import FrozenNorm, linear_map
 from interp.projections import Projections
-from interp.transformer_lens_parts import Block, Config, Embed, Norm, Unembed, norms_before_mlp
+from interp.transformer_lens_parts import Block, Config, Embed, Norm, Unembed
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -199,23 +200,19 @@ class Weights:
         """Logits of normed residual vectors: `unembed(normed)`, `unembed.W_U`."""
         return Unembed(self)
 
-    def norm_before_attention(self, layer: int) -> FrozenNorm | None:
-        """The norm whose output the values of a layer are made from; None where there is none."""
-        source = self.model.spec.blocks[layer].v
-        if source is None or source.input in ("", "resid_pre"):
-            return None
-        return self.model.norm(source.input)
+    def norm_before_attention(self, layer: int) -> tuple[FrozenNorm, str] | None:
+        """The norm that a layer's attention reads, and the site that it reads; None where there is none."""
+        found = self._norms.before_attention.get(layer)
+        return None if found is None else (self.model.norm(found[0]), found[1])
 
     def norm_before_mlp(self, layer: int) -> tuple[FrozenNorm, str] | None:
-        """The norm that only the MLP of a layer reads, and the site that it reads; None where there is none."""
-        if layer not in self._norms_before_mlp:
-            return None
-        name, site = self._norms_before_mlp[layer]
-        return self.model.norm(name), site
+        """The norm that a layer's MLP reads and its attention does not, and the site that it reads."""
+        found = self._norms.before_mlp.get(layer)
+        return None if found is None else (self.model.norm(found[0]), found[1])
 
     @cached_property
-    def _norms_before_mlp(self) -> dict[int, tuple[str, str]]:
-        return norms_before_mlp(self.model)
+    def _norms(self) -> BlockNorms:
+        return block_norms(self.model)
 
     @torch.no_grad()
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:

@@ -16,7 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interp.sites", "interp.transformer_lens_elsewhere"),
     ("interp.run",),
     ("interp.models",),
-    ("interp.projections", "interp.skeleton"),
+    ("interp.block_norms", "interp.projections", "interp.skeleton"),
+    ("interp.transformer_lens_parts",),
     ("interp.transformer_lens_weights",),
     (
         "interp.data",

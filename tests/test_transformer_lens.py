@@ -252,6 +252,37 @@ def test_latent_attention_refuses_weights_that_it_has_not() -> None:
     assert lens.W_O.shape == (3, 4, 8, 32)  # z's width, where their bridge goes by the config's
 
 
+def test_the_norms_of_latent_attention_are_the_blocks() -> None:
+    """Not the norm of the latent, which the values are made from."""
+    model = Model(FAMILIES["deepseek_v3"]())
+    _, cache = ours_as_theirs.view(model).run_with_cache(IDS)
+    eps = model.module.config.rms_norm_eps  # type: ignore[union-attr]
+    for name, site in (("ln1", "resid_pre"), ("ln2", "resid_mid")):
+        wanted = (cache[site, 1].pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        assert off(cache["scale", 1, name], wanted) < TINY
+    gain = model.module.get_parameter("model.layers.1.input_layernorm.weight")
+    assert off(ours_as_theirs.view(model).blocks[1].ln1.w, gain) < TINY
+
+
+@pytest.mark.parametrize("family", ["albert", "funnel", "muse_spark", "qwen4_exp", "t5_encoder"])
+def test_what_is_not_found_does_not_stop_a_cache(family: str) -> None:
+    """Shared layers, a least length, gates, several streams, a table of positions inside attention."""
+    model = Model(FAMILIES[family]())
+    lens = ours_as_theirs.view(model)
+    _, cache = lens.run_with_cache(IDS)
+    assert cache["pattern", 0].shape[1] == model.spec.n_heads
+    scales = [name for name in cache if "hook_scale" in name]
+    assert not scales or family in ("muse_spark", "t5_encoder")
+    if family != "t5_encoder":
+        with pytest.raises(Refused):
+            _ = lens.W_Q if family != "muse_spark" else lens.W_O
+
+
+def test_weights_of_a_model_of_images_are_refused() -> None:
+    with pytest.raises(Refused, match="token ids, and this model reads 'pixel_values'"):
+        _ = ours_as_theirs.view(Model(FAMILIES["vit"]())).W_Q
+
+
 def test_a_cache_without_its_model_is_indexed_and_stacked(tiny: Model) -> None:
     run = tiny.run(IDS, capture=["resid_post", "pattern", "z"])
     cache = run.cache.to_transformer_lens()
