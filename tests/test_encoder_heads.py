@@ -11,6 +11,7 @@ import interp
 from circuits.heads.distance import DISTANCE
 from circuits.heads.scan import one_pass
 from interp.data.prompts import frame, pair_frame, paired_windows, repeated_tokens, text_windows
+from interp.errors import BadInput
 from interp.models.model import Model
 from tests.families import FAMILIES
 from tests.ground_truth.encoder_model import (
@@ -61,6 +62,8 @@ def test_what_makes_no_sense_in_an_encoder_is_skipped_with_the_reason(report):
     assert {"induction", "recency", "first_token_sink"} <= set(skipped)
     assert set(skipped.values()) == {"needs a model that reads left to right"}
     assert not any("image" in reason for reason in skipped.values())
+    with pytest.raises(BadInput, match="'induction' in this report: needs a model that reads left"):
+        report.figure("map", score="induction")
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from interp.errors import unknown
+from interp.errors import BadInput, unknown
 from interp.figures.by_head import by_layer, heads_heatmap
 from interp.figures.letters import role_letters
 from interp.report import Report
@@ -23,6 +23,8 @@ def head_map(report: Report, score: str | None = None) -> go.Figure:
     table = report.table
     numeric = [name for name in table.columns if table[name].dtype.kind == "f"]
     score = str(report.meta["detectors"][0]["name"] if score is None else score)
+    if score in report.meta.get("skipped", {}):
+        raise BadInput(f"no score '{score}' in this report: {report.meta['skipped'][score]}")
     if score not in numeric:
         raise unknown("score", score, numeric)
     letters = role_letters(report.meta["detectors"])
