@@ -75,8 +75,11 @@ class Batch:
         if "input_ids" not in inputs or "position_ids" in inputs:
             return Batch(dict(inputs), mask)
         batch = Batch.of_ids(inputs["input_ids"], mask)
-        rest = {name: x for name, x in inputs.items() if name != "attention_mask"}
-        return Batch({**rest, **batch.inputs}, batch.mask)
+        told = {n: x for n, x in inputs.items() if n != "attention_mask"} | batch.inputs
+        own = inputs.get("attention_mask")
+        if own is not None and own.dtype == torch.bool:  # a forward may take it for an index
+            told["attention_mask"] = own
+        return Batch(told, batch.mask)
 
     @staticmethod
     def _of_decoder(inputs: Mapping[str, Tensor]) -> Batch:

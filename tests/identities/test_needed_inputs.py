@@ -232,6 +232,17 @@ def test_what_a_forward_does_not_take_is_not_handed_on() -> None:
     assert close(model.run(besides).logits, plain(model, {"input_ids": ids}))
 
 
+def test_a_mask_of_booleans_says_what_one_of_whole_numbers_does() -> None:
+    model, ids = model_of("llama", "LlamaForCausalLM"), words(2, 9)
+    for mask in (MASK, MASK.flip(1), torch.ones_like(MASK)):
+        as_numbers, as_booleans = (
+            model.run({"input_ids": ids, "attention_mask": each}, capture=["pattern"])
+            for each in (mask, mask.bool())
+        )
+        assert torch.equal(as_numbers.logits, as_booleans.logits)
+        assert torch.equal(as_numbers.cache["pattern"], as_booleans.cache["pattern"])
+
+
 def test_a_wave_is_as_long_as_the_failure_says() -> None:
     module = tiny_model("muse_spark_audio", "MuseSparkAudioModel", partial(runs, strict=True))
     (wave,) = numbers_taken(module, "input_values", {}).values()
