@@ -3,7 +3,8 @@
 For every causal language model, encoder, encoder-decoder and model of images, sound, video or anything else
 that transformers' auto classes know (and the text part of multimodal ones, and types that no auto class
 lists, both listed apart), the default config is shrunk by the names of its fields, a random model is built
-from it, and the probe makes and verifies its map. No model type has code of its own here. An
+from it, and the probe makes and verifies its map. No model type has code of its own here; what takes the
+session of a video tracker is opened on an example of one (`sessions.py`). An
 encoder-decoder has a row of its own for its decoder, with the attention to the source, besides the row of
 its encoder or of its decoder without a source. A model type is
 
@@ -57,6 +58,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks import callers
 from benchmarks.model_types import OTHER, SENSED, UNLISTED, WHOLE, model_types, own_classes
+from benchmarks.sessions import example_of
 from benchmarks.tiny_configs import Unbuildable, attention_switches, tiny_model
 from interp.errors import InterpError, Refused
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor
@@ -66,6 +68,7 @@ from interp.models.layout import shown
 from interp.models.model import Model
 from interp.models.named import last_returned
 from interp.models.probe import probe_batch
+from interp.models.taken import batch_like
 from interp.run.batch import Batch
 from interp.run.cache import Run
 from interp.sites import AXES
@@ -162,13 +165,15 @@ def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
     """
     module = _part(module, kind)
     with nullcontext() if strict else suppress(Refused), torch.no_grad():
-        if not output_tensor(call_model(module, probe_batch(module))).isfinite().all():
+        example = example_of(module)
+        batch = probe_batch(module) if example is None else batch_like(module, example)
+        if not output_tensor(call_model(module, batch)).isfinite().all():
             raise ArithmeticError("its random weights give NaN")
 
 
 def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
     try:
-        model = Model(module, id=row.model_type, stack=stack)
+        model = Model(module, id=row.model_type, stack=stack, example=example_of(module))
     except SeveralStacks as error:
         return _by_parts(row, module, error)
     except InterpError as error:
@@ -179,14 +184,16 @@ def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
     if "z" in refused and not spec.attention_layers:
         return replace(row, outcome="residual stream only", reason=refused["z"])
     sites = [site for site in AXES if site not in spec.refused and model.layers_with(site)]
-    batch = probe_batch(module)
+    batch = model.probed
     run, error = _captured(model, batch, sites)
     patterns = run.cache.by_layer("pattern").values() if "pattern" in sites else ()
     of_both = bool(patterns) and all(x.shape[3] > x.shape[2] for x in patterns)  # in one softmax
     if row.kind == WHOLE and not of_both and not model.layers_with("cross_z"):
         refused["cross_z"] = "no attention of the decoder to the source was found"
-    if error > ROUNDING and (
-        model.spec.between_kernels or model.spec.in_float64
+    if (
+        error > ROUNDING
+        and not batch.objects
+        and (model.spec.between_kernels or model.spec.in_float64)
     ):  # it makes much of a rounding
         exact, batch = in_float64(module, batch)
         error = _captured(Model(exact, stack=stack), batch, sites)[1]

@@ -12,6 +12,8 @@ WINDOW, WIDE_WINDOW = 4, 128
 """Windows that a prompt is longer than, or shorter: without its cache a draft model masks too few keys."""
 IN_SIXTHS = 96
 """A hidden size of which a sixth is whole: boxes on a page have six numbers, with a part of it for each."""
+WIDE = 256
+"""A hidden size that is more than the 64 of a tracker's memories, which are in its code."""
 MOST_PATCH = 64
 """Sides of patches that are longer are an image's: each patch is an image to a model inside."""
 
@@ -41,7 +43,7 @@ class Variant:
     hidden: int = HIDDEN
     """The hidden size; where it is not HIDDEN, sizes that are whole parts of it stay those parts."""
     parts: bool = False
-    """Whether the hidden sizes of parts are divided with them, and the sizes of maps with the image's."""
+    """Whether the sizes of maps are divided with the image's, and with widths the hidden sizes of parts, of HIDDEN."""
     sliding: int = WINDOW
     """The longest sliding window; another than WINDOW is tried only where the config names one."""
     gain: float = 2.0
@@ -68,6 +70,8 @@ VARIANTS = (
     Variant(224, HEADS, patch=16, divided=True, parts=True),
     Variant(64, HEADS, 4, patch=16, filled=True),
     Variant(224, HEADS, patch=16, divided=True, parts=True, gain=1.0),
+    Variant(224, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
+    Variant(256, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -117,6 +121,7 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     ),
     (r"(expansion|expand|ratio)", lambda v: v),
     (r"max_2d_position", lambda v: v),  # thousandths of a page
+    (r"max_num_objects", 1),  # blocks of a tracker are called once an object
     (r"keypoint_decoder_dim", lambda v: v),  # cells of an image and one besides
     (r"(temporal_patch|tubelet)", lambda v: v),
     (r"patch_size", lambda v: -4 if v <= MOST_PATCH else -3),

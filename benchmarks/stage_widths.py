@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 DIVISOR, LEAST = 8, 32
 """Smaller numbers in such lists are not widths: images' channels, sizes of kernels, dilations."""
 OTHER = re.compile(
-    r"(image|feature|window|kernel|patch|crop)_?(size|list)|strides?$|token|_id|indices|idx|blocks$|depths|layers$|label"
+    r"(image|feat(ure)?|window|kernel|patch|crop)_?(size|list)|strides?$|token|_id|indices|idx|blocks$|depths|layers$|label"
 )
 """Lists of numbers that are not widths."""
 
@@ -70,8 +70,9 @@ def of_image(value: Any, old: int, new: int) -> Any:
 
 
 def declared(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the class declares, by any of their names; it works out the others anew from these."""
-    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    """The fields that the class declares, by any of their names, or sets by a property; others it works out anew."""
+    names = {n for n in fields if getattr(getattr(type(config), n, None), "fset", None)}
+    names |= {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     names |= {other for name, other in config.attribute_map.items() if name in names}
     return {name: value for name, value in fields.items() if name in names}
 

@@ -168,7 +168,7 @@ def shrunk(
     fields = spelt(config, fields)
     if variant.divided:
         fields = declared(config, fields)
-        wide = widths(config, variant.parts) if wide is None else wide
+        wide = widths(config, variant.parts and variant.hidden == HIDDEN) if wide is None else wide
         image = image or max(image_sizes(config), default=0)
     n_layers, picks, total = _layers(fields, variant)
     hidden = narrowest or _hidden(fields)
@@ -197,12 +197,16 @@ def shrunk(
             new[name] = value
         elif re.search(r"token_id$|token_index$|pad_idx$|pad_id$", name):
             new[name] = tokens.of(value)
-        elif variant.parts and image and name.endswith("feature_sizes"):
+        elif variant.parts and image and name.endswith(("feature_sizes", "feat_sizes")):
             new[name] = of_image(value, image, variant.image)
         elif by_name and isinstance(value, (list, tuple)) and "channel" in name:
             new[name] = value
         elif wide and (less := divided(name, value, wide)) != value:
             new[name] = less
+        elif (part := name.removesuffix("attention_head_dim")) not in ("", name) and (
+            value == fields.get(f"{part}hidden_size")
+        ):  # a single head, as wide as what it reads
+            new[name] = _number(f"{part}hidden_size", value, variant, n_layers, hidden)
         elif name == "head_dim" and value == fields.get("qk_rope_head_dim"):
             new[name] = 8
         elif isinstance(value, int):

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
 import interp
+from benchmarks.sessions import example_of
 from interp import Edit, Model
 from interp.errors import BadInput, Refused
 from interp.models.calls import call_model, output_tensor
+from interp.models.examples import all_in_float64
+from interp.models.kernels import in_float64
 from interp.run.batch import Batch
 from interp.run.cache import Run
 
@@ -238,6 +241,36 @@ def test_what_cannot_be_copied_is_named() -> None:
         BadInput, match=r"'inference_session' is a Held that cannot be copied.*no_grad"
     ):
         interp.load(tracker(), example={"inference_session": given, "frame_idx": LAST})
+
+
+class Kept:
+    """What a forward may take: tensors wherever they are, and a dtype."""
+
+    def __init__(self, x: Any = None) -> None:
+        self.x, self.held = torch.ones(2), {"a": [torch.arange(3), x]}
+        self.dtype, self.whole = torch.float32, torch.int64
+
+
+def test_an_object_has_a_copy_in_float64() -> None:
+    kept = Kept(torch.zeros(2, dtype=torch.bfloat16))
+    made = all_in_float64("kept", kept)
+    assert [x.dtype for x in tensors(made)] == [torch.float64, torch.int64, torch.float64]
+    assert (made.dtype, made.whole) == (torch.float64, torch.int64)
+    assert [x.dtype for x in tensors(kept)] == [torch.float32, torch.int64, torch.bfloat16]
+    exact, batch = in_float64(tracker(), opened(MEMORY).probed)
+    assert output_tensor(call_model(exact, batch)).dtype == torch.float64
+    with pytest.raises(BadInput, match="'kept' is a Kept of which no copy in float64 can be made"):
+        all_in_float64("kept", Kept(lambda: None))
+
+
+def test_the_sweep_makes_a_session_of_what_the_signature_says(
+    tiny_model: Callable[..., Model],
+) -> None:
+    made = example_of(tracker())
+    assert made is not None and made["frame_idx"] == 2
+    assert list(made["inference_session"].frames_tracked_per_obj[0]) == [1]
+    assert all(check.passed for check in Model(tracker(), example=made).spec.checks)
+    assert example_of(tiny_model().module) is None
 
 
 def test_of_an_example_of_one_row_more_rows_are_refused(tiny_model: Callable[..., Model]) -> None:

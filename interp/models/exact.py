@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interp.errors import BadInput
 from interp.models.attention import needs_masks
 from interp.models.calls import call_model, output_tensor
 from interp.models.chunks import in_chunks
@@ -28,13 +29,12 @@ def exact_instead(module: nn.Module, batch: Batch, seen: Recording) -> tuple[Ten
     """
     parameters = list(module.parameters())
     on_meta = any(parameter.is_meta for parameter in parameters)
-    if (
-        on_meta
-        or batch.objects
-        or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64
-    ):
+    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
         return None
-    copied, exact = in_float64(module, batch)
+    try:
+        copied, exact = in_float64(module, batch)
+    except BadInput:  # an input that is no tensor has no such copy
+        return None
     _note_alike(module, copied)
     again, plain = record(copied, exact), output_tensor(call_model(copied, exact))
     if len(again.attention) != len(seen.attention):

@@ -6,8 +6,13 @@ frames that it has seen. Every forward gets a copy of it, so that all see the sa
 
 from __future__ import annotations
 
+import io
+import pickle
 from copy import deepcopy
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from interp.errors import BadInput
 
@@ -18,6 +23,38 @@ GIVE = "give an example in Python, interp.load(model, example={'name of an input
 def told(error: BaseException) -> str:
     """A failure in a line: of a KeyError its text is the key alone."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def all_in_float64(name: str, x: Any) -> Any:
+    """A copy of an input that is no tensor with every float tensor in it, and every dtype it names, in float64.
+
+    Raises:
+        BadInput: it cannot be taken apart, which pickle does.
+    """
+    held: list[Any] = []
+
+    class Apart(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> int | None:
+            if isinstance(obj, Tensor):
+                held.append(obj.detach().double() if obj.is_floating_point() else obj.detach())
+            elif isinstance(obj, torch.dtype):
+                held.append(torch.float64 if obj.is_floating_point else obj)
+            else:
+                return None
+            return len(held) - 1
+
+    class Together(pickle.Unpickler):
+        def persistent_load(self, pid: int) -> Any:
+            return held[pid]
+
+    file = io.BytesIO()
+    try:
+        Apart(file).dump(x)
+    except Exception as error:
+        raise BadInput(
+            f"'{name}' is a {type(x).__name__} of which no copy in float64 can be made: {error}"
+        ) from error
+    return Together(io.BytesIO(file.getvalue())).load()
 
 
 def fresh(name: str, x: Any) -> Any:

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from interp.errors import BadInput
 from interp.models.attention import Watch, implementation, window
 from interp.models.calls import call_model, output_tensor
+from interp.models.examples import all_in_float64
 from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
@@ -64,13 +66,12 @@ def eager_instead(
         return None
     parameters = list(module.parameters())
     on_meta = any(parameter.is_meta for parameter in parameters)
-    if (
-        on_meta
-        or batch.objects
-        or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64
-    ):
+    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
         return None
-    copied, exact = in_float64(module, batch)
+    try:
+        copied, exact = in_float64(module, batch)
+    except BadInput:  # an input that is no tensor has no such copy
+        return None
     own = told(copied, exact)
     with window(copied, lambda module: _Forming()):
         shown = told(copied, exact)
@@ -86,7 +87,8 @@ class _Forming(Watch):
 def in_float64(module: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     """A copy of the model, and its inputs, in float64."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in batch.inputs.items()}
-    return deepcopy(module).double(), replace(batch, inputs=exact)
+    objects = {name: all_in_float64(name, x) for name, x in batch.objects.items()}
+    return deepcopy(module).double(), replace(batch, inputs=exact, objects=objects)
 
 
 def note(module: nn.Module, off: float) -> tuple[str, ...]:
