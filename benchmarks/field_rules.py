@@ -69,9 +69,9 @@ VARIANTS = (
     Variant(224, HEADS, filled=True, divided=True),
     Variant(224, HEADS, patch=16, divided=True, parts=True),
     Variant(64, HEADS, 4, patch=16, filled=True),
-    Variant(224, HEADS, patch=16, divided=True, parts=True, gain=1.0),
     Variant(224, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
     Variant(256, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
+    Variant(224, HEADS, patch=16, divided=True, parts=True, gain=1.0),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
