@@ -267,7 +267,8 @@ class View(Weights):
     ) -> Returned:
         """Logits (or "loss", or "both") with `hook_fn(activation, hook=…)` applied at each named place.
 
-        A hook that returns None leaves the activation as it is. `hook.name` and `hook.layer()` are set.
+        A hook returns the new activation, or changes the one it is given in place. `hook.name` and
+        `hook.layer()` are set.
         """
         refuse_options("run_with_hooks", theirs, "fwd_hooks, return_type, prepend_bos …")
         edits = [
@@ -326,7 +327,8 @@ class View(Weights):
                     f"'{name}' of a prompt this long comes in chunks of query rows: use Edit.apply, "
                     "whose function is told the first row"
                 )
-            new = function(x.clone(), hook=HookPoint(name, seen.layer))
+            x = x.clone()  # the hook may change it in place and return nothing
+            new = function(x, hook=HookPoint(name, seen.layer))
             return x if new is None else new
 
         return Edit.apply(site, change)

@@ -238,6 +238,15 @@ def test_hooks_by_their_signature(pair: tuple[Model, TransformerBridge]) -> None
     )
     assert seen[0] == ("blocks.1.attn.hook_z", 1) and off(ours, theirs) < TINY  # type: ignore[arg-type]
     assert not torch.allclose(ours, lens(IDS))  # type: ignore[arg-type]
+
+    def in_place(value: Tensor, hook: Any) -> None:
+        value[:, :, 1] = 0.0
+
+    for hook in (in_place, lambda value, hook: None):
+        hooks = [("blocks.1.attn.hook_z", hook)]
+        changed = lens.run_with_hooks(IDS, fwd_hooks=hooks)
+        assert off(changed, bridge.run_with_hooks(IDS, fwd_hooks=hooks)) < TINY  # type: ignore[arg-type]
+        assert off(changed, ours if hook is in_place else lens(IDS)) < TINY  # type: ignore[arg-type]
     few, cache = lens.run_with_cache(
         IDS, lambda name: name.endswith("hook_pattern"), return_type="loss"
     )
