@@ -33,7 +33,7 @@ from interp.models.projections import (
     with_output,
 )
 from interp.models.recording import AttentionCall, Recording
-from interp.models.repeated import on_the_stream
+from interp.models.repeated import shared_with_asides
 from interp.models.restarted import restarts
 from interp.models.several import HEADS, asides_of
 from interp.models.spec import BlockMap, Member, Spec
@@ -52,7 +52,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
     layers = with_axes(find_placed(seen, layers, axes, key, batch), axes)
     _refuse_no_one_attention(layers, refused)
     layers = with_ahead(seen, layers, stack, refused)
-    layers, repeated = zip(*map(_shared_with_asides, layers), strict=True)
+    layers, repeated = zip(*map(shared_with_asides, layers), strict=True)
     layers = list(layers)
     shapes = [layer.hidden(key).shape for layer in layers]
     starts = [False, *(starts_stage(a, b, key) for a, b in pairwise(layers))]
@@ -130,15 +130,6 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
     return spec
 
 
-def _shared_with_asides(layer: Layer) -> tuple[Layer, frozenset[str]]:
-    """The layer with the calls on its stream alone, where attention modules make others for another stream; the names
-    of what is called several times."""
-    calls = layer.inside.attention
-    others = {call.module for call in calls if not any(call is aside for aside in layer.asides)}
-    shared = any(call.module in others for call in layer.asides)
-    return on_the_stream(layer) if shared else (layer, frozenset())
-
-
 def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> None:
     """Refuse attention's sites where the calls of a layer are no one attention, in that layer or everywhere."""
     alone = any(layer.attention for layer in layers)
@@ -151,10 +142,22 @@ def _refuse_no_one_attention(layers: list[Layer], refused: dict[str, str]) -> No
             "attention are not of one part each, and together of all"
             if in_parts
             else f"block '{layer.name}' attends {len(layer.inside.attention)} times, and that is no one attention: "
-            "heads of different shapes, or too many sources"
+            f"heads of different shapes, or too many sources ({_shapes(layer)})"
         )
         for site in (*SELF_SITES, "attn_out", "attn_write"):
             refused[f"{site}.{i}" if in_parts and alone else site] = why
+
+
+def _shapes(layer: Layer) -> str:
+    """What a layer's queries are of, by attention module: rows of the batch (windows, say), heads and positions."""
+    found = {}
+    for call in layer.inside.attention:
+        rows, heads, positions, _ = call.tensors["q"].shape
+        name = layer.inside.names[call.module].removeprefix(f"{layer.name}.")
+        found[f"'{name}': {rows} rows of {positions} queries, {heads} heads"] = None
+    return "; ".join(
+        [*found, f"for {layer.inside.n_rows} inputs of {layer.output.shape[1]} positions"]
+    )
 
 
 def _with_parts(draft: Draft) -> Draft:

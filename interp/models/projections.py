@@ -86,7 +86,8 @@ def gated_attention_map(
                 after.append((call.order, name, x, y))
     none = (0, "", torch.empty(0), torch.empty(0))
     _, name, x, y = min(after, key=lambda found: found[0], default=none)
-    if not name or seen.call(name).inputs[0].shape[-1] != block.n_heads * block.d_head:
+    width = block.n_heads * block.d_head
+    if not name or seen.call(name).inputs[0].shape[-1] != width or _reads_a_sum(layer, name):
         # No projection of its own, or one a group of heads: the attention module's output is all there is.
         return with_output(layer, block, key)
     eps = PROPORTIONAL * (30 if factor.dtype in (torch.bfloat16, torch.float16) else 1)
@@ -120,6 +121,35 @@ def _positions_first(layer: Layer, call: ModuleCall) -> bool:
     return not torch.equal(x, z.reshape(-1)) and torch.equal(x, z.transpose(0, 1).reshape(-1))
 
 
+def _reads_a_sum(layer: Layer, name: str) -> bool:
+    """Whether a module outside attention reads what a norm makes of a sum: the stream with attention's output in it."""
+    attention, seen = layer.attention, layer.inside
+    assert attention is not None
+    if name.startswith(f"{seen.names[attention.module]}."):
+        return False
+    x, z = seen.call(name).inputs[0], attention.tensors["z"]
+    norms = [
+        call.inputs[0]
+        for path, calls in seen.calls.items()
+        for call in calls
+        if call.inputs
+        and call.output is not None
+        and same(call.output, x)
+        and elementwise(seen, path, call)
+        and not same(call.inputs[0], call.output)
+    ]
+    return any(
+        not same(read, z) and not same(read, z.transpose(0, 1)) and not _returned(seen, read)
+        for read in norms
+    )
+
+
+def _returned(seen: Recording, x: Tensor) -> bool:
+    """Whether some module returned this."""
+    outputs = [call.output for calls in seen.calls.values() for call in calls]
+    return any(out is not None and same(x, out) for out in outputs)
+
+
 def _ends_in_a_norm_of_a_sum(seen: Recording, name: str, call: ModuleCall) -> bool:
     """Whether a module returns what a norm inside it makes of a tensor that no module returned."""
     assert call.output is not None
@@ -136,8 +166,7 @@ def _ends_in_a_norm_of_a_sum(seen: Recording, name: str, call: ModuleCall) -> bo
         and elementwise(seen, path, each)
         and not same(each.inputs[0], each.output)
     ]
-    outputs = [x.output for calls in seen.calls.values() for x in calls if x.output is not None]
-    return any(not any(same(norm.inputs[0], out) for out in outputs) for norm in norms)
+    return any(not _returned(seen, norm.inputs[0]) for norm in norms)
 
 
 def _projections(seen: Recording, z: Tensor) -> list[str]:

@@ -28,6 +28,15 @@ def on_the_stream(layer: Layer) -> tuple[Layer, frozenset[str]]:
     return replace(layer, inside=inside), frozenset(kept)
 
 
+def shared_with_asides(layer: Layer) -> tuple[Layer, frozenset[str]]:
+    """The layer with the calls on its stream alone, where attention modules make others for another stream; the names
+    of what is called several times."""
+    calls = layer.inside.attention
+    others = {call.module for call in calls if not any(call is aside for aside in layer.asides)}
+    shared = any(call.module in others for call in layer.asides)
+    return on_the_stream(layer) if shared else (layer, frozenset())
+
+
 def is_stream(layer: Layer, x: Tensor) -> bool:
     """Whether a tensor has the axes [batch pos d_model]."""
     return x.shape == layer.output.shape and x.ndim == 3

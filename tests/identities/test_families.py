@@ -424,6 +424,33 @@ def test_what_stands_between_z_and_the_projection_is_told():
                 model.W_O(layer)
 
 
+def test_without_an_output_projection_none_is_made_up():
+    """What attends and adds z as it is: the next linear layer reads the stream, and is the MLP's."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=97,
+        n_embd=32,
+        n_inner=32,  # as wide as the stream
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    module = transformers.GPT2LMHeadModel(config).eval()
+    for block in module.transformer.h:
+        block.attn.c_proj = torch.nn.Identity()
+    model = Model(module, id="no W_O")
+    for block in model.spec.blocks:
+        assert block.W_O is None and block.attn_out == block.attention and not block.between
+    ids = torch.randint(0, 97, (2, 9))
+    cache = model.run(ids, capture=["z", "attn_out", "attn_write"]).cache
+    assert torch.equal(cache["attn_out"], cache["z"].flatten(3))
+    assert torch.equal(cache["attn_write"], cache["attn_out"])
+    with pytest.raises(Refused, match="no attention output projection"):
+        model.W_O(0)
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "falcon_h1"])
 def test_mixers_are_not_taken_for_mlps(name: str) -> None:
     """A layer's MLP is what works on each position by itself; a convolution or state space is not."""
