@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from interp.errors import Refused
 from interp.models.calls import main_input, text_config
 from interp.models.clips import clip_shapes
-from interp.models.examples import GIVE
+from interp.models.examples import give
 from interp.models.images import random_images
 from interp.models.spec import module_device
 from interp.models.wants import SAMPLES, told_by_layers, tried
@@ -196,7 +196,7 @@ def random_ids(
         d_vocab = next(_values(config, "num_hash_buckets"), None)
     if d_vocab is None:
         raise Refused(
-            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; {GIVE}"
+            f"{type(module).__name__} reads neither tokens nor pixels that its config describes; {give()}"
         )
     special = {
         value

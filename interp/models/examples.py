@@ -16,8 +16,10 @@ from torch import Tensor
 
 from interp.errors import BadInput
 
-GIVE = "give an example in Python, interp.load(model, example={'name of an input': …})"
-"""What to do where no input can be made up with which a forward works."""
+
+def give(name: str = "name of an input") -> str:
+    """What to do where nothing can be made up as this input with which a forward works."""
+    return f"give an example in Python, interp.load(model, example={{'{name}': …}})"
 
 
 def told(error: BaseException) -> str:

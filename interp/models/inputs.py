@@ -28,7 +28,7 @@ from interp.models.calls import (
 )
 from interp.models.clips import ROWS, clip_shapes, sizes
 from interp.models.companions import as_weights, needed, with_companions
-from interp.models.examples import GIVE, told
+from interp.models.examples import give, told
 from interp.models.frames import OneFrame, one_frame
 from interp.models.grids import inputs_known
 from interp.models.images import ANY_SIDES, random_images
@@ -126,14 +126,14 @@ def numbers_taken(
         return numbers_taken(module, name, others)
     if kind := _no_tensor(module, name):
         raise Refused(
-            f"{type(module).__name__} takes '{name}', which by its signature is no tensor but {kind}; {GIVE}; "
+            f"{type(module).__name__} takes '{name}', which by its signature is no tensor but {kind}; {give(name)}; "
             f"or {_parts_that_are_models(module)}"
         )
     shape, why = max(reasons.items(), key=lambda each: each[1].startswith(RETURNS))
     raise Refused(
         f"{type(module).__name__} takes '{name}', and its forward works with none of the {len(reasons)} "
         f"shapes of random input that were tried (of {shape}: {why}); wanted: one with a row for each input in "
-        f"what is returned; {GIVE}; or {_parts_that_are_models(module)}"
+        f"what is returned; {give(name)}; or {_parts_that_are_models(module)}"
     )
 
 

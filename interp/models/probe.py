@@ -32,7 +32,7 @@ from interp.models.codebooks import with_codebooks
 from interp.models.companions import probe_length, random_ids, with_companions
 from interp.models.discover import discover
 from interp.models.exact import exact_instead
-from interp.models.examples import GIVE, told
+from interp.models.examples import give, told
 from interp.models.find_own import find_own
 from interp.models.find_stack import SeveralStacks, is_within
 from interp.models.forwards import find_called
@@ -142,7 +142,7 @@ def _works(module: nn.Module, batch: Batch, made_up: bool) -> Iterator[None]:
         name, why = type(module).__name__, told(error)
         if made_up:
             raise Refused(
-                f"{name} fails on what was made up for it, {batch}: {why}; {GIVE}"
+                f"{name} fails on what was made up for it, {batch}: {why}; {give()}"
             ) from error
         raise BadInput(
             f"{name} fails on the example {batch}: {why}; wanted: inputs by name with which its own forward works"
