@@ -103,6 +103,24 @@ def test_where_no_config_tells_a_size_the_failure_of_the_forward_does() -> None:
     assert random_images(tower)["pixel_values"].shape == (2, 3, 16, SIDE)
 
 
+def test_an_image_is_as_large_as_those_that_a_checkpoint_says_it_was_trained_on() -> None:
+    class Fixed(torch.nn.Module):
+        """A table of places for one size, of which its failure says nothing in pixels."""
+
+        def __init__(self, side: int, **of: Any) -> None:
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 4, 16, 16)
+            self.places = torch.nn.Parameter(torch.zeros((side // 16) ** 2, 4))
+            self.config = transformers.PreTrainedConfig(**of)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.convolution(pixel_values).flatten(2).mT + self.places
+
+    told = Fixed(48, pretrained_cfg={"input_size": [3, 48, 48], "tag": "a1"})
+    assert random_images(told)["pixel_values"].shape == (2, 3, 48, 48)
+    assert random_images(Fixed(224))["pixel_values"].shape == (2, 3, 224, 224)
+
+
 def test_all_inputs_that_a_failure_names_are_given_together() -> None:
     """The model wants two of three, and calls the encoder that it is named for with all three alone."""
     text = {"model_type": "modernbert", **SMALL, "vocab_size": 60, "pad_token_id": 0}

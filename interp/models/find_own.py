@@ -12,10 +12,10 @@ from torch import nn
 
 from interp.models.calls import call_model
 from interp.models.find_pieces import find_pieces
-from interp.models.own_attention import KERNEL, beside_interface, first_step, found_at, own
+from interp.models.own_attention import beside_interface, first_step, found_at, own
 from interp.models.pieces import pieces
 from interp.models.spec import first_tensor
-from interp.models.tape import Tape, softmax_of_rows
+from interp.models.tape import KERNEL, Tape, softmax_of_rows
 from interp.run.batch import Batch
 
 

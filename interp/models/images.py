@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from interp.models.spec import module_device
 from interp.run.batch import Batch
 
 ROWS = 2
-ANY_SIDES = (64, 128, 256)
-"""Pixels a side for models whose config names no size: most take any, some only images of several patches."""
+ANY_SIDES = (64, 128, 256, 224)
+"""Pixels a side for models whose config names no size: most take any, some only images of several patches.
+
+Last the size that most have been trained on: some have a table of as many places.
+"""
 MOST_SIDE = 1024
 """Of an image that a failure asks for."""
 PLACES = "pixel_position_ids"
@@ -53,7 +57,7 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
         }
     frames = getattr(config, "num_frames", None)  # a video: one image a frame
     lead = (ROWS, channels) if frames is None else (ROWS, frames, channels)
-    size = getattr(config, "image_size", None)
+    size = getattr(config, "image_size", None) or _trained_on(config)
     if size:
         sides = size if isinstance(size, (tuple, list)) else (size, size)
         return {"pixel_values": _normal(module, *lead, *sides)}
@@ -68,6 +72,12 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
         if told and not _fault(module, made := {"pixel_values": _normal(module, *lead, *told)}):
             return made
     return images[0]
+
+
+def _trained_on(config: Any) -> tuple[int, int] | None:
+    """Height and width in the `input_size` [channel height width] that a checkpoint's config tells of its training."""
+    told = (x.get("input_size") for x in vars(config or object).values() if isinstance(x, Mapping))
+    return next(((x[1], x[2]) for x in told if isinstance(x, (list, tuple)) and len(x) == 3), None)
 
 
 def _normal(module: nn.Module, *shape: int) -> Tensor:

@@ -24,6 +24,7 @@ from interp.models.factors import Found, factor_of
 from interp.models.forwards import other_forwards
 from interp.models.pieces import pieces, watched
 from interp.models.tape import (
+    KERNEL,
     PRODUCTS,
     Tape,
     is_product,
@@ -35,7 +36,6 @@ from interp.models.tape import (
 if TYPE_CHECKING:
     from interp.models.attention import Watch
 
-KERNEL = "scaled_dot_product_attention"
 own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Modules that compute attention themselves, and how many heads: some fold them into the batch."""
 beside_interface: WeakSet[nn.Module] = WeakSet()

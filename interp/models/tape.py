@@ -2,7 +2,8 @@
 
 A tape can say where a tensor came from, and compute again what depends on one that is changed. PyTorch's
 `multi_head_attention_forward` is one torch function made of many: of it the many are on the tape. So are the
-steps of an einsum that is a product of matrices.
+steps of an einsum that is a product of matrices, and those of an SDPA that has no axes [row head pos d_head]: heads
+may be folded into rows, or windows have an axis of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +28,7 @@ PRODUCTS = {  # names of the two factors, and where they stand
 }
 ADDITIONS = ("add", "__add__", "__radd__")
 COMPOSED = "multi_head_attention_forward"
+KERNEL = "scaled_dot_product_attention"
 
 
 @dataclass(eq=False)
@@ -83,6 +86,9 @@ class Tape(TorchFunctionMode):
                     return _in_parts(func)(*args, **kwargs)
             finally:
                 self.in_parts = False
+        if name == KERNEL and (args[0] if args else kwargs["query"]).ndim != 4:
+            with self:
+                return _attention_in_steps(*args, **kwargs)
         if name == "einsum" and not kwargs and is_batched_product(args):
             with self:
                 return batched_product(args)
@@ -152,6 +158,35 @@ def _in_parts(function: Any) -> Callable[..., Any]:
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _attention_in_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What SDPA returns of [… pos d_head], step by step.
+
+    Raises:
+        Refused: keys are shared over heads, and which axis these have is not known.
+    """
+    if enable_gqa:
+        raise Refused(
+            f"an SDPA of shape {tuple(query.shape)} shares keys: which axis heads have is not known"
+        )
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.dropout(scores.softmax(-1), dropout_p, dropout_p > 0) @ value
 
 
 def _before(step: Step, x: Tensor) -> Tensor:

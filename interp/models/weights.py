@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from interp.devices import wide
 from interp.errors import BadInput, Refused
+from interp.models.calls import FAILURES
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.offered import Offered
 from interp.models.spec import BlockMap, first_tensor, module_device
@@ -37,7 +38,13 @@ def linear_map(
 
     def made(x: Tensor) -> Tensor:
         x = x.to(home, dtype)
-        out = first_tensor(module(x[..., None] if of_one else x))
+        try:
+            out = first_tensor(module(x[..., None] if of_one else x))
+        except FAILURES:
+            if of_one:
+                raise
+            out = first_tensor(module(x[None]))  # one that folds rows and positions itself
+            out = None if out is None else out[0]
         if out is None:
             raise Refused(f"{type(module).__name__} returns no tensor: it is no linear layer")
         return out[..., 0] if of_one else out

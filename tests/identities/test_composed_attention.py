@@ -1,4 +1,7 @@
-"""Attention by PyTorch's `multi_head_attention_forward`: seen and edited as where a model computes it step by step."""
+"""Attention by PyTorch's composed functions: seen and edited as where a model computes it step by step.
+
+`multi_head_attention_forward`, and `scaled_dot_product_attention` of heads that are folded into rows.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.models.model import Model
+from interp.models.weights import linear_map
 from interp.run.edits import Edit
 from interp.sites import AXES
 
@@ -184,3 +188,90 @@ def test_pytorchs_own_encoder_is_seen(norm_first: bool) -> None:
     head = run.cache["z.1"][:, :, 2] @ model.W_O(1)[2]
     without = model.run(IDS, capture=["attn_out.1"], edits=[Edit.zero("z.1.2")]).cache["attn_out.1"]
     torch.testing.assert_close(run.cache["attn_out.1"] - without, head, atol=1e-5, rtol=1e-5)
+
+
+class Folded(nn.Module):
+    """A block's attention by SDPA of [rows·heads pos d_head], or of [row head window pos d_head]."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+        self.how = how
+
+    def mask(self, n: int) -> Tensor:
+        """Its own key and the one before."""
+        near = torch.ones(n, n).tril(-1) - torch.ones(n, n).tril(-2)
+        return (torch.eye(n) + near).bool()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, n, _ = x.shape
+        q, k, v = (
+            self.qkv(self.first(x)).view(rows, n, 3, 4, 8).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        )
+        sdpa = nn.functional.scaled_dot_product_attention
+        if self.how == "causal":
+            z = sdpa(q, k, v, is_causal=True)
+        elif self.how == "windows":
+            z = sdpa(*(x.view(rows, 4, 1, n, 8) for x in (q, k, v)), is_causal=True)
+        elif self.how == "masked":
+            z = sdpa(query=q, key=k, value=v, attn_mask=self.mask(n), scale=0.5)
+        else:
+            z = sdpa(q, k, v, 0.1 * torch.arange(n).float())
+        x = x + self.proj(z.view(rows, 4, n, 8).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(self.second(x)).relu())
+
+
+class Rows(Encoder):
+    def __init__(self, how: str) -> None:
+        super().__init__(False)
+        self.layers = nn.ModuleList([Folded(how) for _ in range(3)])
+
+
+@pytest.mark.parametrize("how", ["causal", "windows", "masked", "added"])
+def test_sdpa_of_other_axes_than_row_and_head_is_seen(how: str) -> None:
+    torch.manual_seed(0)
+    module = Rows(how).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+        plain = module(IDS).last_hidden_state
+    model = Model(module, id="folded")
+    assert not model.spec.refused and model.spec.n_heads == 4
+    sites = [site for site in AXES if model.layers_with(site)]
+    run = model.run(IDS, capture=sites)
+    torch.testing.assert_close(run.logits, plain, atol=1e-5, rtol=1e-5)
+    same = [Edit.apply(site, lambda x, seen: x) for site in sites]
+    torch.testing.assert_close(model.run(IDS, edits=same).logits, plain, atol=1e-5, rtol=1e-5)
+    q, k = (run.cache[site].transpose(1, 2) for site in ("q.1", "k.1"))
+    scores = q @ k.mT * (0.5 if how == "masked" else 8**-0.5)
+    hidden = ~(model.blocks[1].mask(9) if how == "masked" else torch.ones(9, 9).bool().tril())
+    added = how == "added"
+    scores = scores + 0.1 * torch.arange(9) if added else scores.masked_fill(hidden, float("-inf"))
+    torch.testing.assert_close(run.cache["pattern.1"], scores.softmax(-1), atol=EXACT, rtol=1e-5)
+    head = run.cache["z.1"][:, :, 2] @ model.W_O(1)[2]
+    without = model.run(IDS, capture=["attn_out.1"], edits=[Edit.zero("z.1.2")]).cache["attn_out.1"]
+    torch.testing.assert_close(run.cache["attn_out.1"] - without, head, atol=1e-5, rtol=1e-5)
+
+
+class Normed(nn.Module):
+    """A linear layer whose output goes through a norm of all rows and positions in one, as LeViT's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x).flatten(0, 1)).reshape(*x.shape[:2], 4)
+
+
+def test_a_linear_map_that_folds_rows_and_positions_itself_is_read() -> None:
+    torch.manual_seed(0)
+    module = Normed().eval()
+    for x in (module.norm.weight.data, module.norm.running_mean):
+        assert x is not None
+        x.normal_()
+    W, b = linear_map(module, 6)
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(x @ W + b, module(x), atol=1e-5, rtol=1e-5)
