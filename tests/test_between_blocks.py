@@ -170,3 +170,40 @@ def test_an_edit_of_a_head_is_that_head_changed() -> None:
     hook.remove()
     assert float((edited - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
     assert not torch.equal(edited, model.run(IDS).logits)
+
+
+# --- what is added in place -------------------------------------------------------------------------
+
+
+def test_what_code_outside_adds_in_place_is_no_part_of_what_a_block_returned() -> None:
+    """Granite's encoder of speech adds to what its first block returned, in the tensor itself."""
+    module = tiny_model("granite_speech_encoder", "GraniteSpeechCTCEncoder", runs)
+    model = Model(module, id="granite")
+    assert not set(model.spec.refused) - model.spec.absent and not model.spec.chained
+    assert "layers.0" in model.spec.copies
+    given = {"hidden_states": torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(5))}
+    kept: list[Tensor] = []
+    hook = module.get_submodule("layers.0").register_forward_hook(
+        lambda _, args, out: kept.append(out.clone())
+    )
+    with torch.no_grad():
+        plain = module(**given).last_hidden_state
+    hook.remove()
+    sites = ["resid_post", "resid_pre", "attn_write"]
+    for with_grad in (False, True):
+        with torch.set_grad_enabled(with_grad):
+            run = model.run(given, capture=sites)
+        torch.testing.assert_close(run.cache["resid_post.0"], kept[0])
+        assert run.logits is not None
+        torch.testing.assert_close(run.logits, plain)
+        added = run.cache["resid_pre.1"] - run.cache["resid_post.0"]
+        assert float(added.detach().abs().max()) > 0.1
+        torch.testing.assert_close(run.cache["resid_pre.2"], run.cache["resid_post.1"])
+    twice = [Edit.apply("resid_post.0", lambda x, seen: 2 * x)]
+    assert torch.equal(
+        model.run(given, capture=["resid_post.0"], edits=twice).cache["resid_post.0"],
+        2 * run.cache["resid_post.0"],
+    )
+    clean = model.run(given, capture=["resid_pre"])
+    (replayed,) = model.replay(clean, [twice], lambda run: run.logits)
+    torch.testing.assert_close(replayed, model.run(given, edits=twice).logits)

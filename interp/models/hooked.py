@@ -210,7 +210,12 @@ class _LayerHooks:
         )
         last = stop_at == layer + 1 == self.spec.n_layers
         of_post = layer, self.touch, this.run, this.plan, block.axes
-        post = BlockOutput(*of_post, stop=last, pre=pre if block.adds else None)
+        post = BlockOutput(
+            *of_post,
+            stop=last,
+            pre=pre if block.adds else None,
+            copied=block.returns in self.spec.copies,
+        )
         pre.needed |= block.adds and post.needed
         if any(where == layer for _, where in this.plan.sites):
             ran = on(lambda *given: this.plan.ran.add(layer))

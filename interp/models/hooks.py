@@ -208,7 +208,7 @@ class BlockOutput:
     """Forward hook of a block: resid_post, the extras a replay needs, and stopping early.
 
     `pre`: of a block to whose output code outside adds what it was given, which edits of resid_pre do not reach: what
-    it returns makes up for that.
+    it returns makes up for that. `copied`: code outside changes what the block returned in place, later on.
     """
 
     def __init__(
@@ -221,15 +221,16 @@ class BlockOutput:
         *,
         stop: bool,
         pre: BlockInput | None = None,
+        copied: bool = False,
     ):
         self.layer, self.touch, self.run, self.plan, self.stop = layer, touch, run, plan, stop
-        self.axes, self.pre = axes, pre
+        self.axes, self.pre, self.copied = axes, pre, copied
         self.needed = stop or plan.wants("resid_post", layer) or (pre is not None and pre.needed)
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         old = first_tensor(output)
         assert old is not None
-        x = given = shown(old, self.axes, self.run.batch.size)
+        x = given = shown(old.clone() if self.copied else old, self.axes, self.run.batch.size)
         read = resid = None
         if self.pre is not None and self.pre.resid is not None:
             read, resid = self.pre.given, self.pre.resid
@@ -243,7 +244,8 @@ class BlockOutput:
         if x is given and resid is read and _untouched(old, x):
             return None
         x = x if read is None else x - read.to(x.device)
-        return with_first(output, held(x, self.axes, old.shape))
+        new = held(x, self.axes, old.shape)
+        return with_first(output, new.clone() if self.copied else new)
 
 
 def write_change(

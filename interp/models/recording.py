@@ -78,7 +78,7 @@ class AttentionCall(Watch):
     def z(self, z):
         self.tensors["z"] = _kept(z)
         if self.held is not None:
-            return self.held.to(z)
+            return self.held.to(z, copy=True)
         return z if self.factor is None else z * self.factor.to(z)
 
 
@@ -188,7 +188,7 @@ def _restoring(values: list[Tensor]) -> Callable[..., Any]:
     def restore(module: nn.Module, args: tuple, output: Any) -> Any:
         made = first_tensor(output)
         assert made is not None
-        return with_first(output, next(left).to(made.device))
+        return with_first(output, next(left).to(made.device, copy=True))  # may be added to in place
 
     return restore
 
