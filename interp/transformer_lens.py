@@ -327,9 +327,8 @@ class View(Weights):
                     f"'{name}' of a prompt this long comes in chunks of query rows: use Edit.apply, "
                     "whose function is told the first row"
                 )
-            x = x.clone()  # the hook may change it in place and return nothing
             new = function(x, hook=HookPoint(name, seen.layer))
-            return x if new is None else new
+            return x if new is None else new  # which it may have changed in place
 
         return Edit.apply(site, change)
 

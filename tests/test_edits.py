@@ -205,6 +205,22 @@ def test_edits_apply_in_order_and_captures_show_the_result(tiny: Model) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("site", "place"),
+    [("z.1.2", {}), ("pattern.1.0", {}), ("resid_post.0", {"positions": [3]}), ("resid_pre.1", {})],
+)
+def test_a_function_that_works_in_place_changes_what_is_named_alone(
+    site: str, place: dict, tiny: Model
+) -> None:
+    """Neither other heads and positions, nor what was captured before."""
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    functions = (lambda x, seen: x.mul_(0.3), lambda x, seen: x * 0.3)
+    edits = [Edit.apply(site, function, **place) for function in functions]
+    mine, wanted = (tiny.run(ids, ["resid_post"], [edit]) for edit in edits)
+    assert mine.logits is not None and torch.equal(mine.logits, wanted.logits)
+    assert torch.equal(mine.cache["resid_post"], wanted.cache["resid_post"])
+
+
 def test_zeroing_a_head_takes_its_output_away(tiny: Model) -> None:
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     clean = tiny.run(ids, capture=["z", "attn_out"]).cache

@@ -309,7 +309,8 @@ class Edit:
         return self._changed(x, seen)
 
     def _changed(self, x: Tensor, seen: Seen) -> Tensor:
-        new = self.change(x, seen)
+        # A function of the caller's may change what it is given in place; elsewhere x stays as it was.
+        new = self.change(x.clone() if self.kind == "apply" else x, seen)
         if new is None:
             raise BadInput(
                 f"the function of the edit of '{self.site}' returned nothing; return the new activation"
