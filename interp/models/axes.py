@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from interp.models.packed import attention_row_by_row
 from interp.models.parted import attention_of_parts, with_parts_together
 from interp.models.recording import ModuleCall, Recording, record
 from interp.models.stack import Layer, calls_of, outputs_of
-from interp.models.windows import attention_in_order
+from interp.models.windows import attention_in_order, crosses_in_order
 from interp.run.batch import Batch
 
 MOVED = 1e-3
@@ -67,9 +68,12 @@ def find_axes(
     again = calls_of(record(seen.module, copies), layers)
     found = []
     for layer, before, call in zip(layers, raw, again, strict=True):
-        after = call.inputs[call.keys.index(key)]
-        kinds = _possible(before.shape, batch)
-        axes = next((kind for kind in kinds if _copied(before, after, kind, batch.size)), None)
+        states = [(before, call.inputs[call.keys.index(key)])]
+        out, other = layer.call.output, call.output
+        if out is not None and other is not None and out.shape == before.shape:
+            states.append((out, other))  # it may read the same for all
+        kinds = product(states, _possible(before.shape, batch))
+        axes = next((kind for of, kind in kinds if _copied(*of, kind, batch.size)), None)
         if axes is None:
             raise _refused(seen, layer, before, batch)
         found.append(axes)
@@ -79,10 +83,14 @@ def find_axes(
 def _of_one_row(
     seen: Recording, layers: list[Layer], raw: list[Tensor], batch: Batch
 ) -> list[tuple[str, ...]]:
-    """The axes where the probe is an example of one row: all is that row's, and no other tells how it lies."""
+    """The axes where the probe is an example of one row: all is that row's, and no other tells how it lies. What is
+    first are parts where attention keeps them apart."""
     found = []
     for layer, x in zip(layers, raw, strict=True):
         kinds = _possible(x.shape, batch)
+        if PARTS in kinds and layer.attention is not None:
+            rows = layer.attention.tensors["q"].shape[0]
+            kinds = [PARTS] if rows == len(x) else [kind for kind in kinds if kind != PARTS]
         if len(kinds) != 1:
             raise _refused(seen, layer, x, batch)
         found += kinds
@@ -229,6 +237,7 @@ def _with_axes(layer: Layer, axes: tuple[str, ...]) -> Layer:
     elif (axes in (PARTS, ACROSS) or n_ahead(axes)) and layer.attention is not None:
         rows = layer.attention.tensors["q"].transpose(1, 2)  # each may hold several parts
         layer = attention_in_order(layer, layout_of(rows, axes, size))
+        layer = crosses_in_order(layer, size) if axes == PARTS else layer
     if axes == PARTED:
         return with_parts_together(layer)
     if axes == PACKED:

@@ -86,11 +86,16 @@ def find_stack(
         why = f"blocks of '{stack}' attend to two sources each, and not to the same ones in the same order"
         refused |= dict.fromkeys(CROSS_SITES, why)
     shapes = {layer.hidden(key).shape for layer in layers}
-    if len(shapes) > 1 and any(len(layer.inside.attention) > 1 for layer in layers):
+    if len(shapes) > 1 and any(_attends_again(layer) for layer in layers):
         raise Refused(
             f"members of '{stack}' are stages: several blocks each, of streams that differ"
         )
     return stack, named, layers, key
+
+
+def _attends_again(layer: Layer) -> bool:
+    """Whether a layer attends more than once, to a source and for other streams aside."""
+    return len(layer.inside.attention) > 1 + len(layer.crosses) + len(layer.asides)
 
 
 def _same_sources(layers: list[Layer], key: int | str) -> bool:

@@ -34,8 +34,9 @@ def reads_any(
 ) -> bool:
     """Whether a linear layer called before an attention, in its module or around it, reads one of these.
 
-    `values`: and makes its values of it.
+    A norm in the block may come between. `values`: and makes its values of it.
     """
+    sources = [*sources, *_normed(seen, sources)]
     name = _around(seen, attention)
     outer = [c for c in seen.calls.get(name, []) if c.start <= attention.order < c.order]
     return any(
@@ -47,6 +48,18 @@ def reads_any(
         if outer and outer[0].start <= call.start and call.order <= attention.order
         if not values or _holds(call.output, attention.tensors["v"])
     )
+
+
+def _normed(seen: Recording, sources: list[Tensor]) -> list[Tensor]:
+    """What modules with no matrix (norms) make of one of these."""
+    return [
+        call.output
+        for path, calls in seen.calls.items()
+        if not any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
+        for call in calls
+        if call.output is not None
+        if call.inputs and any(torch.equal(call.inputs[0], x) for x in sources)
+    ]
 
 
 def _holds(out: Tensor | None, v: Tensor) -> bool:

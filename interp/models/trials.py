@@ -37,7 +37,9 @@ def scaled_z(
     changed = []
     for layer, call in zip(layers, calls_of(again, layers), strict=True):
         within = inside(again, call, layer.members)
-        attention = next(iter(within.attention), None)
+        own = (i for i, of in enumerate(layer.inside.attention) if of is layer.attention)
+        number = next(own, 0)  # several calls seen as one have none of their own
+        attention = within.attention[number] if within.attention else None
         other = Layer(layer.name, call, within, attention)
         changed.append(
             replace(other, members=layer.members, placed=layer.placed, added_to=layer.added_to)

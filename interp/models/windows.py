@@ -49,13 +49,13 @@ class InWindows(Watch):
 
     at_once = True
 
-    def __init__(self, inner: RunWatch, layout: Layout | Callable[[Tensor], Layout]):
+    def __init__(self, inner: RunWatch, layout: Layout | Callable[[Tensor, Tensor], Layout]):
         self.inner, self.needs_rows = inner, inner.needs_rows
         self._layout = layout
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layout = self._layout
-        self.layout = layout if isinstance(layout, Layout) else layout(q.transpose(1, 2))
+        self.layout = layout if isinstance(layout, Layout) else layout(q, k)
         given = (q, k, v)
         of = (self.layout.of_queries, self.layout, self.layout)
         shown = [
@@ -107,9 +107,18 @@ def in_one_row(
     if axes == PACKED and module not in in_chunks:
         return watch if size == 1 else RowByRow(watch, size)
     if axes in (PARTS, ACROSS) or n_ahead(axes):
-        return InWindows(watch, partial(layout_of, axes=axes, size=size))
+        return InWindows(watch, partial(of_parts, axes=axes, size=size))
     watch.row_by_row = layout is None and axes in (IMAGE, CHANNELS_FIRST)  # positions have two axes
     return watch if layout is None else InWindows(watch, layout)
+
+
+def of_parts(q: Tensor, k: Tensor, axes: tuple[str, ...], size: int) -> Layout:
+    """The layout of an attention that has several rows for each of `size` inputs; each may see a part of a source,
+    the positions of which are those of its parts, one part after the other."""
+    queries = layout_of(q.transpose(1, 2), axes, size)
+    if axes != PARTS or k.shape[2] == q.shape[2]:
+        return queries
+    return replace(layout_of(k.transpose(1, 2), PARTS, size), queries=queries)
 
 
 class Layouts:
@@ -352,6 +361,25 @@ def attention_in_order(layer: Layer, layout: Layout) -> Layer:
     """The layer with its attention in the order of positions."""
     of = layer.attention
     assert of is not None
+    attention = _call_in_order(of, layout)
+    others = [attention if call is of else call for call in layer.inside.attention]
+    return replace(layer, inside=replace(layer.inside, attention=others), attention=attention)
+
+
+def crosses_in_order(layer: Layer, size: int) -> Layer:
+    """The layer, which has several rows for each of `size` inputs, with its attention to sources in that order."""
+    made = {
+        id(call): _call_in_order(
+            call, of_parts(call.tensors["q"], call.tensors["k"], layer.axes, size)
+        )
+        for call in layer.crosses
+    }
+    others = [made.get(id(call), call) for call in layer.inside.attention]
+    crosses = tuple(made[id(call)] for call in layer.crosses)
+    return replace(layer, inside=replace(layer.inside, attention=others), crosses=crosses)
+
+
+def _call_in_order(of: AttentionCall, layout: Layout) -> AttentionCall:
     size = len(of.tensors["q"]) // len(layout.at)
     tensors = {name: _of_heads(layout, of.tensors[name], padding=True) for name in ("k", "v")}
     tensors["q"] = _of_heads(layout.of_queries, of.tensors["q"], padding=False)
@@ -359,9 +387,7 @@ def attention_in_order(layer: Layer, layout: Layout) -> Layer:
     # Patterns of all images and heads would be large; whether any sees a key is all that is asked of them.
     most = torch.cat(of.rows, 2).unflatten(0, (size, -1)).amax((0, 2))
     rows = [layout.rows(most[:, None], 0.0)]
-    attention = AttentionCall(of.module, of.order, None, tensors, rows)
-    others = [attention if call is of else call for call in layer.inside.attention]
-    return replace(layer, inside=replace(layer.inside, attention=others), attention=attention)
+    return AttentionCall(of.module, of.order, None, tensors, rows)
 
 
 def in_order(layer: Layer, layout: Layout) -> Layer:
