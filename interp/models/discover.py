@@ -21,6 +21,7 @@ from interp.models.draft import Draft
 from interp.models.ends import with_ends
 from interp.models.find_placed import find_placed
 from interp.models.find_stack import find_stack
+from interp.models.find_windows import find_windows
 from interp.models.find_writes import with_writes
 from interp.models.layout import PARTED, PARTS, POSITIONS_FIRST, as_held_inside
 from interp.models.mixed import WHY, streams_in_a_row
@@ -39,7 +40,7 @@ from interp.models.several import HEADS, asides_of
 from interp.models.spec import BlockMap, Member, Spec
 from interp.models.stack import Layer, starts_stage
 from interp.models.trials import scaled_z, sees_no_later
-from interp.models.windows import find_windows, in_order
+from interp.models.windows import in_order
 from interp.run.batch import Batch
 from interp.sites import CROSSES, SELF_SITES
 
