@@ -26,10 +26,11 @@ from circuits.stream import (
 )
 from interp.errors import Refused
 from interp.models.attention import Watch, window
+from interp.models.block_map import BlockMap
 from interp.models.calls import call_model
 from interp.models.hooks import hidden_of, with_hidden
 from interp.models.model import Model
-from interp.models.spec import BlockMap, first_tensor, module_device
+from interp.models.spec import first_tensor, module_device
 
 
 @dataclass

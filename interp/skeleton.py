@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from interp.errors import BadInput, Refused
+from interp.models.block_map import BlockMap
 from interp.models.calls import is_encoder_decoder, main_input, text_config
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import Recording, record
-from interp.models.spec import BlockMap, Spec
+from interp.models.spec import Spec
 
 N_HEADS, D_HEAD, D_MLP, D_VOCAB = 4, 16, 48, 256
 SMALL = 300_000_000

@@ -19,8 +19,9 @@ from interp.sites import CROSSES, ranges
 if TYPE_CHECKING:
     import pandas as pd
 
+    from interp.models.block_map import BlockMap
     from interp.models.model import Model
-    from interp.models.spec import BlockMap, Check
+    from interp.models.spec import Check
     from interp.report import Report
 
 

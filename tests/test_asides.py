@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.architectures import runs
 from benchmarks.tiny_configs import tiny_model
 from interp.errors import BadInput
+from interp.models.block_map import Aside
 from interp.models.model import Model
-from interp.models.spec import Aside
 from interp.run.edits import Edit
 
 CLASSES = {"sam": "SamModel", "sam2": "Sam2Model"}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from circuits.heads.evidence import Evidence, evidence_patterns
 from interp.errors import Refused
+from interp.models.block_map import BlockMap
 from interp.models.draft import Draft
 from interp.models.layout import PLAIN, STREAMS, axes_of, held, shown
 from interp.models.mixed import mixed_blocks
 from interp.models.model import Model
 from interp.models.recording import record
-from interp.models.spec import BlockMap
 from interp.models.stack import layers_of
 from interp.models.verify import combined, relative_error
 from interp.run.batch import Batch

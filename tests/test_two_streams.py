@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.block_map import Aside
 from interp.models.model import Model
-from interp.models.spec import Aside
 from interp.run.edits import Edit
 
 ROUNDING = 1e-5

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from interp.models.block_map import BlockMap, CrossAttention, Write
 from interp.models.draft import Draft
 from interp.models.feeding import is_attention
 from interp.models.in_parts import AND
@@ -23,7 +24,6 @@ from interp.models.layout import PLAIN
 from interp.models.projections import cross_attention
 from interp.models.recording import ModuleCall, Recording
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, CrossAttention, Write
 from interp.models.stack import Layer
 from interp.run.batch import Batch
 from interp.sites import CROSS_SITES

@@ -14,6 +14,7 @@ import torch
 
 from interp.models.axes import find_axes, with_axes
 from interp.models.between import with_ahead, with_attention_ahead
+from interp.models.block_map import BlockMap, Member
 from interp.models.bypass import read_besides
 from interp.models.calls import beside_tokens, has_tokens, main_input, text_config
 from interp.models.channels import is_over_channels
@@ -37,7 +38,7 @@ from interp.models.recording import AttentionCall, Recording
 from interp.models.repeated import shared_with_asides
 from interp.models.restarted import restarts
 from interp.models.several import HEADS, asides_of
-from interp.models.spec import BlockMap, Member, Spec
+from interp.models.spec import Spec
 from interp.models.stack import Layer, starts_stage
 from interp.models.trials import scaled_z, sees_no_later
 from interp.models.windows import in_order

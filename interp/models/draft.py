@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from interp.models.block_map import BlockMap
 from interp.models.recording import Recording
-from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 from interp.run.batch import Batch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from interp.models.block_map import BlockMap
 from interp.models.draft import Draft
 from interp.models.mixed import mixed_blocks
 from interp.models.repeated import on_the_stream
@@ -15,7 +16,6 @@ from interp.models.rescaled import rescaled
 from interp.models.reshaped import as_it_returns, before_the_shape_changes
 from interp.models.restarted import follow_no_input, restarted
 from interp.models.several import HEADS
-from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 from interp.models.thrice import norm_by_norm, with_middle
 from interp.models.trials import works_by_position

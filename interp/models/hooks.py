@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch
+from interp.models.block_map import Carry
 from interp.models.layout import held, require_rows_first, shown
 from interp.models.plan import Plan
 from interp.models.several import HEADS, Part
-from interp.models.spec import Carry, Spec, first_tensor, with_first
+from interp.models.spec import Spec, first_tensor, with_first
 from interp.run.cache import Run
 from interp.run.edits import Seen
 from interp.sites import SELF_SITES, Site

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 
+from interp.models.block_map import BlockMap
 from interp.models.draft import Draft
 from interp.models.projections import elementwise
-from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 from interp.models.trials import works_by_position
 from interp.models.verify import RELATIVE_TOLERANCE, one_stream, streams

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from interp.models.attention import Watch, window
+from interp.models.block_map import BlockMap, CrossAttention, Source
 from interp.models.calls import call_model
 from interp.models.recording import AttentionCall, ModuleCall, Recording
 from interp.models.several import HEADS
-from interp.models.spec import BlockMap, CrossAttention, Source
 from interp.models.stack import Layer
 from interp.run.batch import Batch
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
+from interp.models.block_map import BlockMap
 from interp.models.hooks import argument
 from interp.models.recording import Recording
-from interp.models.spec import BlockMap
 from interp.models.stack import Layer
 
 

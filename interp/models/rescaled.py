@@ -17,10 +17,10 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from interp.models.block_map import Carry
 from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.solve import SLACK, rounding, smallest_sum
-from interp.models.spec import Carry
 from interp.models.stack import Layer
 from interp.models.writes import Candidate, Sums, ends_of, norms_of
 

@@ -13,9 +13,9 @@ what a norm reads last in the shape of the block's input; what is written behind
 
 from __future__ import annotations
 
+from interp.models.block_map import BlockMap, Carry
 from interp.models.pooling import poolings
 from interp.models.projections import same
-from interp.models.spec import BlockMap, Carry
 from interp.models.stack import Layer
 from interp.models.writes import Candidate, Sums, candidates_of, downstream, norms_of, solved
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.models.block_map import BlockMap, Carry
 from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, Carry
 from interp.models.stack import Layer
 from interp.models.trials import answering
 from interp.models.verify import relative_error, relative_tolerance

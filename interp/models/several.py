@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput
+from interp.models.block_map import Aside, BlockMap
 from interp.models.layout import require_between_seen
 from interp.models.placed import Placed
 from interp.models.recording import AttentionCall, Recording
-from interp.models.spec import Aside, BlockMap
 from interp.run.edits import Edit, Seen
 
 HEADS, WIDTH = "n_heads", "d_head"

@@ -17,8 +17,8 @@ from itertools import accumulate, chain, combinations, pairwise, product
 import torch
 from torch import Tensor
 
+from interp.models.block_map import BlockMap, Carry, Normed
 from interp.models.projections import elementwise, same
-from interp.models.spec import BlockMap, Carry, Normed
 from interp.models.stack import Layer
 from interp.models.writes import Candidate, Sums, solved
 

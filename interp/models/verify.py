@@ -10,13 +10,14 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from interp.models.block_map import Carry, Write
 from interp.models.calls import at_home
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.mapped import as_mapped
 from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
 from interp.models.solve import SLACK, off_by, rounding
-from interp.models.spec import Carry, Check, Spec, Write, module_device
+from interp.models.spec import Check, Spec, module_device
 from interp.models.stack import Layer
 from interp.models.weights import linear_map
 from interp.sites import CROSSES, SELF_SITES, ranges

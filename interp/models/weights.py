@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from interp.devices import wide
 from interp.errors import BadInput, Refused
+from interp.models.block_map import BlockMap
 from interp.models.calls import FAILURES
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.offered import Offered
-from interp.models.spec import BlockMap, first_tensor, module_device
+from interp.models.spec import first_tensor, module_device
 from interp.sites import CROSSES
 
 

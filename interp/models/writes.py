@@ -15,13 +15,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from interp.models.block_map import BlockMap, Carry, CrossAttention, Normed, Write
 from interp.models.pooling import Pooling
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
 from interp.models.repeated import after_attention
 from interp.models.several import HEADS
 from interp.models.solve import smallest_sum
-from interp.models.spec import BlockMap, Carry, CrossAttention, Normed, Write
 from interp.models.stack import Layer
 from interp.models.verify import added, relative_error, relative_tolerance
 from interp.sites import CROSSES

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from interp.errors import BadInput
+from interp.models.block_map import Write
 from interp.models.calls import call_model, output_tensor
 from interp.models.probe import probe, probe_batch
 from interp.models.recording import record
-from interp.models.spec import Write
 from interp.models.verify import verify
 from tests.families import FAMILIES, GROUPED
 
