@@ -56,6 +56,7 @@ class RemoteModel(Model):
             )
         self.nnsight, self.remote = model, remote
         self.module, self.id = model._module, name_of(model)
+        self.example = None
         self.tokenizer = with_padding(
             getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         )

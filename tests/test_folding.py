@@ -100,7 +100,7 @@ def atoms_of() -> Model:
 
 def plain(given: dict[str, Any]) -> Tensor:
     """What the model returns first; it draws a dropout in every forward."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return folder()(**given).distogram_logits
 
