@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from interp.errors import Refused
 from interp.models.model import Model
-from interp.models.probe import probe_batch
+from interp.models.projections import same
 
 NEAR = 1e-2
 """How far the stream that is added up here may be from what a norm read: bfloat16's rounding."""
@@ -59,7 +59,7 @@ def block_norms(model: Model) -> BlockNorms:
                     calls.setdefault(at, []).append(_Call(name, read[0].cpu(), returned))
 
             stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
-        run = model.run(probe_batch(model.module), capture=sites, logits=False)
+        run = model.run(model.probed, capture=sites, logits=False)
     streams = {site: run.cache.by_layer(site) for site in sites}
     for layer in calls:
         inside = f"{model.spec.blocks[layer].attention}."
@@ -95,7 +95,7 @@ def _normed(
         off = {site: _off(call.read, stream.cpu()) for site, stream in streams.items()}
         site = min(off, key=off.__getitem__, default="")
         if site and off[site] <= NEAR and call.read.shape == call.returned.shape:
-            by = {x.name for x in calls if x.name != call.name and _same(x.read, call.returned)}
+            by = {x.name for x in calls if x.name != call.name and same(x.read, call.returned)}
             if by and _is_norm(model, call):
                 found[call.name, site] = by
     return found
@@ -108,10 +108,6 @@ def _off(read: Tensor, stream: Tensor) -> float:
     stream = stream.float()
     error = (read.reshape(stream.shape).float() - stream).abs().amax(-1)  # OPT's blocks flatten
     return float((error / stream.abs().amax(-1).clamp(min=1e-30)).max())
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.reshape(-1), y.reshape(-1))
 
 
 def _is_norm(model: Model, call: _Call) -> bool:

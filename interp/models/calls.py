@@ -74,8 +74,9 @@ def inputs_taken(module: nn.Module, batch: Batch, first_position: int = 0) -> di
     if "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"] + first_position
     # A batch of tokens without padding has no mask: where the forward requires one, nothing is padding.
-    if "input_ids" in batch.inputs and "attention_mask" in required_inputs(module):
-        inputs.setdefault("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
+    unmasked = "input_ids" in batch.inputs and "attention_mask" not in inputs
+    if unmasked and "attention_mask" in required_inputs(module):
+        inputs["attention_mask"] = torch.ones_like(batch.inputs["input_ids"])
     return inputs
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from interp.errors import BadInput
 from interp.models.attention import needs_masks
 from interp.models.calls import call_model, output_tensor
 from interp.models.chunks import in_chunks
-from interp.models.kernels import MOST_IN_FLOAT64, in_float64
+from interp.models.kernels import small_in_float64
 from interp.models.own_attention import beside_interface, own
 from interp.models.pieces import pieces
 from interp.models.recording import Recording, record
@@ -24,17 +23,12 @@ from interp.run.batch import Batch
 def exact_instead(module: nn.Module, batch: Batch, seen: Recording) -> tuple[Tensor, Tensor] | None:
     """What the model returns in float64 under the window and by itself, where these agree to the rounding of that.
 
-    None where they do not, where an input is no tensor and so has no such copy, or where the window sees another number
-    of attention calls there than in `seen`.
+    None where they do not, where there is no such copy (`small_in_float64`), or where the window sees another number of
+    attention calls there than in `seen`.
     """
-    parameters = list(module.parameters())
-    on_meta = any(parameter.is_meta for parameter in parameters)
-    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
+    if (copies := small_in_float64(module, batch)) is None:
         return None
-    try:
-        copied, exact = in_float64(module, batch)
-    except BadInput:  # an input that is no tensor has no such copy
-        return None
+    copied, exact = copies
     _note_alike(module, copied)
     again, plain = record(copied, exact), output_tensor(call_model(copied, exact))
     if len(again.attention) != len(seen.attention):

@@ -64,14 +64,9 @@ def eager_instead(
     eager, allowed = under(module, batch, "eager", told), relative_tolerance(seen[0].dtype)
     if eager is None or apart(seen, eager) > allowed:
         return None
-    parameters = list(module.parameters())
-    on_meta = any(parameter.is_meta for parameter in parameters)
-    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
+    if (copies := small_in_float64(module, batch)) is None:
         return None
-    try:
-        copied, exact = in_float64(module, batch)
-    except BadInput:  # an input that is no tensor has no such copy
-        return None
+    copied, exact = copies
     own = told(copied, exact)
     with window(copied, lambda module: _Forming()):
         shown = told(copied, exact)
@@ -89,6 +84,18 @@ def in_float64(module: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     exact = {name: x.double() if x.is_floating_point() else x for name, x in batch.inputs.items()}
     objects = {name: all_in_float64(name, x) for name, x in batch.objects.items()}
     return deepcopy(module).double(), replace(batch, inputs=exact, objects=objects)
+
+
+def small_in_float64(module: nn.Module, batch: Batch) -> tuple[nn.Module, Batch] | None:
+    """The same; None of a large model, of one whose weights are not in memory, or of an input that has no such copy."""
+    parameters = list(module.parameters())
+    on_meta = any(parameter.is_meta for parameter in parameters)
+    if on_meta or sum(parameter.numel() for parameter in parameters) > MOST_IN_FLOAT64:
+        return None
+    try:
+        return in_float64(module, batch)
+    except BadInput:  # an object that cannot be taken apart
+        return None
 
 
 def note(module: nn.Module, off: float) -> tuple[str, ...]:

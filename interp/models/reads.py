@@ -42,8 +42,7 @@ def reads_any(
     return any(
         len(call.inputs) > 0 and any(torch.equal(call.inputs[0], x) for x in sources)
         for path, calls in seen.calls.items()
-        if path.startswith(name + ".")
-        and any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
+        if path.startswith(name + ".") and _has_matrix(seen, path)
         for call in calls
         if outer and outer[0].start <= call.start and call.order <= attention.order
         if not values or _holds(call.output, attention.tensors["v"])
@@ -55,11 +54,15 @@ def _normed(seen: Recording, sources: list[Tensor]) -> list[Tensor]:
     return [
         call.output
         for path, calls in seen.calls.items()
-        if not any(weight.ndim > 1 for weight in seen.module.get_submodule(path).parameters())
+        if not _has_matrix(seen, path)
         for call in calls
         if call.output is not None
         if call.inputs and any(torch.equal(call.inputs[0], x) for x in sources)
     ]
+
+
+def _has_matrix(seen: Recording, name: str) -> bool:
+    return any(weight.ndim > 1 for weight in seen.module.get_submodule(name).parameters())
 
 
 def _holds(out: Tensor | None, v: Tensor) -> bool:
