@@ -76,6 +76,19 @@ def test_masks_of_ones_own_are_kept(masked: Model) -> None:
     assert not torch.allclose(run.cache["resid_pre.0"], other.cache["resid_pre.0"])
 
 
+def test_what_draws_little_is_found_too() -> None:
+    """Noise of a thousandth, which no identity notices: two runs are the same bit for bit all the same."""
+    from tests.families import FAMILIES
+
+    module = FAMILIES["gpt2"]()
+    module.transformer.wte.register_forward_hook(
+        lambda wte, args, out: out + 1e-6 * torch.randn_like(out)
+    )
+    model, ids = Model(module), torch.tensor([[5, 6, 7]])
+    assert "seed 0" in " ".join(model.notes)
+    assert torch.equal(model.run(ids).logits, model.run(ids).logits)
+
+
 def test_a_model_that_draws_nothing_is_called_as_it_is(tiny_model: Any) -> None:
     model = tiny_model()
     assert model.module not in drawing and not model.notes

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -66,7 +67,7 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
     batch = (probe_batch(module) if batch is None else batch).to(module_device(module))
     with torch.no_grad():
         with _works(module, batch, made_up):
-            plain = output_tensor(call_model(module, batch))
+            plain = output_tensor(_noted_if_drawing(module, batch))
         if not bool(plain.isfinite().all()):  # nothing can be compared, or solved for
             raise BadInput(
                 f"{type(module).__name__} returns NaN or infinite values on the probe: check its weights, or open it "
@@ -106,9 +107,6 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
         failed = {check.name for check in spec.checks if not check.passed}
         if failed & {"window", "stack"}:
             if not torch.equal(output_tensor(call_model(module, batch)), plain):
-                if module not in drawing:
-                    drawing.add(module)
-                    return probe(module, batch, called)
                 raise Refused(
                     f"{type(module).__name__} returns something else at every call on the same inputs "
                     "whatever the state of torch's generator: no two runs can be compared"
@@ -131,6 +129,23 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
                     in_float64=relative_error(seen.output, plain)[0],
                 )
         return spec
+
+
+def _noted_if_drawing(module: nn.Module, batch: Batch) -> Any:
+    """What the model returns; one that moves torch's generator is noted as `drawing`, however little it makes of it."""
+    before = _generators(module)
+    output = call_model(module, batch)
+    if all(map(torch.equal, before, _generators(module))):
+        return output
+    drawing.add(module)
+    return call_model(module, batch)
+
+
+def _generators(module: nn.Module) -> list[Tensor]:
+    """The states of torch's generators that a forward draws from."""
+    place = module_device(module)
+    on_gpu = [torch.cuda.get_rng_state(place)] if place.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
 @contextmanager
