@@ -4,7 +4,7 @@ For every causal language model, encoder, encoder-decoder and model of images, s
 that transformers' auto classes know (and the text part of multimodal ones, and types that no auto class
 lists, both listed apart), the default config is shrunk by the names of its fields, a random model is built
 from it, and the probe makes and verifies its map. No model type has code of its own here; what takes the
-session of a video tracker is opened on an example of one (`sessions.py`). An
+session of a video tracker or the atoms of a protein is opened on an example (`sessions.py`, `proteins.py`). An
 encoder-decoder has a row of its own for its decoder, with the attention to the source, besides the row of
 its encoder or of its decoder without a source. A model type is
 
@@ -56,9 +56,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks import callers
+from benchmarks import callers, proteins, sessions
 from benchmarks.model_types import OTHER, SENSED, UNLISTED, WHOLE, model_types, own_classes
-from benchmarks.sessions import example_of
 from benchmarks.tiny_configs import Unbuildable, attention_switches, tiny_model
 from interp.errors import InterpError, Refused
 from interp.models.calls import call_model, is_encoder_decoder, output_tensor
@@ -165,15 +164,20 @@ def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
     """
     module = _part(module, kind)
     with nullcontext() if strict else suppress(Refused), torch.no_grad():
-        example = example_of(module)
+        example = _example(module)
         batch = probe_batch(module) if example is None else batch_like(module, example)
         if not output_tensor(call_model(module, batch)).isfinite().all():
             raise ArithmeticError("its random weights give NaN")
 
 
+def _example(module: nn.Module) -> dict[str, Any] | None:
+    """Inputs for a forward that takes what nothing makes up; None where it takes none such."""
+    return sessions.example_of(module) or proteins.example_of(module)
+
+
 def _verified(row: Row, module: nn.Module, stack: str | None = None) -> Row:
     try:
-        model = Model(module, id=row.model_type, stack=stack, example=example_of(module))
+        model = Model(module, id=row.model_type, stack=stack, example=_example(module))
     except SeveralStacks as error:
         return _by_parts(row, module, error)
     except InterpError as error:

@@ -101,6 +101,8 @@ RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"(key_value_heads|kv_heads|num_query_groups|key_value_groups)(_per_layer)?$", lambda v: -1),
     (r"(head_dim|d_kv|d_head|kv_channels|dim_head|key_dim|headdim|head_size)$", D_HEAD),
     (r"rotary_dim", 8),
+    (r"rope_pairs", 1),
+    (r"^atom_feature_dim$", lambda v: v),  # of numbers of kinds, which stay
     (r"rank$", 16),
     (r"latent_query_num", lambda v: min(v, 8)),
     (r"^n_window", lambda v: v),

@@ -110,8 +110,10 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     window of pixels, cut into patches of which some are merged, is two merged patches high and wide. A text
     projected to the width in which a tower of images ends still is. A spectrogram folded to a square still is one.
     Heads of which a flag says that they are rotated, and no field how much of each, are wide enough for the least.
+    A part that ended in the width of the whole still does.
     """
-    if made := _window(old, new) or _last_stage(old, new) or _folded(old, new):
+    _end_alike(old, new)
+    if made := _joined(old, new) or _window(old, new) or _last_stage(old, new) or _folded(old, new):
         return made
     rope = old.get("rope_parameters")
     if isinstance(rope, Mapping) and (rope.get("partial_rotary_factor") or 0) > 1:
@@ -125,6 +127,22 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if old["hidden_size"] * old["expand"] != old["num_heads"] * old["head_dim"]:
         return {}
     return {"num_heads": new["hidden_size"] * new["expand"] // new["head_dim"]}
+
+
+def _end_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Set the width in which parts end to that of the whole, where it was."""
+    for name, part in old.items():
+        width = getattr(part, "output_dim", None) if isinstance(part, PreTrainedConfig) else None
+        if width is not None and width == old.get("hidden_size"):
+            new[name].output_dim = new["hidden_size"]
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The width of what a part ends in with other features beside it, as many as by default."""
+    part, whole = old.get("atom_encoder"), old.get("single_inputs_size")
+    if whole is None or part is None:
+        return {}
+    return {"single_inputs_size": whole - part.output_dim + new["atom_encoder"].output_dim}
 
 
 def _window(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Addresses:
             "mlp_out": (block.mlp_out, "output", 1.0, None),
         }
         for name, write in (("attn_write", block.attn_write), ("mlp_write", block.mlp_write)):
-            if write is not None and write.gain is None:
+            if write is not None and write.plain:
                 places[name] = (write.module, "output", write.scale, None)
         path, side, scale, cut = places.get(site.name, (None, "", 1.0, None))
         if site.name in ("embed", "resid_pre") and self.spec.hidden != 0:

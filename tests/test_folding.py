@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
 
 import interp
+from benchmarks import proteins
 from benchmarks.tiny_configs import build
 from interp import Edit, Model
 from interp.errors import BadInput, Refused
 
-N_TOKENS, N_ATOMS, WINDOW = 6, 18, 8
+N_ATOMS, WINDOW = proteins.N_TOKENS * proteins.ATOMS_EACH, 8
 STACK = "input_embedder.atom_encoder.layers"
 ROUNDING = 1e-5
 """float32, two blocks deep."""
@@ -63,34 +64,7 @@ def folder() -> nn.Module:
 
 
 def protein(seed: int) -> dict[str, Any]:
-    """Two chains of six residues of three atoms each."""
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.arange(N_TOKENS).expand(2, -1)
-    token = torch.arange(N_ATOMS).div(3, rounding_mode="floor").expand(2, -1)
-
-    def whole(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator)
-
-    atoms = EsmFold2AtomInputs(
-        ref_pos=torch.randn(2, N_ATOMS, 3, generator=generator),
-        ref_charge=torch.zeros(2, N_ATOMS),
-        atom_attention_mask=torch.ones(2, N_ATOMS, dtype=torch.bool),
-        ref_element=whole(1, 20, 2, N_ATOMS),
-        ref_atom_name_chars=whole(0, 60, 2, N_ATOMS, 4),
-        ref_space_uid=token,
-        atom_to_token=token,
-    )
-    zeros = dict.fromkeys(("asym_id", "sym_id", "entity_id", "mol_type"), 0 * place)
-    return {
-        **zeros,
-        "token_index": place,
-        "residue_index": place,
-        "res_type": whole(2, 20, 2, N_TOKENS),
-        "token_bonds": torch.zeros(2, N_TOKENS, N_TOKENS, 1),
-        "attention_mask": torch.ones(2, N_TOKENS, dtype=torch.bool),
-        "atom_inputs": atoms,
-        "input_ids": whole(4, 20, 2, N_TOKENS),
-    }
+    return proteins.protein(EsmFold2AtomInputs, seed)
 
 
 @cache
@@ -134,10 +108,27 @@ def test_attention_between_atoms_is_seen_and_edited_where_the_whole_runs() -> No
     assert off(without, plain(given)) > 100 * ROUNDING
 
 
-def test_writes_that_are_gated_atom_by_atom_are_refused_and_no_more() -> None:
-    refused = set(atoms_of().spec.refused) - atoms_of().spec.absent
-    assert refused == {"attn_write", "mlp_write", "mlp_out", "mlp_post", "resid_mid"}
-    assert "no outputs inside" in atoms_of().spec.refused["attn_write"]
+def test_what_is_written_is_gated_atom_by_atom() -> None:
+    """attn_write = gate · attn_out, where the gate is the third of six chunks of the conditioning's linear layer."""
+    model = atoms_of()
+    assert not set(model.spec.refused) - model.spec.absent
+    given = protein(1)
+    run = model.run(
+        given, capture=["attn_out", "attn_write", "resid_pre", "resid_mid", "mlp_write"]
+    )
+    blocks = folder().get_submodule(STACK)
+    atoms = run.cache["resid_pre.0"]  # what is embedded of the atoms conditions every block
+    for layer, block in enumerate(blocks):
+        with torch.no_grad():
+            gate = block.adaln_linear(nn.functional.silu(atoms)).chunk(6, dim=-1)[2]
+        write = run.cache[f"attn_write.{layer}"]
+        assert off(write, gate * run.cache[f"attn_out.{layer}"]) < ROUNDING
+        assert (
+            off(run.cache[f"resid_mid.{layer}"], run.cache[f"resid_pre.{layer}"] + write) < ROUNDING
+        )
+    without = [Edit.zero("attn_write.1"), Edit.zero("mlp_write.1")]
+    ended = model.run(given, edits=without, capture=["resid_pre", "resid_post"]).cache
+    assert off(ended["resid_post.1"], ended["resid_pre.1"]) < ROUNDING
 
 
 def test_a_required_mask_is_given_in_the_type_that_it_came_in() -> None:

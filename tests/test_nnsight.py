@@ -27,6 +27,7 @@ from interp.models.model import Model
 from interp.models.probe import probe
 from interp.remote import RemoteModel
 from interp.run.edits import Edit
+from interp.sites import Site
 from interp.skeleton import skeleton
 from tests.families import FAMILIES
 from tests.ground_truth.induction_model import character_tokenizer
@@ -90,6 +91,14 @@ def test_captures_are_what_hooks_see_here(pair: tuple[Model, RemoteModel]) -> No
     for site in sites:
         assert same(got.cache[site], wanted.cache[site]), site
     assert there.spec.facts == here.spec.facts
+
+
+def test_a_write_scaled_channel_by_channel_is_no_module_s_output() -> None:
+    """The numbers are fitted to the weights that were probed; the module's output would not be the write."""
+    model = Model(FAMILIES["muse_spark"](), None, "muse_spark")
+    assert model.spec.blocks[0].attn_write.channels is not None
+    with pytest.raises(Refused, match="no one module's input or output is this site"):
+        bridge.addresses(model)[Site("attn_write", 0)]
 
 
 def test_edits_do_there_what_they_do_here(pair: tuple[Model, RemoteModel]) -> None:

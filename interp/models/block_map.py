@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from interp.models.gate import Gate
 from interp.models.layout import PLAIN, Windows
 from interp.models.placed import Placed
 from interp.models.pooling import Pooling
@@ -20,16 +21,23 @@ class Write:
     `channels` [d_model] are numbers that multiply it besides and are no parameter of the block, fitted to
     the probe (a gate computed of a parameter): they hold for the weights that were probed.
     `pooling`: what makes fewer positions of it before it is written, in a block that returns fewer than it reads.
+    `gate`: what multiplies it besides and is computed in every run, before `module` returns.
     """
 
     module: str
     scale: float = 1.0
     gain: str | None = None
     pooling: Pooling | None = None
+    gate: Gate | None = None
     channels: Tensor | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is the module's output times `scale` and no more."""
+        return all(x is None for x in (self.gain, self.channels, self.pooling, self.gate))
+
     def factor(self, model: nn.Module) -> float | Tensor:
-        """What the module's output is multiplied with: a number, or one a channel [d_model]."""
+        """What the module's output is multiplied with in every run: a number, or one a channel [d_model]."""
         if self.channels is not None:
             return self.scale * self.channels
         if self.gain is None:

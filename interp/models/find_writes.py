@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from interp.models.block_map import BlockMap
 from interp.models.draft import Draft
+from interp.models.find_gates import gated
 from interp.models.mixed import mixed_blocks
 from interp.models.repeated import on_the_stream
 from interp.models.rescaled import rescaled
@@ -83,7 +84,11 @@ def _taken_apart(
     sums, candidates = taken_apart(layer, key)
     if sums is None:
         of_z = None if block.between else block.W_O
-        sums = norm_by_norm(layer, key, candidates, of_z) or rescaled(layer, key, candidates)
+        sums = (
+            norm_by_norm(layer, key, candidates, of_z)
+            or gated(layer, key, candidates)
+            or rescaled(layer, key, candidates)
+        )
     if sums is not None:
         return layer, block, sums, candidates
     ways: list[tuple[str, Callable[[Layer], tuple[Layer, frozenset[str]]]]] = [

@@ -15,15 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
+from interp.models.block_map import Write
 from interp.models.hooks import (
     BlockInput,
     BlockOutput,
-    Middle,
     RunWatch,
     Turns,
     argument,
     read_here,
-    write_change,
 )
 from interp.models.layout import PARTED, Layout, held_inside, shown_inside
 from interp.models.own_attention import own
@@ -34,6 +33,7 @@ from interp.models.several import Part, attention_calls
 from interp.models.spec import Spec, first_tensor, with_first
 from interp.models.turned import channels_first, channels_last
 from interp.models.windows import in_one_row
+from interp.models.write_hooks import Factor, Middle, Opening, write_change
 from interp.run.cache import Run
 from interp.run.edits import Seen
 from interp.sites import ATTENTION_SITES
@@ -230,8 +230,9 @@ class _LayerHooks:
             self._until_done(parts[0].register_forward_pre_hook(begin, with_kwargs=True))
         if block.W_out and self._wants("mlp_post"):
             self._on_input(block.W_out, partial(self.touch, "mlp_post", layer))
-        for name, module, factor in self._outputs():
+        for name, module, write in self._outputs():
             if self._wants(name):
+                factor = 1.0 if write is None else self._factor(write)
                 self._on_output(module, write_change(name, layer, factor, self.touch))
         if block.before_mid and self._wants("resid_mid"):
             self._on_middle(pre)
@@ -250,19 +251,30 @@ class _LayerHooks:
     def _until_done(self, hook: RemovableHandle) -> None:
         self.this.stack.callback(hook.remove)
 
-    def _outputs(self) -> Iterator[tuple[str, str, float | Tensor]]:
-        """(site, module, factor) of the sites that are a module's output times a factor."""
+    def _outputs(self) -> Iterator[tuple[str, str, Write | None]]:
+        """(site, module, write) of the sites that are a module's output, or what is written of it."""
         block, crosses = self.block, self.block.sources
         outs = [("attn_out", block.attn_out), ("mlp_out", block.mlp_out)]
         outs += [(f"{of}out", cross.out) for of, cross in crosses]
         for name, module in outs:
             if module is not None:
-                yield name, module, 1.0
+                yield name, module, None
         writes = [("attn_write", block.attn_write), ("mlp_write", block.mlp_write)]
         writes += [(f"{of}write", cross.write) for of, cross in crosses]
         for name, write in writes:
             if write is not None:
-                yield name, write.module, write.factor(self.module)
+                yield name, write.module, write
+
+    def _factor(self, write: Write) -> Factor:
+        """What a write multiplies its module's output with; a gate is seen when its module returns it."""
+        fixed = write.factor(self.module)
+        if write.gate is None:
+            return fixed
+        opening = Opening(write.gate, fixed, self.this.run.batch.size, self.block.d_model)
+        module = self.module.get_submodule(write.gate.module)
+        self.this.inside.add(write.gate.module)
+        self._until_done(module.register_forward_hook(self.on(opening.see)))
+        return opening
 
     def _on_middle(self, pre: BlockInput) -> None:
         """Hooks for resid_mid: on the norm that returns it, or on the writes that make it."""
@@ -271,7 +283,7 @@ class _LayerHooks:
             change = write_change("resid_mid", self.layer, 1.0, self.touch)
             self._on_output(block.norm_mid, change)
             return
-        factors = [write.factor(self.module) for write in block.before_mid]
+        factors = [self._factor(write) for write in block.before_mid]
         middle = Middle(self.layer, factors, self.touch, pre, block.carry_mid)
         if block.norm_pre is not None:
             self._on_output(block.norm_pre, middle.keep_normed)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch
-from interp.models.block_map import Carry
 from interp.models.layout import held, require_rows_first, shown
 from interp.models.plan import Plan
 from interp.models.several import HEADS, Part
@@ -200,7 +199,7 @@ class BlockInput:
         self.resid = x
         if self.stop:
             raise Stop
-        if x is given and _untouched(x, held_as):
+        if x is given and untouched(x, held_as):
             return None
         return with_hidden(args, kwargs, x, self.spec, self.layer)
 
@@ -242,72 +241,11 @@ class BlockOutput:
             x = self.touch("resid_post", self.layer, x)
         if self.stop:
             raise Stop
-        if x is given and resid is read and _untouched(old, x):
+        if x is given and resid is read and untouched(old, x):
             return None
         x = x if read is None else x - read.to(x.device)
         new = held(x, self.axes, old.shape)
         return with_first(output, new.clone() if self.copied else new)
-
-
-def write_change(
-    name: str, layer: int, factor: float | Tensor, touch
-) -> Callable[[Tensor], Tensor]:
-    """Change of a module's output that carries edits of what the block writes (`factor` times it)."""
-
-    def change(x: Tensor) -> Tensor:
-        written = _times(x, factor)
-        new = touch(name, layer, written)
-        # With gradients, what is captured has to lie on the way to the logits.
-        return x if new is written and _untouched(x, written) else _over(new, factor)
-
-    return change
-
-
-class Middle:
-    """resid_mid where nothing norms it: block input plus the writes before it, seen at the last of them.
-
-    Where the block rescales its input first, `carry` is how. An edit of resid_mid becomes a change of
-    that last write, which the stream then carries.
-    """
-
-    def __init__(
-        self,
-        layer: int,
-        factors: list[float | Tensor],
-        touch,
-        pre: BlockInput,
-        carry: Carry | None = None,
-    ):
-        self.layer, self.factors, self.touch, self.pre = layer, factors, touch, pre
-        self.carry = carry
-        self.normed: Tensor | None = None
-        self.earlier: list[Tensor] = []
-
-    def keep_normed(self, x: Tensor) -> Tensor:
-        """Note the output of the norm that the block goes on with instead of its input."""
-        self.normed = x
-        return x
-
-    def keep(self, x: Tensor) -> Tensor:
-        """Note the output of a module that writes before the last one."""
-        self.earlier.append(_times(x, self.factors[len(self.earlier)]))
-        return x
-
-    def change(self, x: Tensor) -> Tensor:
-        """Change of the output of the last module that writes before resid_mid."""
-        assert self.pre.resid is not None
-        before = (self.pre.resid if self.normed is None else self.normed).to(x.device)
-        if self.carry is not None:  # a stream begun anew may be of another shape
-            before = torch.zeros_like(x) if self.carry.nothing else self.carry(before)
-        for write in self.earlier:
-            before = before + write
-        self.earlier.clear()
-        written = _times(x, self.factors[-1])
-        mid = before + written
-        edited = self.touch("resid_mid", self.layer, mid)
-        if edited is mid and not torch.is_grad_enabled():
-            return x
-        return _over(edited - before, self.factors[-1])
 
 
 def read_here(x: Tensor) -> Tensor:
@@ -315,19 +253,7 @@ def read_here(x: Tensor) -> Tensor:
     return x.view_as(x) if torch.is_grad_enabled() and not x.is_leaf else x
 
 
-def _times(x: Tensor, factor: float | Tensor) -> Tensor:
-    if isinstance(factor, Tensor):
-        return x * factor.to(x.device)
-    return x if factor == 1 else x * factor
-
-
-def _over(x: Tensor, factor: float | Tensor) -> Tensor:
-    if isinstance(factor, Tensor):
-        return x / factor.to(x.device)
-    return x if factor == 1 else x / factor
-
-
-def _untouched(x: Tensor, written: Tensor) -> bool:
+def untouched(x: Tensor, written: Tensor) -> bool:
     """Whether x may go on in place of what was shown of it: with gradients only if it is the same tensor."""
     return written is x or not torch.is_grad_enabled()
 

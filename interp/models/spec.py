@@ -184,6 +184,8 @@ class Spec:
                 return f"'{min(block.turned)}' returns channels before positions"
             if any(write.channels is not None for write in block.writes):
                 return f"'{block.name}' scales each channel of what it writes"
+            if gate := next((write.gate for write in block.writes if write.gate), None):
+                return f"'{block.name}' gates what it writes by what it computes ({gate})"
         return ""
 
     @property

@@ -362,6 +362,10 @@ def written(layer: Layer, writes: Sequence[Write], shape: torch.Size) -> list[Te
         if isinstance(factor, Tensor):
             factor = factor.cpu().double()
         out = out.double() if write.pooling is None else write.pooling(out.double())
+        if write.gate is not None:
+            by = layer.inside.call(write.gate.module).output
+            assert by is not None
+            factor = factor * write.gate.of(by.double(), shape[0], shape[-1])
         parts.append(out.reshape(shape) * factor)
     return parts
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from interp.models.block_map import BlockMap, Carry, CrossAttention, Normed, Write
+from interp.models.gate import Gate
 from interp.models.pooling import Pooling
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
@@ -32,7 +33,7 @@ class Candidate:
     """A value that might be written to the residual stream, and the modules that returned it.
 
     With `gain`, the value is a module's output times this parameter; with `channels`, times these numbers; with
-    `pooling`, what that makes of it.
+    `gate`, times what that is; with `pooling`, what that makes of it.
     """
 
     value: Tensor
@@ -41,6 +42,7 @@ class Candidate:
     gain: str | None = None
     channels: Tensor | None = None
     pooling: Pooling | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _sums(
                 return Sums(first + second + rest, norm_mid, norm_post, n, ((len(first), norm),))
     for norm_post, x in ends_of(norms, post):
         inside = [c for c in candidates if norm_post not in c.modules]
-        found = _in_pieces(pre, x.double(), inside, norms, dtype)
+        found = in_pieces(pre, x.double(), inside, norms, dtype)
         if found or (
             found is not None and norm_post is None
         ):  # none: all of them vanish in rounding
@@ -122,7 +124,7 @@ def _sums(
     return None
 
 
-def _in_pieces(
+def in_pieces(
     pre: Tensor,
     post: Tensor,
     candidates: list[Candidate],
@@ -299,7 +301,7 @@ def write_map(
     writes: list[Write] = []
     for candidate, scale in sums.writes:
         # The last module to return this value.
-        of = (candidate.gain, candidate.pooling, candidate.channels)
+        of = (candidate.gain, candidate.pooling, candidate.gate, candidate.channels)
         write = Write(candidate.modules[0], scale, *of)
         writes.append(write)
         if write.pooling is not None:  # no change of it can be put in place of what was pooled
@@ -308,10 +310,8 @@ def write_map(
             if block.attn_write is not None:
                 others.append(write)
                 continue
-            plain = candidate.gain is None and candidate.channels is None and sums.stays
-            block = replace(
-                block, attn_write=write, direct=plain and block.W_O in candidate.modules
-            )
+            direct = write.plain and sums.stays and block.W_O in candidate.modules
+            block = replace(block, attn_write=write, direct=direct)
             if block.attn_out is None and write.module in block.repeated:
                 block = replace(block, attn_out=write.module)
         elif (source := _source_of(candidate, crosses, from_sources)) is not None:
