@@ -15,8 +15,8 @@ from benchmarks.tiny_configs import tiny_model
 from interp.models.model import Model
 from interp.models.recording import record
 from interp.models.stack import layers_of
+from interp.models.sums import Sums, candidates_of
 from interp.models.thrice import norm_by_norm
-from interp.models.writes import Sums, candidates_of
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from interp.models.gate import THROUGH, Gate
 from interp.models.layout import PLAIN
 from interp.models.stack import Layer
-from interp.models.writes import Candidate, Sums, in_pieces, norms_of
+from interp.models.sums import Candidate, Sums, in_pieces, norms_of
 
 ENTRIES = 1024
 """In how many entries of the stream a gate is tried first."""

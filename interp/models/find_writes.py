@@ -18,10 +18,11 @@ from interp.models.reshaped import as_it_returns, before_the_shape_changes
 from interp.models.restarted import follow_no_input, restarted
 from interp.models.several import HEADS
 from interp.models.stack import Layer
+from interp.models.sums import Candidate, Sums, taken_apart
 from interp.models.thrice import norm_by_norm, with_middle
 from interp.models.trials import works_by_position
 from interp.models.turned import channels_behind
-from interp.models.writes import Candidate, Sums, branch_of, taken_apart, write_map
+from interp.models.writes import branch_of, write_map
 from interp.sites import CROSSES
 
 ATTENTION_WRITES = ("attn_write",)

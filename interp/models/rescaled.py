@@ -22,7 +22,7 @@ from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.solve import SLACK, rounding, smallest_sum
 from interp.models.stack import Layer
-from interp.models.writes import Candidate, Sums, ends_of, norms_of
+from interp.models.sums import Candidate, Sums, ends_of, norms_of
 
 SPARE = 4
 """Equations that a channel must have beyond its unknowns."""

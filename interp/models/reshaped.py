@@ -17,7 +17,8 @@ from interp.models.block_map import BlockMap, Carry
 from interp.models.pooling import poolings
 from interp.models.projections import same
 from interp.models.stack import Layer
-from interp.models.writes import Candidate, Sums, candidates_of, downstream, norms_of, solved
+from interp.models.sums import Candidate, Sums, candidates_of, norms_of, solved
+from interp.models.writes import downstream
 
 
 def as_it_returns(layer: Layer, block: BlockMap) -> tuple[Sums | None, list[Candidate]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from interp.models.block_map import BlockMap, Carry, Normed
 from interp.models.projections import elementwise, same
 from interp.models.stack import Layer
-from interp.models.writes import Candidate, Sums, solved
+from interp.models.sums import Candidate, Sums, solved
 
 
 @dataclass(frozen=True, eq=False)
