@@ -232,7 +232,7 @@ def own_parameters(seen: Recording, block: str, like: Candidate) -> list[tuple[s
         (f"{path}.{name}", parameter.detach().reshape(-1).cpu())
         for path, module in seen.module.get_submodule(block).named_modules(prefix=block)
         if any(True for _ in module.children())
-        for name, parameter in module.namedown_parameters(recurse=False)
+        for name, parameter in module.named_parameters(recurse=False)
         if parameter.numel() == like.value.shape[-1]
     ]
 
