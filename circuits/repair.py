@@ -51,7 +51,7 @@ def look_at(
         places = torch.arange(x.shape[-1], device=x.device)
         hits = sum((places == key.to(x.device)[:, None]).to(x.dtype) for key in keys)
         assert isinstance(hits, Tensor)
-        return (hits / len(keys))[:, None, None]
+        return (hits / len(keys))[:, None, None].expand_as(x)
 
     return Edit.apply("pattern", change, heads=heads, positions=query)
 

@@ -263,7 +263,8 @@ def _check(name: str, detail: str, ours: Tensor, theirs: Tensor, sites: tuple[st
 def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Tensor | None]:
     """An edit as (what, number or tensor, where): code of ours does not travel."""
     kind, given = edit.kind, edit.given
-    where = edit.where(torch.zeros(()).expand(shape), seen)
+    like = torch.zeros(()).expand(shape)
+    where = edit.where(like, seen)
     ones = torch.ones(shape[:2], dtype=torch.bool) if seen.mask is None else seen.mask
     what: tuple[str, Any]
     if kind == "zero":
@@ -286,6 +287,8 @@ def _plain(edit: Edit, shape: tuple[int, ...], seen: Seen) -> tuple[str, Any, Te
             f"an edit of '{edit.site}' by a function of yours does not run remotely: use Edit.zero, "
             "scale, add, patch, mean or resample"
         )
+    if what[0] == "set":
+        edit.values(like, seen)  # whose shape is looked at here
     return what[0], what[1], None if where is None else where.cpu()
 
 

@@ -390,3 +390,72 @@ def test_a_function_that_cannot_be_called_so_is_told_where_the_edit_is_made(chan
         Edit.apply("z.1", change)
     assert Edit.apply("z.1", torch.nn.functional.relu).kind == "apply"  # with an option of its own
     assert Edit.apply("z.1", lambda *given: given[0]).kind == "apply"
+
+
+@pytest.mark.parametrize(
+    ("site", "change", "words"),
+    [
+        ("resid_post.0", lambda x: x[:, 0], r"\(3, 32\) .* \(3, 3, 32\) \(batch, pos, d_model\)"),
+        ("resid_post.0", lambda x: x.mean(0), r"\(3, 32\) .* \(3, 3, 32\)"),
+        ("resid_post.0", lambda x: x[0, 0], r"\(32,\) .* or one number"),
+        ("resid_post.0", lambda x: x[:, :1], r"\(3, 1, 32\)"),
+        ("z.1", lambda x: x.sum(-1, keepdim=True), r"\(3, 3, 4, 1\) .* \(3, 3, 4, 8\)"),
+        ("pattern.0", lambda x: x[:, 0, 0], r"\(3, 3\) .* \(3, 4, 3, 3\)"),
+        ("scores.1", lambda x: x[:, :1], r"\(3, 1, 3, 3\)"),
+    ],
+)
+def test_what_a_function_returns_is_not_broadcast(
+    site: str, change: Callable[[Tensor], Tensor], words: str, tiny: Model
+) -> None:
+    """Three rows of three positions: a value for each row would be taken for one for each position."""
+    ids = torch.arange(9).view(3, 3) + 5
+    edits = [Edit.apply(site, lambda x, seen: change(x))]
+    with pytest.raises(BadInput, match=f"edit of '{site}' gives values of shape {words}"):
+        tiny.run(ids, edits=edits)
+    whole = [Edit.apply(site, lambda x, seen: x.new_tensor(2.0))]
+    filled = [Edit.apply(site, lambda x, seen: torch.full_like(x, 2.0))]
+    assert torch.equal(tiny.run(ids, edits=whole).logits, tiny.run(ids, edits=filled).logits)
+
+
+@pytest.mark.parametrize("made", [Edit.patch, lambda site, value: Edit.mean(site, mean={1: value})])
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((3, 3, 32), True),
+        ((3, 32), True),
+        ((1, 3, 32), True),
+        ((32,), True),
+        ((1, 1, 32), True),
+        ((), True),
+        ((3, 1, 32), False),
+        ((3, 3, 1), False),
+        ((3, 1), False),
+        ((1, 1, 3, 32), False),
+        ((2, 3, 32), False),
+        ((31,), False),
+    ],
+)
+def test_a_given_value_may_leave_out_rows_and_positions_and_nothing_else(
+    made: Callable[..., Edit], shape: tuple[int, ...], fits: bool, tiny: Model
+) -> None:
+    ids = torch.arange(9).view(3, 3) + 5
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if fits:
+        run = tiny.run(ids, capture=["resid_post.1"], edits=[made("resid_post.1", value)])
+        assert torch.equal(run.cache["resid_post.1"], value.expand(3, 3, 32))
+        return
+    with pytest.raises(BadInput, match=r"gives values of shape .* \(3, 3, 32\)"):
+        tiny.run(ids, edits=[made("resid_post.1", value)])
+
+
+def test_a_pattern_given_for_every_row_and_head_is_cut_into_the_chunks_of_queries(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(5, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    even = torch.ones(9, 9).tril()
+    even = even / even.sum(-1, keepdim=True)
+    whole = tiny.run(ids, edits=[Edit.patch("pattern.1", even)]).logits
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
+    for value in (even, even.expand(4, 9, 9), even.expand(2, 4, 9, 9)):
+        cut = tiny.run(ids, edits=[Edit.patch("pattern.1", value)]).logits
+        assert torch.allclose(cut, whole, atol=1e-5)

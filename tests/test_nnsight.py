@@ -255,6 +255,9 @@ def test_refusals_say_why_and_what_instead(llama: Path) -> None:
     ):
         with pytest.raises(Refused, match=reason):
             ask()
+    for wrong in (Edit.patch("z.0", torch.ones(2)), Edit.mean("z.0", mean={0: torch.ones(2)})):
+        with pytest.raises(BadInput, match=r"values of shape \(2,\) for an activation of shape"):
+            there.run(IDS, edits=[wrong])
     with pytest.raises(BadInput, match="did you mean 'resid_post'"):
         there.run(IDS, capture=["resid_pst"])
     with pytest.raises(BadInput, match="nothing to do"):

@@ -44,6 +44,17 @@ def _check_takes_two(change: Any, site: Site) -> None:
         ) from None
 
 
+def _spread(value: Tensor, x: Tensor) -> Tensor:
+    """A given value over the leading axes of x (rows; rows and positions) that it has no or one entry along.
+
+    As it is where its other axes are not those of x.
+    """
+    value = value.to(x)
+    own = next((value.shape[i:] for i, n in enumerate(value.shape) if n != 1), torch.Size())
+    fits = value.ndim <= x.ndim and own == x.shape[x.ndim - len(own) :]
+    return value.expand_as(x) if fits else value
+
+
 def _places(positions: Positions) -> Positions:
     """`positions`, or BadInput where they are none: told when the edit is written, not when it is run."""
     if positions is None:
@@ -175,7 +186,7 @@ class Edit:
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             if mean is not None:
-                return mean[seen.layer].to(x).expand_as(x)
+                return _spread(mean[seen.layer], x)
             if of_pattern:
                 if seen.mask is not None and not bool(seen.mask.all()):
                     raise BadInput(
@@ -214,7 +225,8 @@ class Edit:
         """`value` in its place: a tensor shaped like the activation, or one a layer.
 
         One a layer is what `run.cache.by_layer("resid_post")` returns. With heads or positions `value`
-        has all of them still, and is read at these.
+        has all of them still, and is read at these. Without its first axes, or with one entry along them, it
+        is the same for every row, or for every row and position.
         """
         layers = value.keys() if isinstance(value, Mapping) else ()
         if wrong := [layer for layer in layers if not isinstance(layer, int)]:
@@ -230,9 +242,9 @@ class Edit:
                     f"name the layer in the site, as in '{Site.parse(site).name}.{min(value, default=0)}'"
                 )
             new = value[seen.layer] if isinstance(value, Mapping) else value
-            if by_query(Site.parse(site).name) and new.ndim == 4:
-                new = new[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]]
-            return new.to(x)
+            if by_query(Site.parse(site).name) and new.ndim > 1:
+                new = new[..., seen.start : seen.start + x.shape[2], : x.shape[3]]
+            return _spread(new, x)
 
         edit = Edit.apply(site, change, heads, positions)
         return replace(edit, kind="patch", given=value)
@@ -309,6 +321,15 @@ class Edit:
         return self._changed(x, seen)
 
     def _changed(self, x: Tensor, seen: Seen) -> Tensor:
+        new, where = self.values(x, seen), self.where(x, seen)
+        return new if where is None else torch.where(where, new, x)
+
+    def values(self, x: Tensor, seen: Seen) -> Tensor:
+        """What is put in place of x where heads, positions and rows say so; shaped like x.
+
+        Raises:
+            BadInput: the edit gives nothing, or values of another shape that are not one number.
+        """
         # A function of the caller's may change what it is given in place; elsewhere x stays as it was.
         new = self.change(x.clone() if self.kind == "apply" else x, seen)
         if new is None:
@@ -316,15 +337,13 @@ class Edit:
                 f"the function of the edit of '{self.site}' returned nothing; return the new activation"
             )
         new = torch.as_tensor(new, dtype=x.dtype, device=x.device)
-        try:
-            new = new.expand_as(x)
-        except RuntimeError as error:
+        if new.ndim and new.shape != x.shape:  # [batch d_model] would be taken for [pos d_model]
             raise BadInput(
                 f"edit of '{self.site}' gives values of shape {tuple(new.shape)} for an activation of "
-                f"shape {tuple(x.shape)} ({', '.join(self.site.axes)})"
-            ) from error
-        where = self.where(x, seen)
-        return new if where is None else torch.where(where, new, x)
+                f"shape {tuple(x.shape)} ({', '.join(self.site.axes)}): give values of that shape, as "
+                "value.expand_as(activation) makes them, or one number"
+            )
+        return new.expand_as(x)
 
     def where(self, x: Tensor, seen: Seen) -> Tensor | None:
         """Mask, broadcastable to x, of what is edited; None for all of it."""
