@@ -20,7 +20,8 @@ from torch import Tensor
 
 from interp.errors import BadInput, Refused
 from interp.models.model import Model
-from interp.run.cache import Cache
+from interp.run.batch import Batch
+from interp.run.cache import Cache, Run
 from interp.run.edits import Edit, Seen
 from interp.sites import AXES, Site, by_query, ranges, to_transformer_lens
 from interp.transformer_lens_elsewhere import missing_attribute, refuse_options
@@ -148,13 +149,25 @@ class View(Weights):
     # --- tokens ------------------------------------------------------------------------------------
 
     def to_tokens(
-        self, text: str | Sequence[str], prepend_bos: bool | None = None
+        self,
+        text: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
     ) -> Int[Tensor, "batch pos"]:
-        """Token ids, padded on the right; BOS comes first where TransformerLens puts it (not in NeoX, Qwen …)."""
+        """Token ids, padded on the tokenizer's side; BOS comes first where TransformerLens puts it (not in NeoX …).
+
+        Ids alone do not tell their padding: pass prompts of several lengths to the model as texts.
+        """
+        return self._tokenized(text, prepend_bos, padding_side).ids.to(self.model.device)
+
+    def _tokenized(
+        self, text: str | Sequence[str], prepend_bos: bool | None, padding_side: str | None
+    ) -> Batch:
         bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         if self.tokenizer is not None and self.tokenizer.bos_token_id is None:
             bos = None
-        return self.model.tokenize(text, bos=bos).ids.to(self.model.device)
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        return self.model.tokenize(text, padding_side=side, bos=bos)
 
     def to_string(
         self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -234,6 +247,7 @@ class View(Weights):
         names_filter: Names = None,
         *,
         prepend_bos: bool | None = None,
+        padding_side: str | None = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         remove_batch_dim: bool = False,
@@ -241,18 +255,21 @@ class View(Weights):
     ) -> tuple[Returned, ActivationCache]:
         """(logits, cache): every site of the model, or those whose names pass `names_filter`.
 
-        Caching everything takes memory: name what is needed.
+        Caching everything takes memory: name what is needed. Texts of several lengths are padded, and real
+        positions are as if each text were alone; what stands at padding means nothing, and the loss leaves it
+        out on either side (theirs counts padding on the right of causal models).
         """
         refuse_options("run_with_cache", theirs, "names_filter, return_type, remove_batch_dim …")
         names = self._chosen(names_filter)
         run = self.model.run(
-            self._ids(input, prepend_bos), capture=names, logits=return_type is not None
+            self._given(input, prepend_bos, padding_side),
+            capture=names,
+            logits=return_type is not None,
         )
         cache = activation_cache(run.cache, self)
         if remove_batch_dim:
             cache.remove_batch_dim()
-        ids = run.batch.inputs.get("input_ids")
-        return self._returned(run.logits, ids, return_type, loss_per_token), cache
+        return self._returned(run, return_type, loss_per_token), cache
 
     @torch.no_grad()
     def run_with_hooks(
@@ -261,6 +278,7 @@ class View(Weights):
         fwd_hooks: Sequence[tuple[Names, Callable[..., Tensor | None]]] = (),
         *,
         prepend_bos: bool | None = None,
+        padding_side: str | None = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         **theirs: Any,
@@ -268,7 +286,7 @@ class View(Weights):
         """Logits (or "loss", or "both") with `hook_fn(activation, hook=…)` applied at each named place.
 
         A hook returns the new activation, or changes the one it is given in place. `hook.name` and
-        `hook.layer()` are set.
+        `hook.layer()` are set. Padding is as in `run_with_cache`.
         """
         refuse_options("run_with_hooks", theirs, "fwd_hooks, return_type, prepend_bos …")
         edits = [
@@ -276,10 +294,8 @@ class View(Weights):
             for names, function in fwd_hooks
             for name in self._chosen(names)
         ]
-        ids = self._ids(input, prepend_bos)
-        return self._returned(
-            self.model.run(ids, edits=edits).logits, ids, return_type, loss_per_token
-        )
+        run = self.model.run(self._given(input, prepend_bos, padding_side), edits=edits)
+        return self._returned(run, return_type, loss_per_token)
 
     def __call__(
         self,
@@ -287,6 +303,7 @@ class View(Weights):
         return_type: str | None = "logits",
         *,
         prepend_bos: bool | None = None,
+        padding_side: str | None = None,
         loss_per_token: bool = False,
         **theirs: Any,
     ) -> Returned:
@@ -294,22 +311,18 @@ class View(Weights):
         return self.run_with_hooks(
             input,
             prepend_bos=prepend_bos,
+            padding_side=padding_side,
             return_type=return_type,
             loss_per_token=loss_per_token,
             **theirs,
         )
 
-    def _ids(self, input: Any, prepend_bos: bool | None) -> Tensor:
+    def _given(
+        self, input: Any, prepend_bos: bool | None, padding_side: str | None
+    ) -> Tensor | Batch:
         if isinstance(input, Tensor):
             return input if input.ndim == 2 else input[None]
-        if not isinstance(input, str) and len(input) > 1:
-            ids = [self.to_tokens(text, prepend_bos) for text in input]
-            if len({row.shape[1] for row in ids}) > 1:
-                raise BadInput(
-                    "prompts of several lengths: pass them one by one, or use model.run, which pads"
-                )
-            return torch.cat(ids)
-        return self.to_tokens(input, prepend_bos)
+        return self._tokenized(input, prepend_bos, padding_side)
 
     def _chosen(self, names: Names) -> list[str]:
         if isinstance(names, str):
@@ -333,14 +346,16 @@ class View(Weights):
         return Edit.apply(site, change)
 
     @staticmethod
-    def _returned(
-        logits: Tensor | None, ids: Tensor | None, kind: str | None, per_token: bool
-    ) -> Returned:
+    def _returned(run: Run, kind: str | None, per_token: bool) -> Returned:
+        """The loss is 0 where a token or the one before it is padding, and its mean is over the others."""
         if kind not in ("logits", "loss", "both", None):
             raise BadInput(f"return_type {kind!r} is none of 'logits', 'loss', 'both', None")
+        logits, ids = run.logits, run.batch.inputs.get("input_ids")
         if kind not in ("loss", "both") or logits is None or ids is None:
             return logits if kind else None
         log_probs = logits[:, :-1].float().log_softmax(-1)
         loss = -log_probs.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]  # [batch pos-1]
-        loss = loss if per_token else loss.mean()
+        real = run.batch.inputs.get("attention_mask", torch.ones_like(ids)).bool().to(loss.device)
+        real = real[:, :-1] & real[:, 1:]
+        loss = loss.where(real, 0) if per_token else loss[real].mean()
         return loss if kind == "loss" else (logits, loss)

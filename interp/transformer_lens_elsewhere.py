@@ -96,7 +96,6 @@ OPTIONS = {
     "reset_hooks_end": _UNHOOKED,
     "clear_contexts": _UNHOOKED,
     "past_kv_cache": _GENERATE,
-    "padding_side": "model.tokenize(texts), whose batch knows its padding",
     "pos_slice": "slice the activation: cache['z', 0][:, -1]",
     "device": "interp.load(…, device=…)",
 }

@@ -10,6 +10,7 @@ weights, 1e-4 for the three blocks of a tiny model; weights are equal bit for bi
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 import re
 from collections.abc import Callable
@@ -608,6 +609,45 @@ def test_logit_lens_agrees(smollm: Model, bridge: Any) -> None:
         torch.tensor(table["top_probability"].to_numpy()), probability, rtol=1e-2, atol=1e-4
     )
     assert table["top_token"].tolist() == smollm.tokens(theirs[1:].argmax(-1).tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_of_several_lengths_are_padded_as_theirs(
+    side: str, pair: tuple[Model, TransformerBridge]
+) -> None:
+    """Equal wherever a token is real; what theirs computes at padding on the right is not masked there."""
+    model, bridge = pair
+    lens, texts = ours_as_theirs.view(model), ["abcab", "da", "bcd"]
+    ids = lens.to_tokens(texts, padding_side=side)
+    logits, ours = lens.run_with_cache(texts, padding_side=side)
+    expected, theirs = bridge.run_with_cache(texts, padding_side=side)
+    batch = model.tokenize(texts, padding_side=side, bos=lens.cfg.default_prepend_bos)
+    real = batch.mask
+    assert real is not None and real.sum(1).unique().numel() == 3
+    assert torch.equal(ids[real], bridge.to_tokens(texts, padding_side=side)[real])
+    assert off(logits[real], expected[real]) < TINY  # type: ignore[index]
+    for name in ("z", "v", "resid_pre", "resid_post"):
+        assert off(ours[name, 1][real], theirs[name, 1][real]) < TINY
+    pattern, other = (cache["pattern", 1].transpose(1, 2)[real] for cache in (ours, theirs))
+    assert off(pattern, other) < TINY
+    mask = real.long()
+    for each in (False, True):
+        loss = lens(texts, padding_side=side, return_type="loss", loss_per_token=each)
+        given = {"return_type": "loss", "loss_per_token": each, "attention_mask": mask}
+        assert off(loss, bridge(ids, **given)) < TINY  # type: ignore[arg-type]
+    double = [("blocks.0.attn.hook_z", lambda z, hook: 2 * z)]
+    changed = lens.run_with_hooks(texts, fwd_hooks=double, padding_side=side)
+    other = bridge.run_with_hooks(texts, fwd_hooks=double, padding_side=side)
+    assert off(changed[real], other[real]) < TINY  # type: ignore[index]
+
+
+def test_the_side_of_padding_is_the_tokenizers(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    lens = ours_as_theirs.view(Model(FAMILIES["llama"](), tokenizer))
+    for side, shorter in (("right", [2, 0, 0]), ("left", [0, 0, 2])):
+        tokenizer.padding_side = side
+        assert lens.to_tokens(["abc", "a"], prepend_bos=False)[1].tolist() == shorter
 
 
 def test_losses_and_token_places_are_theirs(pair: tuple[Model, TransformerBridge]) -> None:

@@ -159,7 +159,9 @@ class Clamps:
 
         def change(x: Tensor, seen: Seen) -> Tensor:
             # A chunk has some rows only, and not the keys behind its last row.
-            return ideal[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]].to(x).expand_as(x)
+            return (
+                ideal[:, :, seen.start : seen.start + x.shape[2], : x.shape[3]].to(x).expand_as(x)
+            )
 
         return Edit.apply(site, change)
 
