@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp import transformer_lens
+from interp.generate import generate
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.statistics import Distance, Entropy, Expected, Mass, PeakColumn
@@ -95,3 +97,48 @@ def test_a_prompts_gradients_are_the_same_in_any_batch(model: Model, side: str) 
             assert alone.logits is not None
             close(slopes[i, batch.mask[i]], alone.gradients(alone.logits[0, -1, 20], site)[0])
             assert not slopes[i, ~batch.mask[i]].any()
+
+
+# --- padded ids without a mask --------------------------------------------------------------------------
+
+REAL = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+PAD, EOS = 3, 4
+WAYS = {
+    "run": lambda model, ids: model.run(ids),
+    "inputs by name": lambda model, ids: model.run({"input_ids": ids}),
+    "a view": lambda model, ids: transformer_lens.view(model)(ids),
+    "generate": lambda model, ids: generate(model, ids, max_new_tokens=1),
+}
+
+
+def padded(side: str) -> Tensor:
+    ids = REAL.clone()
+    ids[1, slice(2) if side == "left" else slice(2, 4)] = PAD
+    return ids
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_ids_without_a_mask_are_told(way: str, side: str, tiny_model, caplog) -> None:
+    model = tiny_model(pad_token_id=PAD, eos_token_id=EOS)
+    ids = padded(side)
+    ask = WAYS[way]
+    ask(model, REAL)
+    ask(model, torch.where(ids == PAD, EOS, ids))  # a text may end with it
+    assert not caplog.records
+    ask(model, ids)
+    ask(model, ids)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "its padding token, 3, and no mask" in said and "'attention_mask': mask" in said
+
+
+def test_a_mask_or_a_padding_token_that_ends_texts_is_not_told(tiny_model, caplog) -> None:
+    model = tiny_model(pad_token_id=PAD, eos_token_id=EOS)
+    for mask in (padded("right").ne(PAD), torch.ones_like(REAL)):
+        model.run({"input_ids": padded("right"), "attention_mask": mask.long()})
+        model.run(Batch.of_ids(padded("right"), mask.bool()))
+    for ends in (PAD, [EOS, PAD]):
+        tiny_model(pad_token_id=PAD, eos_token_id=ends).run(padded("right"))
+    tiny_model(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=PAD).run(padded("left"))
+    tiny_model(pad_token_id=None, eos_token_id=EOS).run(padded("left"))
+    assert not caplog.records

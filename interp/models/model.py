@@ -284,7 +284,8 @@ class Model:
         """One forward pass: logits, captured activations, row statistics.
 
         Args:
-            data: text, token ids [batch pos], a Batch, or a mapping of model inputs. For an
+            data: text, token ids [batch pos], a Batch, or a mapping of model inputs. Ids with padding need
+                their mask: `{"input_ids": ids, "attention_mask": mask}`. For an
                 encoder-decoder a text is the source, its decoder having read its start token alone; or
                 a mapping with `input_ids` (the source; of sound `input_features` or `input_values`)
                 and `decoder_input_ids`.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from interp.models.calls import (
     has_tokens,
     is_encoder_decoder,
     main_input,
+    text_config,
 )
 from interp.models.codebooks import begun, in_codebooks
 from interp.models.examples import fresh
@@ -26,6 +29,10 @@ from interp.models.polarity import as_marked
 from interp.models.spec import Spec
 from interp.models.tokens import Tokens
 from interp.run.batch import Batch
+
+_log = logging.getLogger("interp")
+_told: WeakSet[nn.Module] = WeakSet()
+"""Models of which it was said that their ids look padded."""
 
 
 def batch_of(
@@ -81,6 +88,8 @@ def batch_of(
         check_tokens(batch.ids, spec.d_vocab)
     if batch.has_source:
         check_source(module, batch)
+    if isinstance(data, Tensor) or (isinstance(data, Mapping) and "attention_mask" not in data):
+        _tell_of_padding(module, batch.inputs.get("input_ids"), tokens)
     return batch
 
 
@@ -103,3 +112,32 @@ def batch_like(module: nn.Module, inputs: Mapping[str, Any]) -> Batch:
     batch = Batch.of_inputs(tensors)
     in_rows = not objects or {main_input(module), batch.name_of_ids} & tensors.keys()
     return Batch(batch.inputs, batch.mask, n_rows=None if in_rows else 1, objects=objects)
+
+
+def _tell_of_padding(module: nn.Module, ids: Tensor | None, tokens: Tokens) -> None:
+    """A warning, once a model, where ids without a mask begin or end with a token that is there for padding alone.
+
+    Not where texts begin or end with that token too.
+    """
+    takes_mask = "attention_mask" in inspect.signature(type(module).forward).parameters
+    if module in _told or not takes_mask or ids is None or not ids.numel():
+        return
+    config, generation = getattr(module, "config", None), getattr(module, "generation_config", None)
+    places = [tokens.tokenizer, generation, config, config and text_config(module)]
+
+    def called(*names: str) -> set[int]:
+        found = [getattr(place, f"{name}_token_id", None) for place in places for name in names]
+        each = [i for one in found for i in (one if isinstance(one, list) else [one])]
+        return {i for i in each if isinstance(i, int)}
+
+    ends = ids[:, [0, -1]]
+    for pad in called("pad") - called("bos", "eos", "sep"):
+        if bool((ends == pad).any()):
+            _told.add(module)
+            _log.warning(
+                "%s was given token ids that begin or end with its padding token, %d, and no mask: padding is read "
+                "like any token, and changes results; pass texts, or {'input_ids': ids, 'attention_mask': mask}, 0 at "
+                "padding (said once a model)",
+                tokens.id,
+                pad,
+            )
