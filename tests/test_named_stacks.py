@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
 import interp
 from benchmarks.architectures import runs
@@ -386,6 +387,45 @@ def test_stages_are_one_stack() -> None:
     assert whole.spec.n_layers == part.spec.n_layers and not whole.spec.refused
     with pytest.raises(BadInput, match=r"known: vision_model\.encoder\.stages, text_model"):
         Model(module, stack="vision")
+
+
+class Tracker(nn.Module):
+    """An encoder, a decoder that the output is made of, and layers that sum up both for the next frame."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.first = first
+        size = {"decoder_attention_heads": 4, "encoder_attention_heads": 4}
+        self.config = transformers.BartConfig(
+            d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, **size
+        )
+        self.config._attn_implementation = "sdpa"
+        self.queries, self.latents = (nn.Parameter(torch.randn(1, n, 32)) for n in (5, 4))
+        self.encoder = nn.ModuleList(BartEncoderLayer(self.config) for _ in range(2))
+        self.decoder = nn.ModuleList(BartDecoderLayer(self.config, i) for i in range(2))
+        self.summary = nn.ModuleList(BartDecoderLayer(self.config, i) for i in range(2))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        x = features
+        for layer in self.encoder:
+            x = layer(x, None)
+        out, kept = (each.expand(len(x), -1, -1) for each in (self.queries, self.latents))
+        for layer in self.decoder:
+            out = layer(out, encoder_hidden_states=x)
+        for layer in self.summary:
+            kept = layer(kept, encoder_hidden_states=torch.cat([x, out], 1))
+        return (out, kept) if self.first == "decoder" else (kept, out)
+
+
+@pytest.mark.parametrize(("own", "other"), [("decoder", "summary"), ("summary", "decoder")])
+def test_of_two_decoders_the_one_that_is_heard_in_what_is_returned_first(own, other) -> None:
+    torch.manual_seed(0)
+    tracker, features = Tracker(own).eval(), {"features": torch.randn(2, 9, 32)}
+    model = Model(tracker, example=features)
+    assert model.spec.stack == own and model.spec.heard and not model.spec.named
+    run = model.run(features, capture=["resid_post.1"])
+    assert torch.equal(run.logits, run.cache["resid_post.1"])
+    assert Model(tracker, stack=other, example=features).spec.stack == other
 
 
 def test_a_tower_that_text_alone_does_not_reach_is_a_model_of_its_own() -> None:

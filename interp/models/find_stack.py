@@ -17,6 +17,7 @@ from interp.models.aside import with_asides
 from interp.models.feeding import fed_stack
 from interp.models.in_a_row import with_blocks_in_a_row
 from interp.models.in_parts import AND, lists_in_turn
+from interp.models.named import is_heard
 from interp.models.reads import merged, read_of
 from interp.models.recording import Recording, record
 from interp.models.stack import Layer, added_outside, hidden_key, layers_of, with_cross
@@ -120,7 +121,7 @@ def _share(a: dict[int | str, Tensor], b: dict[int | str, Tensor]) -> bool:
 
 def _own_stack(seen: Recording, placed: list[str], batch: Batch) -> str:
     """The stack that the model is: its only one, several that work on one stream, or the one that others feed."""
-    placed = _decoder(seen, placed) or placed
+    placed = _decoder(seen, placed, batch) or placed
     if not placed:
         return _largest_chain(seen)
     if len(placed) == 1:
@@ -188,10 +189,11 @@ def _with_its_parts(seen: Recording, name: str) -> str:
     return lists_in_turn(seen, name) or name
 
 
-def _decoder(seen: Recording, placed: list[str]) -> list[str]:
+def _decoder(seen: Recording, placed: list[str], batch: Batch) -> list[str]:
     """Of several lists the one whose blocks attend to a source besides, where all others are called before it.
 
-    One that attends to two sources is fed by several stacks: it is no one's decoder.
+    One that attends to two sources is fed by several stacks: it is no one's decoder. Where the last is not heard in
+    what the model returns first (a tracker sums up the frame for those to come), it is the one before, if that is.
     """
     if len(placed) < 2:
         return []
@@ -206,7 +208,12 @@ def _decoder(seen: Recording, placed: list[str]) -> list[str]:
     blocks = [with_cross(layer, key) for layer in stacks[last]]
     if any(len(block.crosses) > 1 for block in blocks):
         return []
-    return [last] if any(block.crosses or merged(block, key) for block in blocks) else []
+    if not any(block.crosses or merged(block, key) for block in blocks):
+        return []
+    before = _decoder(seen, [name for name in placed if name != last], batch)
+    if before and not is_heard(blocks[-1].name, seen, batch):
+        return before if is_heard(layers_of(seen, before[0])[-1].name, seen, batch) else [last]
+    return [last]
 
 
 def _place(seen: Recording) -> tuple[list[str], list[str]]:

@@ -72,12 +72,11 @@ def last_returned(spec: Spec, module: nn.Module, batch: Batch) -> list[Tensor]:
     return returned
 
 
-def is_heard(spec: Spec, seen: Recording, batch: Batch) -> bool:
-    """Whether what the model returns is another where the last block of the stack returns another stream.
+def is_heard(last: str, seen: Recording, batch: Batch) -> bool:
+    """Whether what the model returns is another where the last block of a stack, called so, returns another stream.
 
     A segmenter may return first what its backbone makes of an image, whatever its decoder does.
     """
-    last = spec.blocks[-1].returns
     returned = [call.output for call in seen.calls[last] if call.output is not None]
     other = [*returned[:-1], returned[-1].flip(-1)]
     again = record(seen.module, batch, restored={last: other})

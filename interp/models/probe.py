@@ -97,7 +97,7 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
         if mapped.named or not (mapped.unembedding or mapped.readout):
-            mapped = replace(mapped, heard=is_heard(mapped, seen, batch))
+            mapped = replace(mapped, heard=is_heard(mapped.blocks[-1].returns, seen, batch))
         # Of one stack of several, or where no match is found, what the model returns says little.
         few = 2 * int(plain.count_nonzero()) < plain.numel()
         with_ends = mapped.named or few or not mapped.heard
