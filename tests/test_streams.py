@@ -17,8 +17,9 @@ from interp.models.layout import PLAIN, STREAMS, axes_of, held, shown
 from interp.models.mixed import mixed_blocks
 from interp.models.model import Model
 from interp.models.recording import record
+from interp.models.relative import relative_error
 from interp.models.stack import layers_of
-from interp.models.verify import combined, relative_error
+from interp.models.written import combined
 from interp.run.batch import Batch
 from interp.run.edits import Edit
 from interp.run.statistics import Expected

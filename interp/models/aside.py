@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from interp.models.attention import window
 from interp.models.calls import FAILURES, call_model
 from interp.models.recording import AttentionCall, Recording
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.several import HEADS
 from interp.models.spec import first_tensor
 from interp.models.stack import Layer, with_cross
 from interp.models.trials import either_sign
-from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from interp.models.calls import call_model, output_tensor
 from interp.models.recording import Recording
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.spec import first_tensor, with_first
 from interp.models.stack import Layer
-from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 

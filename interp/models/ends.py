@@ -13,9 +13,9 @@ from interp.models.layout import as_held_inside, n_ahead, shown
 from interp.models.projections import same
 from interp.models.readout import WHOLE, of_tokens, rest_of_model
 from interp.models.recording import ModuleCall, Recording, record
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.spec import Spec
 from interp.models.stack import Layer
-from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 LONGEST_READOUT = 6

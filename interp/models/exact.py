@@ -16,7 +16,7 @@ from interp.models.kernels import small_in_float64
 from interp.models.own_attention import beside_interface, own
 from interp.models.pieces import pieces
 from interp.models.recording import Recording, record
-from interp.models.verify import RELATIVE_TOLERANCE, relative_error
+from interp.models.relative import RELATIVE_TOLERANCE, relative_error
 from interp.run.batch import Batch
 
 

@@ -12,7 +12,7 @@ from interp.errors import BadInput
 from interp.models.attention import Watch, implementation, window
 from interp.models.calls import call_model, output_tensor
 from interp.models.examples import all_in_float64
-from interp.models.verify import relative_error, relative_tolerance
+from interp.models.relative import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 MOST_IN_FLOAT64 = 250_000_000

@@ -19,11 +19,12 @@ import torch
 from interp.models.block_map import BlockMap
 from interp.models.draft import Draft
 from interp.models.projections import elementwise
+from interp.models.relative import RELATIVE_TOLERANCE
 from interp.models.stack import Layer
 from interp.models.sums import Candidate, candidates_of
 from interp.models.trials import works_by_position
-from interp.models.verify import RELATIVE_TOLERANCE, one_stream, streams
 from interp.models.writes import before_norm, branch_of, downstream, neurons
+from interp.models.written import one_stream, streams
 
 WHY = (
     "the block mixes several residual streams, with weights that depend on the token: what attention and "

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from interp.models.calls import FAILURES, call_model, output_tensor
 from interp.models.recording import Recording, record
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.spec import Spec, first_tensor
 from interp.models.stack import Layer, calls_of
-from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 

@@ -44,8 +44,9 @@ from interp.models.kernels import apart, between_kernels, eager_instead, logits_
 from interp.models.named import is_heard, last_returned
 from interp.models.own_attention import own
 from interp.models.recording import Recording, record
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.spec import Spec, module_device
-from interp.models.verify import relative_error, relative_tolerance, verify
+from interp.models.verify import verify
 from interp.run.batch import Batch
 
 PROBE_TARGET = 5

@@ -17,11 +17,11 @@ from torch import Tensor
 from interp.models.block_map import BlockMap, Carry
 from interp.models.projections import same
 from interp.models.recording import Recording
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.solve import smallest_sum
 from interp.models.stack import Layer
 from interp.models.sums import Candidate, Sums
 from interp.models.trials import answering
-from interp.models.verify import relative_error, relative_tolerance
 from interp.run.batch import Batch
 
 LARGER = 1024.0

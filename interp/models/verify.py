@@ -10,27 +10,19 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from interp.models.block_map import Carry, Write
-from interp.models.calls import at_home
-from interp.models.layout import CHANNELS_BEFORE
 from interp.models.mapped import as_mapped
 from interp.models.readout import of_tokens, unembed
 from interp.models.recording import Recording
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Check, Spec, module_device
 from interp.models.stack import Layer
 from interp.models.weights import linear_map
+from interp.models.written import added, carried, combined, normed, written
 from interp.sites import CROSSES, SELF_SITES, ranges
 
 Check_ = Callable[..., bool]
 """Tries one identity: (name, got, wanted, detail, the sites it vouches for)."""
-
-RELATIVE_TOLERANCE = {
-    torch.float64: 1e-9,  # depth × eps, with room for ill-conditioned random weights
-    torch.float32: 2e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 6e-2,
-}
 
 
 def verify(
@@ -285,24 +277,24 @@ def _check_writes(
     for layer, block in pairs:
         x, before = layer.hidden(spec.hidden), block.before_mid
         if block.norm_pre is not None:
-            x = _normed(layer, block.norm_pre, x)
+            x = normed(layer, block.norm_pre, x)
         if block.norm_mid is not None or block.carry_mid is not None:
             for number, first in enumerate(block.firsts):
-                x = _carried(block.carry_first, x) if number == 0 else x.double()
-                x = _normed(layer, first.norm, added(x, layer, first.writes).to(layer.output))
+                x = carried(block.carry_first, x) if number == 0 else x.double()
+                x = normed(layer, first.norm, added(x, layer, first.writes).to(layer.output))
             known = [write for first in block.firsts for write in first.writes]
             second = tuple(write for write in before if write not in known)
-            total = added(_carried(block.carry_mid, x), layer, second)
-            x = total if block.norm_mid is None else _normed(layer, block.norm_mid, total.to(x))
+            total = added(carried(block.carry_mid, x), layer, second)
+            x = total if block.norm_mid is None else normed(layer, block.norm_mid, total.to(x))
         else:
             before = ()
         for late in block.lates:
-            x = _normed(layer, late.norm, added(x.double(), layer, late.writes).to(layer.output))
+            x = normed(layer, late.norm, added(x.double(), layer, late.writes).to(layer.output))
             before = (*before, *late.writes)
         rest = tuple(write for write in block.writes if write not in before)
-        out = added(_carried(block.carry_post, x), layer, rest)
+        out = added(carried(block.carry_post, x), layer, rest)
         if block.norm_post is not None:
-            out = _normed(layer, block.norm_post, out.to(layer.output))
+            out = normed(layer, block.norm_post, out.to(layer.output))
         made.append(out.double())
         wanted.append(layer.output)
     which = "" if len(having) == spec.n_layers else f" (layers {ranges(having)})"
@@ -347,74 +339,11 @@ def _check_reshaping(
     return passed
 
 
-def added(total: Tensor, layer: Layer, writes: Sequence[Write]) -> Tensor:
-    """`total` plus what these writes added on the probe, in float64."""
-    return total + sum(written(layer, writes, total.shape))
-
-
-def written(layer: Layer, writes: Sequence[Write], shape: torch.Size) -> list[Tensor]:
-    """What each of these writes added on the probe, in float64."""
-    parts = []
-    for write in writes:
-        out = layer.inside.call(write.module).output
-        assert out is not None
-        factor = write.factor(layer.inside.module)
-        if isinstance(factor, Tensor):
-            factor = factor.cpu().double()
-        out = out.double() if write.pooling is None else write.pooling(out.double())
-        if write.gate is not None:
-            by = layer.inside.call(write.gate.module).output
-            assert by is not None
-            factor = factor * write.gate.of(by.double(), shape[0], shape[-1])
-        parts.append(out.reshape(shape) * factor)
-    return parts
-
-
-def combined(layer: Layer, key: int | str, modules: tuple[str, ...]) -> Tensor:
-    """What comes nearest to a block's output [batch pos d_model] of its input's streams and these outputs.
-
-    Each stream of each position has weights of its own, least squares in float64.
-    """
-    pre, post = streams(layer.hidden(key), layer), streams(layer.output, layer)
-    values = [one_stream(layer.inside.call(name).output, pre[..., 0, :]) for name in modules]
-    basis = torch.cat([pre, *[value[..., None, :] for value in values]], dim=-2).mT
-    # Streams may be equal (in the first block): least squares for matrices that are not of full rank.
-    weights = torch.linalg.lstsq(basis, post.mT, driver="gelsd").solution
-    return (basis @ weights).mT.flatten(-2)
-
-
-def streams(x: Tensor, layer: Layer) -> Tensor:
-    """[batch pos d_model] as [batch pos n_streams width], in float64."""
-    return x.double().unflatten(-1, (layer.n_streams, -1))
-
-
-def one_stream(value: Tensor | None, like: Tensor) -> Tensor:
-    """A module's output in float64, in the shape of one residual stream."""
-    assert value is not None
-    return value.double().reshape(like.shape)
-
-
-def _carried(carry: Carry | None, x: Tensor) -> Tensor:
-    return x.double() if carry is None else carry(x.double())
-
-
 def _linear(seen: Recording, name: str, d_in: int) -> tuple[Tensor, Tensor]:
     """(W, b) of a linear layer in float64, where the recorded tensors are."""
     module = seen.module.get_submodule(name)
     W, b = linear_map(module, d_in, module_device(module))
     return W.cpu().double(), b.cpu().double()
-
-
-def _normed(layer: Layer, name: str, x: Tensor) -> Tensor:
-    call, norm = layer.inside.calls[name][0], layer.inside.module.get_submodule(name)
-    if layer.axes == CHANNELS_BEFORE:
-        return at_home(norm, x.mT).mT
-    return at_home(norm, x.reshape(call.inputs[0].shape)).reshape(x.shape)
-
-
-def relative_tolerance(dtype: torch.dtype) -> float:
-    """How far an identity may be off in this dtype, relative to its size; as in bfloat16 where none is known."""
-    return RELATIVE_TOLERANCE.get(dtype, RELATIVE_TOLERANCE[torch.bfloat16])
 
 
 def _whole_maps(spec: Spec, x: Tensor) -> Tensor:
@@ -431,15 +360,3 @@ def _side_by_side(
         places.setdefault(x.shape[:-1], []).append(i)
     for same in places.values():
         yield torch.cat([got[i] for i in same], -1), torch.cat([wanted[i] for i in same], -1)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, str]:
-    """Largest error of a vector over its own largest entry, and a note if the shapes already differ.
-
-    Each position is measured against itself: one position's massive activations hide no other's error.
-    """
-    if got.shape != wanted.shape:
-        return float("inf"), f" (shapes {tuple(got.shape)} and {tuple(wanted.shape)})"
-    got, wanted = got.cpu().double(), wanted.cpu().double()
-    error = (got - wanted).abs().amax(-1)
-    return float((error / wanted.abs().amax(-1).clamp_min(1e-6)).max()), ""

@@ -11,11 +11,12 @@ from torch import Tensor
 from interp.models.block_map import BlockMap, CrossAttention, Normed, Write
 from interp.models.projections import by_channel, elementwise, same
 from interp.models.recording import Recording
+from interp.models.relative import relative_error, relative_tolerance
 from interp.models.repeated import after_attention
 from interp.models.several import HEADS
 from interp.models.stack import Layer
 from interp.models.sums import Candidate, Sums, own_parameters
-from interp.models.verify import added, relative_error, relative_tolerance
+from interp.models.written import added
 from interp.sites import CROSSES
 
 
