@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from interp.models.chunks import chunk_mask, in_chunks, rows_apart
+from interp.models.one_thread import one_thread
 from interp.models.own_attention import beside_interface, own, own_attention_shown
 
 IMPLEMENTATION = "interp_window"
@@ -127,8 +128,13 @@ def window(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator
     """Route every attention call inside `model` to the Watch that `listener(module)` returns.
 
     The model's configs name our function inside the `with` and their own again after it, also when
-    an exception flies. Modules that compute attention themselves are watched doing so.
+    an exception flies. Modules that compute attention themselves are watched doing so. Other threads wait.
     """
+    with one_thread(model):
+        yield from _opened(model, listener)
+
+
+def _opened(model: nn.Module, listener: Callable[[nn.Module], Watch]) -> Iterator[None]:
     modules = list(model.modules())
     outer = {module: _listeners.get(module) for module in modules}
     explicit = _in_need_of_masks(modules) - _explicit

@@ -25,6 +25,7 @@ from interp.models.hooks import (
     read_here,
 )
 from interp.models.layout import PARTED, Layout, held_inside, shown_inside
+from interp.models.nested import inside_others
 from interp.models.own_attention import own
 from interp.models.plan import Plan
 from interp.models.pooling import Pooling
@@ -142,7 +143,8 @@ def _hook_attention(this: _Pass) -> None:
 
     begin()
     this.stack.callback(this.module.register_forward_pre_hook(begin).remove)
-    this.stack.enter_context(window(this.module, watch))
+    watching = this.stack.enter_context(inside_others(this.module, watch))
+    this.stack.enter_context(window(this.module, watching))
 
 
 def _hook_calls(this: _Pass) -> None:

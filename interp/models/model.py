@@ -18,6 +18,7 @@ from interp.models.hooked import parts_of
 from interp.models.inputs import faults_of_input
 from interp.models.layout import require_tokens_alone
 from interp.models.offered import Offered
+from interp.models.one_thread import one_thread
 from interp.models.passes import Passes
 from interp.models.plan import planned
 from interp.models.probe import probe, probe_batch
@@ -70,7 +71,8 @@ class Model:
         self.notes = tuple(notes)
         before = replaced.kinds(self.module)
         self.example = None if example is None else batch_like(self.module, example)
-        self.spec = probe(self.module, self.example, called=stack)
+        with one_thread(self.module):
+            self.spec = probe(self.module, self.example, called=stack)
         self.id = f"{id}:{stack}" if self.spec.named else id
         self.notes += replaced.note(before, replaced.kinds(self.module))
         if self.module in drawing:

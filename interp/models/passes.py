@@ -14,6 +14,7 @@ from interp.models.calls import call_model, check_kept, has_tokens, output_tenso
 from interp.models.frames import require_one_frame
 from interp.models.hooked import hooked
 from interp.models.hooks import Stop
+from interp.models.one_thread import one_thread
 from interp.models.packed import by_row
 from interp.models.plan import Plan
 from interp.models.skipping import skipping
@@ -45,9 +46,12 @@ class Passes:
     def hooked(
         self, run: Run, plan: Plan, *, stop_at: int | None = None, grad: bool = False
     ) -> Iterator[None]:
-        """Inside, a forward on the batch of `run` carries out the plan (see `hooked.hooked`)."""
+        """Inside, a forward on the batch of `run` carries out the plan (see `hooked.hooked`); other threads wait."""
         layouts = self._windows.of(run.batch)
-        with hooked(self.module, self.spec, layouts, run, plan, stop_at=stop_at, grad=grad):
+        with (
+            one_thread(self.module),
+            hooked(self.module, self.spec, layouts, run, plan, stop_at=stop_at, grad=grad),
+        ):
             yield
 
     def forward(
@@ -94,5 +98,5 @@ class Passes:
     def resumed(self, clean: Run, start: int, times: int) -> Iterator[None]:
         """Inside, blocks before `start` are not computed again, on `times` copies of the batch of a clean run."""
         resid = clean.cache[Site("resid_pre", start)].repeat(times, 1, 1)
-        with skipping(self.module, self.spec, start, resid, clean, times):
+        with one_thread(self.module), skipping(self.module, self.spec, start, resid, clean, times):
             yield
