@@ -268,6 +268,18 @@ def test_a_variant_starts_at_its_first_edit(tiny_model: Callable[..., Model]) ->
     assert calls == {0: 0, 1: 0, 2: 1, 3: 1}
 
 
+def test_variants_of_rows_that_see_each_other_are_replayed_one_by_one() -> None:
+    """Logits less the mean over rows (as CLAP compares each sound with each text): not over those of all variants."""
+    module = FAMILIES["gpt2"]()
+    module.lm_head.register_forward_hook(lambda head, args, out: out - out.mean(0, keepdim=True))
+    model = Model(module)
+    clean = model.run(IDS, ["resid_pre"])
+    variants = [[Edit.zero("z", heads=[(layer, 0)])] for layer in (0, 1, 1)]
+    found = model.replay(clean, variants, lambda run: run.logits)
+    for edits, logits in zip(variants, found, strict=True):
+        torch.testing.assert_close(logits, model.run(IDS, edits=edits).logits, rtol=0, atol=1e-5)
+
+
 def test_a_replay_captures_and_picks_logits_like_a_run(tiny: Model) -> None:
     run = tiny.run(IDS, capture=["resid_pre"])
     edits = [[Edit.zero("z", heads=[(1, h)])] for h in range(4)]

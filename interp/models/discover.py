@@ -109,7 +109,7 @@ def discover(seen: Recording, batch: Batch, called: str | None = None) -> Spec:
         n_ctx=n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else None,
         named=named,
         beside=beside,
-        together=batch.size == 1 or (named and not rows_apart(seen, batch)),
+        together=batch.size == 1 or not rows_apart(seen, batch),
         hidden=key,
         n_streams=layers[0].n_streams,
         tuple_blocks=any(layer.call.is_tuple for layer in layers),
