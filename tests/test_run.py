@@ -274,7 +274,7 @@ def test_variants_of_rows_that_see_each_other_are_replayed_one_by_one() -> None:
     module.lm_head.register_forward_hook(lambda head, args, out: out - out.mean(0, keepdim=True))
     model = Model(module)
     clean = model.run(IDS, ["resid_pre"])
-    variants = [[Edit.zero("z", heads=[(layer, 0)])] for layer in (0, 1, 1)]
+    variants = [[Edit.zero("z", heads=[(1, head)])] for head in (0, 1)]
     found = model.replay(clean, variants, lambda run: run.logits)
     for edits, logits in zip(variants, found, strict=True):
         torch.testing.assert_close(logits, model.run(IDS, edits=edits).logits, rtol=0, atol=1e-5)
