@@ -17,6 +17,18 @@ function isDark() {
   return forced ? forced === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
+let themeChanged = () => {};
+
+function setDark(dark) {
+  document.documentElement.style.colorScheme = dark ? "dark" : "light";
+  themeChanged();
+}
+
+// a notebook tells whether it is dark (frame.js), perhaps before the data are unpacked
+addEventListener("message", (event) => {
+  if (event.source === parent && typeof event.data?.dark === "boolean") setDark(event.data.dark);
+});
+
 // the button #theme goes to the other theme; `changed` draws again what has colours of its own
 function themeButton(changed = () => {}) {
   const button = $("theme");
@@ -24,12 +36,9 @@ function themeButton(changed = () => {}) {
     button.textContent = isDark() ? "Light" : "Dark";
     button.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
   };
-  const both = () => { name(); changed(); };
-  button.addEventListener("click", () => {
-    document.documentElement.style.colorScheme = isDark() ? "light" : "dark";
-    both();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", both);
+  themeChanged = () => { name(); changed(); };
+  button.addEventListener("click", () => setDark(!isDark()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => themeChanged());
   name();
 }
 

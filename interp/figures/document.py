@@ -33,12 +33,12 @@ def document(
     """The page: a template of this folder, filled with `words`, which it escapes, and with its parts.
 
     Args:
-        template: file of the template. styles, scripts: files that are put together, behind `document.css`
-            and `document.js`.
+        template: file of the template. styles, scripts: files that are put together, behind `document.css`,
+            `document.js` and `framed.js`.
         data: from `packed`.
     """
     style = "\n".join(part(name) for name in ("document.css", *styles))
-    script = compact("\n".join(part(name) for name in ("document.js", *scripts)))
+    script = compact("\n".join(part(name) for name in ("document.js", "framed.js", *scripts)))
     text = _template(template).render(
         **words,
         style=Markup(style),

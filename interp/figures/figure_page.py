@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from interp.figures import FIGURES
+from interp.figures.document import compact, part
 from interp.report import Report
 
 ROWS = 200
@@ -42,5 +43,6 @@ def figure_page(report: Report) -> str:
         figures=drawn,
         tables=tables,
         rows=ROWS,
+        script=Markup(compact(part("framed.js"))),
         provenance=json.dumps(report.meta, indent=1, default=str),
     )

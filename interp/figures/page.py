@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from interp.figures.document import column, document, packed, provenance_lines
+from interp.figures.document import (
+    column,
+    compact,
+    document,
+    packed,
+    part,
+    provenance_lines,
+)
 from interp.figures.letters import role_letters
 
 if TYPE_CHECKING:
@@ -57,6 +64,8 @@ def head_page(report: Report) -> str:
 def notebook_frame(page: str, *, height: int = 900) -> str:
     """`page` in a sandboxed frame: the form that JupyterLab, VS Code, Colab and nbconvert can show.
 
+    A page is told whether the notebook is dark, and tells it of wheels that scroll nothing in the frame.
+
     Notebooks that are not trusted are shown without frames. What stands inside the tag, and is never seen
     beside a frame, is then all that is left.
 
@@ -67,6 +76,7 @@ def notebook_frame(page: str, *, height: int = 900) -> str:
     return (
         '<iframe title="interp report" sandbox="allow-scripts allow-downloads" '
         f'style="width:100%;height:{int(height)}px;border:0" '
+        f'onload="{html.escape(compact(part("frame.js")), quote=True)}" '
         f'srcdoc="{html.escape(page, quote=True)}">{WITHOUT_FRAME}</iframe>'
     )
 

@@ -43,6 +43,7 @@ try {
     click: (selector) => target.click(selector),
     hover: (selector, position) => target.hover(selector, { position }),
     press: (key) => page.keyboard.press(key),
+    wheel: (down) => page.mouse.wheel(0, down),
     fill: (selector, text) => target.fill(selector, text).then(() => target.dispatchEvent(selector, "change")),
     choose: (selector, value) => target.selectOption(selector, value),
     focus: (selector) => target.focus(selector),
