@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.errors import BadInput
 from interp.models.calls import FAILURES, call_model, output_tensor
 from interp.models.recording import Recording, record
 from interp.models.relative import relative_error, relative_tolerance
@@ -43,16 +44,32 @@ def before_attention(seen: Recording, first: Layer, key: int | str, batch: Batch
 
 
 def rows_apart(seen: Recording, batch: Batch) -> bool:
-    """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images)."""
-    out, twice = seen.output, None
+    """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images).
+
+    Nor is it another in a smaller one: a mean over rows is that of all of them twice.
+    """
     if batch.objects:  # of which no second row can be made
         return False
-    with suppress(*FAILURES):
-        twice = output_tensor(call_model(seen.module, batch.repeat(2))).to(out.device)
+    out = seen.output
+    twice = _returned(seen, batch.repeat(2))
     if twice is None or twice.shape != (2 * len(out), *out.shape[1:]):
         return False
+    pairs = [(half, out) for half in twice.split(len(out))]
+    with suppress(BadInput):  # which entries are whose is not known
+        alone = _returned(seen, batch.rows(slice(0, 1)))
+        if alone is not None and batch.size == len(out):
+            if alone.shape[1:] != out.shape[1:]:
+                return False
+            pairs.append((alone, out[:1]))
     allowed = relative_tolerance(out.dtype)
-    return all(relative_error(half, out)[0] <= allowed for half in twice.split(len(out)))
+    return all(relative_error(got, wanted)[0] <= allowed for got, wanted in pairs)
+
+
+def _returned(seen: Recording, batch: Batch) -> Tensor | None:
+    """What the model returns for another batch, None where it fails."""
+    with suppress(*FAILURES):
+        return output_tensor(call_model(seen.module, batch)).to(seen.output.device)
+    return None
 
 
 def last_returned(spec: Spec, module: nn.Module, batch: Batch) -> list[Tensor]:
