@@ -5,6 +5,7 @@ from threading import Event, Thread
 import pytest
 import torch
 
+from interp.models import one_thread
 from interp.models.model import Model
 from interp.run.edits import Edit
 from tests.families import FAMILIES
@@ -56,3 +57,15 @@ def test_a_run_in_another_thread_waits_until_edits_are_gone(model: Model) -> Non
     torch.testing.assert_close(found[0].cache["z"], clean.cache["z"])
     alone = model.run(IDS, edits=[Edit.zero("resid_post.0"), Edit.zero("z.1")])
     torch.testing.assert_close(edited.logits, alone.logits)
+
+
+def test_a_thread_that_waits_long_says_for_what(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(one_thread, "PATIENCE", 0.05)
+    thread = Thread(target=lambda: model.run(IDS))
+    with model.hooked(IDS, ["z"]):
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and "LlamaForCausalLM" in caplog.text
+    thread.join()

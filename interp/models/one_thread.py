@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition, get_ident
 
 from torch import nn
 
-_inside: list[tuple[int, frozenset[int]]] = []
-"""The threads that look into a module, each with the ids of its parts; a thread may be there several times."""
+_inside: list[tuple[int, nn.Module]] = []
+"""Each thread that looks into a module, and that module; a thread may be there several times."""
 _left = Condition()
+PATIENCE = 20.0
+"""Seconds after which it is told what a thread waits for: for good, if the other one waits for it."""
+_log = logging.getLogger("interp")
 
 
 @contextmanager
 def one_thread(module: nn.Module) -> Iterator[None]:
     """Inside, no other thread is inside with a module that shares a part with this one: it waits until then."""
-    me = get_ident(), frozenset(map(id, module.modules()))
+    mine = get_ident(), module
 
     def free() -> bool:
-        return all(thread == me[0] or parts.isdisjoint(me[1]) for thread, parts in _inside)
+        return all(thread == mine[0] or _apart(module, other) for thread, other in _inside)
 
     with _left:
-        _left.wait_for(free)
-        _inside.append(me)
+        if not _left.wait_for(free, PATIENCE):
+            _log.warning(
+                "a thread waits until another one is done with %s: it has a run or hooks of it open, and should close "
+                "them before it waits for this one",
+                type(module).__name__,
+            )
+            _left.wait_for(free)
+        _inside.append(mine)
     try:
         yield
     finally:
         with _left:
-            _inside.remove(me)
+            _inside.remove(mine)
             _left.notify_all()
+
+
+def _apart(a: nn.Module, b: nn.Module) -> bool:
+    return set(a.modules()).isdisjoint(b.modules())
