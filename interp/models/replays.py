@@ -11,6 +11,7 @@ from interp.errors import BadInput
 from interp.models.offered import Offered
 from interp.models.passes import Passes
 from interp.models.plan import first_changed, planned
+from interp.models.skipping import rows_are_known
 from interp.run.batch import Batch
 from interp.run.cache import Cache, Run
 from interp.run.edits import Edit
@@ -42,7 +43,8 @@ def replayed(
     order = sorted(range(len(variants)), key=lambda i: starts[i])
     for start in sorted(set(starts)):
         same = [i for i in order if starts[i] == start]
-        for chunk in (same[i : i + per_forward] for i in range(0, len(same), per_forward)):
+        at_once = per_forward if rows_are_known(run, start) else 1
+        for chunk in (same[i : i + at_once] for i in range(0, len(same), at_once)):
             edits = _on_copies([variants[i] for i in chunk], run.batch.size)
             plan = planned(offered, capture, edits)
             stop_at = plan.last_layer + 1 if logits is False else None

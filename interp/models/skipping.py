@@ -100,6 +100,16 @@ def _in_tuple(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
     return (x,)
 
 
+def rows_are_known(clean: Run, start: int) -> bool:
+    """Whether everything that blocks before `start` returned besides has one entry for each row, or one for all.
+
+    Of other numbers of entries (rows times heads, in WavLM) it is not known which are a row's: there are no copies.
+    """
+    besides = chain.from_iterable(clean.extras.get(layer, ()) for layer in range(start))
+    tensors = (x for x in besides if isinstance(x, Tensor) and x.ndim)
+    return all(x.shape[0] in (1, clean.batch.size) for x in tensors)
+
+
 def _repeated(x: Any, size: int, times: int) -> Any:
     """A block's extra output for `times` copies of a batch of `size` rows."""
     if isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == size and size > 1:

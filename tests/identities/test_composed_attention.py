@@ -160,6 +160,13 @@ def test_gated_positions_and_padded_samples() -> None:
     torch.testing.assert_close(
         model.run(given, edits=same).logits, theirs.logits, atol=1e-5, rtol=1e-5
     )
+    # Its first block hands on a bias of rows times heads, of which no copies can be made.
+    variants = [[Edit.zero("z", heads=[(1, head)])] for head in (0, 1)]
+    for edits, logits in zip(
+        variants, model.replay(run, variants, lambda v: v.logits), strict=True
+    ):
+        wanted = model.run(given, edits=edits).logits
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 class Torch(Encoder):
