@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from interp.errors import Refused
 from interp.models import rescaled
+from interp.models.model import Model
 from interp.models.rescaled import fitted_channels
 
 WIDTH, POSITIONS, MANY = 24, 60, 12
@@ -50,3 +54,42 @@ def test_where_nothing_fits_hardly_any_is_tried_in_every_form(
     base, *values = (drawn(2, POSITIONS, WIDTH, seed=i) for i in range(1 + MANY))
     assert fitted_channels(base, drawn(2, POSITIONS, WIDTH, seed=77), values, base.dtype) is None
     assert not tried
+
+
+# --- numbers that hold on other inputs -------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+OPENED = 1 + 0.3 * drawn(32, seed=3)
+
+
+def gated_forward(
+    block: Any, gate: Callable[[Tensor], Tensor], x: Tensor, **options: Any
+) -> Tensor:
+    """A Llama block whose MLP is multiplied channel by channel before it is added."""
+    x = x + block.self_attn(block.input_layernorm(x), **options)[0]
+    return x + gate(x) * block.mlp(block.post_attention_layernorm(x))
+
+
+def gated_model(tiny_model: Callable[[], Model], gate: Callable[[Tensor], Tensor]) -> Model:
+    module: nn.Module = tiny_model().module
+    for block in module.model.layers:  # type: ignore[union-attr]
+        block.forward = partial(gated_forward, block, gate)
+    return Model(module)
+
+
+def test_numbers_a_channel_that_hold_on_other_inputs_are_the_blocks_own(tiny_model) -> None:
+    model = gated_model(tiny_model, lambda x: OPENED)
+    run = model.run(IDS, capture=["mlp_write.0", "mlp_out.0", "resid_mid.0", "resid_post.0"])
+    wrote = run.cache["mlp_write.0"]
+    torch.testing.assert_close(wrote, OPENED * run.cache["mlp_out.0"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.cache["resid_mid.0"] + wrote, run.cache["resid_post.0"])
+
+
+def test_numbers_a_channel_that_are_those_of_the_probe_are_refused(tiny_model) -> None:
+    """What is multiplied is computed of the batch as a whole: one number a channel on any one input."""
+    model = gated_model(tiny_model, lambda x: x.std((0, 1)))
+    for site in ("attn_write", "mlp_write", "resid_mid"):
+        with pytest.raises(Refused, match="of its parts on the probe do not on other inputs"):
+            model.run(IDS, capture=[site])
+    run = model.run(IDS, capture=["resid_pre", "resid_post", "z", "mlp_out"])
+    assert torch.equal(run.logits, model.module(IDS).logits)

@@ -303,12 +303,16 @@ def with_hidden(
     """A block's arguments with another hidden state [batch pos d_model] at `spec.hidden`, held as in shape `like`."""
     key = spec.hidden
     like = argument(args, kwargs, key).shape if like is None else like
-    hidden = held(hidden, spec.blocks[layer].axes, like)
-    if isinstance(key, int):
-        return (*args[:key], hidden, *args[key + 1 :]), kwargs
-    return args, {**kwargs, key: hidden}
+    return with_argument(args, kwargs, key, held(hidden, spec.blocks[layer].axes, like))
 
 
 def argument(args: tuple, kwargs: dict, key: int | str) -> Tensor:
     """One argument of a call, by index or keyword."""
     return args[key] if isinstance(key, int) else kwargs[key]
+
+
+def with_argument(args: tuple, kwargs: dict, key: int | str, x: Tensor) -> tuple[tuple, dict]:
+    """A call's arguments with another one, by index or keyword."""
+    if isinstance(key, int):
+        return (*args[:key], x, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: x}

@@ -42,6 +42,7 @@ from interp.models.images import random_images
 from interp.models.inputs import numbers_taken
 from interp.models.kernels import apart, between_kernels, eager_instead, logits_of
 from interp.models.named import is_heard, last_returned
+from interp.models.other_inputs import with_fitted
 from interp.models.own_attention import own
 from interp.models.recording import Recording, record
 from interp.models.relative import relative_error, relative_tolerance
@@ -94,6 +95,7 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
             if why := lengths.follow_values(seen, module, batch):
                 raise Refused(why) from error
             raise
+        mapped = with_fitted(mapped, seen, batch)
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)

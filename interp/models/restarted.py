@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interp.models.block_map import BlockMap, Carry
+from interp.models.hooks import argument, with_argument
 from interp.models.projections import same
 from interp.models.recording import Recording
 from interp.models.relative import relative_error, relative_tolerance
@@ -64,9 +65,7 @@ def follow_no_input(seen: Recording, names: set[str], batch: Batch, key: int | s
     """Those of these blocks whose output stays as it is when their hidden state is a thousand times as large."""
 
     def enlarge(args: tuple, kwargs: dict) -> Any:
-        if isinstance(key, int):
-            return (*args[:key], args[key] * LARGER, *args[key + 1 :]), kwargs
-        return args, {**kwargs, key: kwargs[key] * LARGER}
+        return with_argument(args, kwargs, key, argument(args, kwargs, key) * LARGER)
 
     def unmoved(got: Tensor, wanted: Tensor) -> bool:
         return relative_error(got, wanted)[0] <= UNMOVED

@@ -18,7 +18,7 @@ from interp.models.solve import SLACK, off_by, rounding
 from interp.models.spec import Check, Spec, module_device
 from interp.models.stack import Layer
 from interp.models.weights import linear_map
-from interp.models.written import added, carried, combined, normed, written
+from interp.models.written import added, combined, remade, written
 from interp.sites import CROSSES, SELF_SITES, ranges
 
 Check_ = Callable[..., bool]
@@ -273,30 +273,8 @@ def _check_writes(
             finals = [layers[run[-1]].output for run in runs]
             passed &= check("writes", totals, finals, detail, sites, allowed)
         return passed
-    made, wanted = [], []
-    for layer, block in pairs:
-        x, before = layer.hidden(spec.hidden), block.before_mid
-        if block.norm_pre is not None:
-            x = normed(layer, block.norm_pre, x)
-        if block.norm_mid is not None or block.carry_mid is not None:
-            for number, first in enumerate(block.firsts):
-                x = carried(block.carry_first, x) if number == 0 else x.double()
-                x = normed(layer, first.norm, added(x, layer, first.writes).to(layer.output))
-            known = [write for first in block.firsts for write in first.writes]
-            second = tuple(write for write in before if write not in known)
-            total = added(carried(block.carry_mid, x), layer, second)
-            x = total if block.norm_mid is None else normed(layer, block.norm_mid, total.to(x))
-        else:
-            before = ()
-        for late in block.lates:
-            x = normed(layer, late.norm, added(x.double(), layer, late.writes).to(layer.output))
-            before = (*before, *late.writes)
-        rest = tuple(write for write in block.writes if write not in before)
-        out = added(carried(block.carry_post, x), layer, rest)
-        if block.norm_post is not None:
-            out = normed(layer, block.norm_post, out.to(layer.output))
-        made.append(out.double())
-        wanted.append(layer.output)
+    made = [remade(layer, block, spec.hidden) for layer, block in pairs]
+    wanted = [layer.output for layer, _ in pairs]
     which = "" if len(having) == spec.n_layers else f" (layers {ranges(having)})"
     detail = f"each block's writes, through its norms and carries, give what it returns{which}"
     return check("writes", made, wanted, detail, sites) and passed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from interp.models.block_map import Carry, Write
+from interp.models.block_map import BlockMap, Carry, Write
 from interp.models.calls import at_home
 from interp.models.layout import CHANNELS_BEFORE
 from interp.models.stack import Layer
@@ -34,6 +34,31 @@ def written(layer: Layer, writes: Sequence[Write], shape: torch.Size) -> list[Te
             factor = factor * write.gate.of(by.double(), shape[0], shape[-1])
         parts.append(out.reshape(shape) * factor)
     return parts
+
+
+def remade(layer: Layer, block: BlockMap, key: int | str) -> Tensor:
+    """What a block's writes, through its norms and carries, make of what it read, in float64."""
+    x, before = layer.hidden(key), block.before_mid
+    if block.norm_pre is not None:
+        x = normed(layer, block.norm_pre, x)
+    if block.norm_mid is not None or block.carry_mid is not None:
+        for number, first in enumerate(block.firsts):
+            x = carried(block.carry_first, x) if number == 0 else x.double()
+            x = normed(layer, first.norm, added(x, layer, first.writes).to(layer.output))
+        known = [write for first in block.firsts for write in first.writes]
+        second = tuple(write for write in before if write not in known)
+        total = added(carried(block.carry_mid, x), layer, second)
+        x = total if block.norm_mid is None else normed(layer, block.norm_mid, total.to(x))
+    else:
+        before = ()
+    for late in block.lates:
+        x = normed(layer, late.norm, added(x.double(), layer, late.writes).to(layer.output))
+        before = (*before, *late.writes)
+    rest = tuple(write for write in block.writes if write not in before)
+    out = added(carried(block.carry_post, x), layer, rest)
+    if block.norm_post is not None:
+        out = normed(layer, block.norm_post, out.to(layer.output))
+    return out.double()
 
 
 def combined(layer: Layer, key: int | str, modules: tuple[str, ...]) -> Tensor:
