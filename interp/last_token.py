@@ -8,7 +8,6 @@ one token instead of a prompt.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import BadInput
-from interp.models.calls import inputs_taken
+from interp.models.calls import inputs_taken, parameters_of
 from interp.models.model import Model
 from interp.run.batch import Batch
 from interp.run.cache import Run
@@ -158,7 +157,7 @@ def read_prefix(model: Model, batch: Batch) -> Prefix | None:
     """The prefix of a batch, if its last token read on from there is as in a whole pass; else None."""
     if model.spec.named or not model.spec.causal or batch.ids.shape[1] < 2:
         return None
-    parameters = inspect.signature(type(model.module).forward).parameters
+    parameters = parameters_of(model.module)
     if "past_key_values" not in parameters or "use_cache" not in parameters:
         return None
     end = batch.ids.shape[1] - 1

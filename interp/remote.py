@@ -9,7 +9,6 @@ and weights do not leave it; `interp.nnsight.passes()` says what works and why t
 
 from __future__ import annotations
 
-import inspect
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import check_kept
+from interp.models.calls import check_kept, parameters_of
 from interp.models.model import Model
 from interp.models.plan import Plan, planned
 from interp.models.probe import probe_batch
@@ -104,7 +103,7 @@ class RemoteModel(Model):
         self._check_reachable()
         positions = logits if isinstance(logits, Tensor) else None
         inputs = dict(batch.inputs)
-        parameters = inspect.signature(type(self.module).forward).parameters
+        parameters = parameters_of(self.module)
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"] + self.spec.first_position
         if "use_cache" in parameters:

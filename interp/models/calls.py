@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -42,6 +44,16 @@ DRAWS = (
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward by name, `self` among them."""
+    return _parameters(type(module).forward)
+
+
 def text_config(module: nn.Module) -> Any:
     """The config that describes the token model (a part of the whole for multimodal ones)."""
     config: Any = module.config
@@ -55,7 +67,7 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
     """
     inputs: dict[str, Any] = inputs_taken(module, batch, first_position)
     inputs |= {name: fresh(name, x) for name, x in batch.objects.items()}
-    if "use_cache" in inspect.signature(type(module).forward).parameters:
+    if "use_cache" in parameters_of(module):
         extra["use_cache"] = False
     with hooks_called(module):
         if module not in drawing:
@@ -68,7 +80,7 @@ def call_model(module: nn.Module, batch: Batch, first_position: int = 0, **extra
 
 def inputs_taken(module: nn.Module, batch: Batch, first_position: int = 0) -> dict[str, Tensor]:
     """Those of a batch's inputs that a model's forward takes, positions as the model counts them."""
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = parameters_of(module)
     taken = {*parameters, *handed_on.get(module, ()), "input_ids", "pixel_values"}
     inputs = {name: value for name, value in batch.inputs.items() if name in taken}
     if "position_ids" in inputs:
@@ -85,7 +97,7 @@ def is_encoder_decoder(module: nn.Module) -> bool:
     config: Any = getattr(module, "config", None)
     return bool(
         getattr(config, "is_encoder_decoder", False)
-        and "decoder_input_ids" in inspect.signature(type(module).forward).parameters
+        and "decoder_input_ids" in parameters_of(module)
     )
 
 
@@ -118,14 +130,14 @@ def named_input(module: nn.Module) -> str:
     """The name of what a model reads: the first its class names; pixels where that is inherited and it takes them."""
     named: str | list[str] = getattr(module, "main_input_name", "input_ids")  # type: ignore[assignment]
     name = named if isinstance(named, str) else named[0]
-    taken = inspect.signature(type(module).forward).parameters
+    taken = parameters_of(module)
     return "pixel_values" if name not in taken and "pixel_values" in taken else name
 
 
 def main_input(module: nn.Module) -> str:
     """The same; where the name is inherited and not taken, the first that the forward requires."""
     name = named_input(module)
-    taken = inspect.signature(type(module).forward).parameters
+    taken = parameters_of(module)
     if name in taken or not hasattr(module, "main_input_name"):
         return name
     return next(iter(required_inputs(module)), name)
@@ -135,7 +147,7 @@ def required_inputs(module: nn.Module) -> list[str]:
     """What the signature of a forward does not leave open, in its order."""
     return [
         name
-        for name, p in inspect.signature(type(module).forward).parameters.items()
+        for name, p in parameters_of(module).items()
         if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"
     ]
 

@@ -7,7 +7,6 @@ several a row.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from itertools import combinations, islice
@@ -19,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import main_input, text_config
+from interp.models.calls import main_input, parameters_of, text_config
 from interp.models.clips import clip_shapes
 from interp.models.examples import give
 from interp.models.images import random_images
@@ -53,7 +52,7 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     """The batch with the inputs that the model's forward needs besides; as it is where none are found to help."""
     if module in needed:
         return Batch.of_inputs(as_weights(module, needed[module]))
-    read = inspect.signature(type(module).forward).parameters
+    read = parameters_of(module)
     required = [
         name
         for name, parameter in read.items()
@@ -96,7 +95,7 @@ def _trials(
     Several that the failure of the main input alone names are tried together before.
     """
     main = main_input(module)
-    parameter = inspect.signature(type(module).forward).parameters.get(main)
+    parameter = parameters_of(module).get(main)
     if "input_ids" in optional and parameter is not None and parameter.default is None:
         yield {"input_ids": random_ids(module, PROBE_LENGTH)}
     given = [batch.inputs]

@@ -6,7 +6,6 @@ trying those that are in use, of the sizes that configs name alike in every mode
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
-from interp.models.calls import FAILURES, call_model, output_tensor
+from interp.models.calls import FAILURES, call_model, output_tensor, parameters_of
 from interp.models.companions import as_weights
 from interp.models.spec import module_device
 from interp.run.batch import Batch
@@ -55,7 +54,7 @@ def packed_patches(module: nn.Module) -> Batch | None:
     Raises:
         Refused: it works with none of the shapes that were tried; with why the likeliest failed.
     """
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = parameters_of(module)
     name = next((each for each in parameters if each != "self"), "")
     grid = next((each for each in parameters if _size(each)), None)
     if grid is None or "input_ids" in parameters:

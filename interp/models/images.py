@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import FAILURES, call_model
+from interp.models.calls import FAILURES, call_model, parameters_of
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -37,7 +36,7 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
     config: Any = getattr(module, "config", None)
     config = getattr(config, "vision_config", config)
     channels = getattr(config, "num_channels", 3)
-    taken = inspect.signature(type(module).forward).parameters
+    taken = parameters_of(module)
     n_patches = getattr(config, "num_patches", None)
     if "spatial_shapes" in taken and n_patches:
         side = int(n_patches**0.5)

@@ -24,6 +24,7 @@ from interp.models.calls import (
     call_model,
     is_encoder_decoder,
     main_input,
+    parameters_of,
     required_inputs,
 )
 from interp.models.clips import ROWS, clip_shapes, sizes
@@ -158,7 +159,7 @@ def _of_one_frame(
 
 def _no_tensor(module: nn.Module, name: str) -> str:
     """What a forward says that this input is, where that holds no tensor; "" where it does, or nothing is said."""
-    parameter = inspect.signature(type(module).forward).parameters.get(name)
+    parameter = parameters_of(module).get(name)
     said = inspect.Parameter.empty if parameter is None else parameter.annotation
     told = said if isinstance(said, str) else inspect.formatannotation(said)
     if said is inspect.Parameter.empty or "Tensor" in told or told.endswith("Any"):
@@ -186,7 +187,7 @@ def check_kind(module: nn.Module, data: Any) -> None:
         return
     named = {**data.inputs, **data.objects} if isinstance(data, Batch) else data
     named = named if isinstance(named, Mapping) else {"input_ids": named}
-    read = inspect.signature(type(module).forward).parameters
+    read = parameters_of(module)
     if main not in named and not any(n in read and not n.endswith("mask") for n in named):
         given = "text" if isinstance(data, (str, list, tuple)) else ", ".join(named)
         after = ', "decoder_input_ids": …' if is_encoder_decoder(module) else ""
@@ -263,7 +264,7 @@ def _masks(module: nn.Module, name: str, shape: tuple[int, ...]) -> Iterator[dic
 
     Then the input's own mask besides, which a signature may leave open although the forward needs it.
     """
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = parameters_of(module)
     ends = ("mask", "padding")
     required = [n for n, p in parameters.items() if p.default is p.empty and n.endswith(ends)]
     own = f"{name}_mask"
@@ -300,7 +301,7 @@ def _with_future(module: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor
     """
     length = getattr(getattr(module, "config", None), "prediction_length", None)
     names = {name: name.replace("past_", "future_") for name in made if name.startswith("past_")}
-    taken = inspect.signature(type(module).forward).parameters
+    taken = parameters_of(module)
     if not isinstance(length, int):
         return made
     more = {names[n]: x[:, -length:] for n, x in made.items() if names.get(n) in taken}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import Refused
-from interp.models.calls import call_model, check_kept, has_tokens, output_tensor
+from interp.models.calls import call_model, check_kept, has_tokens, output_tensor, parameters_of
 from interp.models.frames import require_one_frame
 from interp.models.hooked import hooked
 from interp.models.hooks import Stop
@@ -33,7 +32,7 @@ class Passes:
         self._windows = Layouts(module, spec)
         # Positions are an index into the last hidden state, which may lie on another device than they.
         self._keeps_logits = (
-            "logits_to_keep" in inspect.signature(type(module).forward).parameters
+            "logits_to_keep" in parameters_of(module)
             and len({parameter.device for parameter in module.parameters()}) == 1
         )
 

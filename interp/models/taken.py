@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from interp.models.calls import (
     has_tokens,
     is_encoder_decoder,
     main_input,
+    parameters_of,
     text_config,
 )
 from interp.models.codebooks import begun, in_codebooks
@@ -105,7 +105,7 @@ def batch_like(module: nn.Module, inputs: Mapping[str, Any]) -> Batch:
     objects = {name: fresh(name, x) for name, x in inputs.items() if name not in tensors}
     if not inputs:
         raise BadInput("no inputs were given; wanted: a mapping of the forward's inputs by name")
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = parameters_of(module).values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
     if strange := [name for name in objects if name not in names]:
         raise unknown(f"input of {type(module).__name__}", strange[0], names)
@@ -119,7 +119,7 @@ def _tell_of_padding(module: nn.Module, ids: Tensor | None, tokens: Tokens) -> N
 
     Not where texts begin or end with that token too.
     """
-    takes_mask = "attention_mask" in inspect.signature(type(module).forward).parameters
+    takes_mask = "attention_mask" in parameters_of(module)
     if module in _told or not takes_mask or ids is None or not ids.numel():
         return
     config, generation = getattr(module, "config", None), getattr(module, "generation_config", None)

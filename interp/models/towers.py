@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
-from interp.models.calls import named_input
+from interp.models.calls import named_input, parameters_of
 
 
 def image_part(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -58,7 +57,7 @@ def _part(module: nn.Module, stack: str, stacks: list[str]) -> str:
 
 def _reads_itself(part: nn.Module) -> bool:
     """Whether it is a model that takes tokens, pixels or sound, no hidden states."""
-    taken = inspect.signature(type(part).forward).parameters
+    taken = parameters_of(part)
     return hasattr(part, "config") and named_input(part) in taken
 
 

@@ -8,7 +8,6 @@ numbers, a convolution so many channels. Two streams that are put together name 
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -17,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.models.calls import FAILURES, call_model, handed_on, output_tensor, required_inputs
+from interp.models.calls import (
+    FAILURES,
+    call_model,
+    handed_on,
+    output_tensor,
+    parameters_of,
+    required_inputs,
+)
 from interp.models.spec import module_device
 from interp.run.batch import Batch
 
@@ -109,7 +115,7 @@ def _left_open(module: nn.Module, layer: nn.Module) -> tuple[str, ...]:
     (name, *_) = (name for name, part in module.named_modules() if part is layer)
     parts = name.split(".")
     around = [module.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
-    read = [inspect.signature(type(part).forward).parameters for part in around]
+    read = [parameters_of(part) for part in around]
     return tuple(dict.fromkeys(n for each in read for n, p in each.items() if p.default is None))
 
 
@@ -198,7 +204,7 @@ class _Search:
 
         Of a forward that hands on what it does not name, also those of the modules around the layer that failed.
         """
-        parameters = inspect.signature(type(self.module).forward).parameters
+        parameters = parameters_of(self.module)
         open_ = [
             name
             for name, p in parameters.items()
@@ -214,7 +220,7 @@ class _Search:
 
     def with_(self, name: str) -> _Search:
         """With one more: a mask of ones, or numbers in a width of their own."""
-        if name not in inspect.signature(type(self.module).forward).parameters:
+        if name not in parameters_of(self.module):
             handed_on.setdefault(self.module, set()).add(name)
         if name.endswith("mask"):
             ones = torch.ones(self.positions(name), dtype=torch.long)
