@@ -132,14 +132,13 @@ def _hook_attention(this: _Pass) -> None:
         if prefix is None:  # what it writes to is at no site
             return Watch()
         now = this.turns.now if this.turns else layer
-        watching = RunWatch(now, plan, this.touch, this.run, prefix, part)
+        axes, layout = this.spec.blocks[now].axes, this.layouts.get(now)
+        watching = RunWatch(now, plan, this.touch, this.run, prefix, part, layout is not None)
         if expected is None:
             if watching.looks:
                 raise Refused(_more_often(this.module, module, "attends"))
             return Watch()
-        place = this.spec.blocks[now].axes, this.layouts.get(now)
-        watching.own_first = place[1] is not None
-        return in_one_row(watching, module, *place, this.run.batch.size)
+        return in_one_row(watching, module, axes, layout, this.run.batch.size)
 
     begin()
     this.stack.callback(this.module.register_forward_pre_hook(begin).remove)

@@ -34,7 +34,6 @@ class RunWatch(Watch):
     """
 
     row_by_row = False
-    own_first = False
 
     def __init__(
         self,
@@ -44,9 +43,10 @@ class RunWatch(Watch):
         run: Run,
         prefix: str = "",
         part: Part | None = None,
+        own_first: bool = False,
     ):
         self.layer, self.plan, self.touch, self.run = layer, plan, touch, run
-        self.prefix, self.part = prefix, part
+        self.prefix, self.part, self.own_first = prefix, part, own_first
         self.statistics = plan.statistics if prefix == "" else None
         self.needs_rows = self.wants("scores") or self.wants("pattern")
         self.at_once = part is not None and part.place is not None
