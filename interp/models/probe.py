@@ -23,6 +23,7 @@ from interp.models.calls import (
     FAILURES,
     call_model,
     drawing,
+    has_tokens,
     is_encoder_decoder,
     main_input,
     output_tensor,
@@ -47,6 +48,7 @@ from interp.models.own_attention import own
 from interp.models.recording import Recording, record
 from interp.models.relative import relative_error, relative_tolerance
 from interp.models.spec import Spec, module_device
+from interp.models.tables import room_for_positions
 from interp.models.verify import verify
 from interp.run.batch import Batch
 
@@ -99,6 +101,9 @@ def probe(module: nn.Module, batch: Batch | None = None, called: str | None = No
         if first := first_position(module, batch, plain):
             n_ctx = None if mapped.n_ctx is None else mapped.n_ctx - first
             mapped = replace(mapped, first_position=first, n_ctx=n_ctx)
+        if mapped.n_ctx and has_tokens(module, batch):
+            room = room_for_positions(module, batch)
+            mapped = replace(mapped, n_ctx=min(mapped.n_ctx, room or mapped.n_ctx))
         if mapped.named or not (mapped.unembedding or mapped.readout):
             mapped = replace(mapped, heard=is_heard(mapped.blocks[-1].returns, seen, batch))
         # Of one stack of several, or where no match is found, what the model returns says little.
