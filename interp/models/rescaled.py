@@ -5,7 +5,8 @@
 A carry c, a gain g and a shift b is one number, or one a channel. The middle is what some module of the
 block reads (the norm before the MLP), so each half is solved on its own. Numbers are found as in any
 other sum. Numbers a channel are least squares over the probe's positions, each channel by itself: at
-most four unknowns for at least four equations more than that, each of which has to hold to its rounding.
+most four unknowns for at least four equations more than that, each of which has to hold to its rounding; once
+the map is drawn, on other inputs too (`other_inputs`).
 """
 
 from __future__ import annotations
