@@ -1,5 +1,6 @@
 // In a frame: a wheel that moves nothing here is told to the page around (frame.js). VS Code's notebooks scroll by
-// script, and would stand still while the pointer is over a report.
+// script, and would stand still while the pointer is over a report. And a link to a section is followed here: in a
+// srcdoc frame it means the address of the notebook, and would leave the page.
 
 if (parent !== window) {
   const PAUSE = 300; // ms: turns that have just come to an end of the page stop there
@@ -16,5 +17,11 @@ if (parent !== window) {
     requestAnimationFrame(() => {
       if (performance.now() - scrolled > PAUSE) parent.postMessage({ wheel: { deltaX, deltaY, deltaMode } }, "*");
     });
+  });
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]'), section = link && document.getElementById(link.hash.slice(1));
+    if (!section) return;
+    event.preventDefault();
+    section.scrollIntoView();
   });
 }

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from circuits.explain import explain
 from interp.figures.page import notebook_frame
 from interp.report import Report
 
@@ -131,6 +132,17 @@ def test_a_wheel_over_figures_that_fit_moves_the_notebook(drive: Drive, tmp_path
     steps: list[list[Any]] = [["wait", 1500], ["hover", "iframe", {"x": 300, "y": 30}]]
     steps += [["wheel", 60], ["wait", 300], ["wheel", -60], ["wait", 300], ["eval", HEARD]]
     assert quiet(drive(path, steps))[-1] == "down up "
+
+
+def test_a_link_to_a_section_stays_in_the_report(drive: Drive, tmp_path: Path, tiny_model) -> None:
+    """A frame with srcdoc has the notebook's address, and so have its links."""
+    report = explain(tiny_model(), list(range(3, 15)), answer=3, instead=4)
+    path = tmp_path / "host.html"
+    path.write_text(host("VS Code", report._repr_html_()), encoding="utf-8")
+    top = "document.getElementById('flow').getBoundingClientRect().top"
+    steps = [["ready"], ["eval", top], ["click", "a[href='#flow']"], ["wait", 300], ["eval", top]]
+    r = quiet(drive(path, steps, frame=["#outer", "iframe"]))
+    assert 0 <= r[-1] < 120 < r[1]
 
 
 @pytest.mark.parametrize("dark", [False, True])
