@@ -24,7 +24,7 @@ from interp.models.hooks import (
     argument,
     read_here,
 )
-from interp.models.layout import PARTED, Layout, held_inside, shown_inside
+from interp.models.layout import PARTED, PLAIN, Layout, held_inside, shown_inside
 from interp.models.nested import inside_others
 from interp.models.own_attention import own
 from interp.models.plan import Plan
@@ -199,6 +199,7 @@ class _LayerHooks:
         self.block, self.layout = this.spec.blocks[layer], this.layouts.get(layer)
         self.calls = CallsOnStream(self.block, this.spec.hidden)
         self.touch = this.touch
+        self.n_read = 0
         self.on = partial(this.turns.only, layer) if this.turns else _as_it_is
 
     def put(self, parts: list[nn.Module], stop_at: int | None, grad: bool) -> None:
@@ -219,8 +220,8 @@ class _LayerHooks:
         )
         pre.needed |= block.adds and post.needed
         if any(where == layer for _, where in this.plan.sites):
-            ran = on(lambda *given: this.plan.ran.add(layer))
-            self._until_done(parts[0].register_forward_pre_hook(ran))
+            begun = on(self._begun)
+            self._until_done(parts[0].register_forward_pre_hook(begun, with_kwargs=True))
             if block.placed:
                 whole = on(self._require_all_parts)
                 self._until_done(parts[0].register_forward_pre_hook(whole, with_kwargs=True))
@@ -239,6 +240,22 @@ class _LayerHooks:
             self._on_middle(pre)
         if post.needed or self.spec.tuple_blocks:
             self._until_done(parts[-1].register_forward_hook(on(post)))
+
+    def _begun(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note that the layer runs, and on how many positions of all rows."""
+        self.this.plan.ran.add(self.layer)
+        if self.block.axes == PLAIN:
+            self.n_read = argument(args, kwargs, self.spec.hidden).shape[:-1].numel()
+
+    def _require_all_positions(self, name: str, x: Tensor) -> None:
+        """Refused where a module that is handed positions in one row is handed some of them: whose is not known."""
+        reshapes = self.block.starts_stage or self.block.ends_stage or self.block.reshapes_behind
+        if x.ndim == 2 and self.n_read and not reshapes and len(x) != self.n_read:
+            raise Refused(
+                f"'{name}' sees {len(x)} of the {self.n_read} positions of these inputs, and saw all on the probe: "
+                "which they are is not known (tokens of another kind may go elsewhere); give inputs of one kind, or "
+                "name a site of the stream"
+            )
 
     def _require_all_parts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Refused where the block reads fewer parts than the inputs have."""
@@ -300,6 +317,7 @@ class _LayerHooks:
             x = args[0]
             if not self.calls.has(name, x, change):
                 return None
+            self._require_all_positions(name, x)
             new = change(shown_inside(read_here(x), axes, size))
             return None if new is x else (held_inside(new, axes, x.shape), *args[1:])
 
@@ -324,6 +342,7 @@ class _LayerHooks:
             elif name in block.turned:
                 seen = channels_last(x)
             else:
+                self._require_all_positions(name, x)
                 seen = shown_inside(x, block.axes, size)
             if pooling is not None:
                 change(pooling(x if cut is None else seen))
