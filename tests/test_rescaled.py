@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from interp.errors import Refused
 from interp.models import rescaled
 from interp.models.model import Model
+from interp.models.other_inputs import fitted
 from interp.models.rescaled import fitted_channels
+from tests.families import FAMILIES
 
 WIDTH, POSITIONS, MANY = 24, 60, 12
 
@@ -93,3 +95,12 @@ def test_numbers_a_channel_that_are_those_of_the_probe_are_refused(tiny_model) -
             model.run(IDS, capture=[site])
     run = model.run(IDS, capture=["resid_pre", "resid_post", "z", "mlp_out"])
     assert torch.equal(run.logits, model.module(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["doge", "muse_spark", "zaya"])
+def test_blocks_that_rescale_hold_on_other_inputs_in_any_type(family: str, dtype) -> None:
+    """Zaya keeps its stream in float32, made of weights in bfloat16."""
+    spec = Model(FAMILIES[family]().to(dtype)).spec
+    assert all(map(fitted, spec.blocks))
+    assert not {"attn_write", "mlp_write", "resid_mid"} & {s.split(".")[0] for s in spec.refused}
