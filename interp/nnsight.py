@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from interp.errors import BadInput, Refused
@@ -76,6 +77,15 @@ class _Stays:
 
 
 @dataclass(frozen=True)
+class Called:
+    """One module's call on the probe: when it returned, and the shapes of what it read and returned."""
+
+    order: int
+    read: torch.Size | None
+    returned: torch.Size | None
+
+
+@dataclass(frozen=True)
 class Address(_Stays):
     """Where a site is in an nnsight model.
 
@@ -119,8 +129,12 @@ def at(model: Any, site: str | Site) -> Place:
             place.set(torch.zeros_like(z))
 
     nnsight serves values in the order of the forward pass: read them in that order.
+
+    Raises:
+        BadInput: no such site or layer. Refused: a site that no module's input or output is, or that the module
+            holds in another shape than `cache[site]` (positions flattened into rows, or cut into windows).
     """
-    return Place(model, address(model, site))
+    return Place(model, addresses(model).as_shown(Site.parse(site)))
 
 
 class Place(_Stays):
@@ -156,8 +170,25 @@ class Place(_Stays):
 class Addresses:
     """Every site that is a module's input or output, by layer, in the order of the forward pass."""
 
-    def __init__(self, spec: Spec, orders: dict[str, int], id: str):
-        self.spec, self.orders, self.id = spec, orders, id
+    def __init__(self, spec: Spec, calls: dict[str, Called], id: str):
+        self.spec, self.calls, self.id = spec, calls, id
+
+    def as_shown(self, site: Site) -> Address:
+        """Where a site is that its module holds as `cache[site]` has it, before heads are told apart.
+
+        Raises:
+            Refused: it holds it in another shape.
+        """
+        where = self[site]
+        called = self.calls[where.path]
+        held = called.read if where.side == "input" else called.returned
+        places = self.calls[self.spec.blocks[site.layer or 0].returns].returned
+        if held is None or places is None or len(held) != 3 or held[:2] != places[:2]:
+            raise Refused(
+                f"{self.id} holds '{site}' as {None if held is None else tuple(held)} in the {where.side} of "
+                f"'{where.path}', not [batch pos width]: read that module yourself, or capture '{site}' in a run"
+            )
+        return where
 
     def __getitem__(self, site: Site) -> Address:
         for name in (site.name, f"{site.name}.{site.layer}"):
@@ -203,10 +234,10 @@ class Addresses:
     def _order(self, path: str, side: str, layer: int) -> float:
         """When the value is there: modules are numbered as they return."""
         if side == "output":
-            return self.orders[path]
+            return self.calls[path].order
         if path != self.spec.blocks[layer].name:
-            return self.orders[path] - 0.5
-        return self.orders[self.spec.blocks[layer - 1].returns] + 0.5 if layer else 0.0
+            return self.calls[path].order - 0.5
+        return self.calls[self.spec.blocks[layer - 1].returns].order + 0.5 if layer else 0.0
 
 
 def addresses(model: Any) -> Addresses:
@@ -215,14 +246,14 @@ def addresses(model: Any) -> Addresses:
         return held
     if isinstance(model, Model):
         seen = record(model.module, probe_batch(model.module))
-        return Addresses(model.spec, _orders(seen), model.id)
+        return Addresses(model.spec, _calls(seen), model.id)
     if not is_nnsight(model):
         raise BadInput(f"cannot find sites in a {type(model).__name__}; wanted an nnsight model")
     return Addresses(*mapped(model), id=name_of(model))
 
 
-def mapped(model: Any) -> tuple[Spec, dict[str, int]]:
-    """Spec of an nnsight model, its weights here or not, and the order in which its modules return."""
+def mapped(model: Any) -> tuple[Spec, dict[str, Called]]:
+    """Spec of an nnsight model, its weights here or not, and how its modules were called on the probe."""
     module = model._module
     if module not in _maps:
         # Inside a trace a forward of ours would be taken for the traced one: its modules would have run.
@@ -231,16 +262,24 @@ def mapped(model: Any) -> tuple[Spec, dict[str, int]]:
             spec, seen = skeleton(module)
         else:
             spec, seen = probe(module.eval()), record(module, probe_batch(module))
-        _maps[module] = spec, _orders(seen)
+        _maps[module] = spec, _calls(seen)
     return _maps[module]
 
 
-_maps: WeakKeyDictionary[nn.Module, tuple[Spec, dict[str, int]]] = WeakKeyDictionary()
+_maps: WeakKeyDictionary[nn.Module, tuple[Spec, dict[str, Called]]] = WeakKeyDictionary()
 # Not kept on the nnsight model: what hangs on it travels with every remote trace.
 
 
-def _orders(seen: Recording) -> dict[str, int]:
-    return {name: calls[0].order for name, calls in seen.calls.items() if len(calls) == 1}
+def _calls(seen: Recording) -> dict[str, Called]:
+    return {
+        name: Called(
+            call.order,
+            call.inputs[0].shape if call.inputs else None,
+            None if call.output is None else call.output.shape,
+        )
+        for name, (call, *more) in seen.calls.items()
+        if not more
+    }
 
 
 def name_of(model: Any) -> str:

@@ -60,10 +60,10 @@ class RemoteModel(Model):
             getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         )
         self._check_key()
-        spec, orders = mapped(model)
+        spec, calls = mapped(model)
         inside = dict.fromkeys(("q", "k", "v", "scores", "pattern"), INSIDE_ATTENTION)
         self.spec = replace(spec, refused=inside | spec.refused)
-        self.addresses = Addresses(self.spec, orders, self.id)
+        self.addresses = Addresses(self.spec, calls, self.id)
         self.notes = (
             "sites were found and verified on a copy with random weights, not on the served ones: "
             "model.verify() tries those",

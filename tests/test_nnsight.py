@@ -93,6 +93,16 @@ def test_captures_are_what_hooks_see_here(pair: tuple[Model, RemoteModel]) -> No
     assert there.spec.facts == here.spec.facts
 
 
+def test_a_site_whose_module_flattens_positions_into_rows_is_no_place_in_a_trace() -> None:
+    """OPT's MLP reads [batch · pos d_mlp]: what stands there first is no row."""
+    model = Model(FAMILIES["opt"](), None, "opt")
+    assert bridge.address(model, "mlp_post.1").path == model.spec.blocks[1].W_out
+    with pytest.raises(Refused, match=r"holds 'mlp_post.1' as \(\d+, \d+\) in the input of .*fc2"):
+        bridge.at(model, "mlp_post.1")
+    for site in ("z.0.1", "resid_pre.1", "resid_post.0", "attn_out.1"):
+        assert bridge.at(model, site).address == bridge.address(model, site)
+
+
 def test_a_write_scaled_channel_by_channel_is_no_module_s_output() -> None:
     """The numbers are fitted to the weights that were probed; the module's output would not be the write."""
     model = Model(FAMILIES["muse_spark"](), None, "muse_spark")
