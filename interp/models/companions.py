@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from itertools import combinations, islice
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Int
@@ -21,7 +21,7 @@ from interp.errors import Refused
 from interp.models.calls import main_input, parameters_of, text_config
 from interp.models.clips import clip_shapes
 from interp.models.examples import give
-from interp.models.images import random_images
+from interp.models.images import otherwise_cut, random_images
 from interp.models.spec import module_device
 from interp.models.wants import SAMPLES, told_by_layers, tried
 from interp.run.batch import Batch
@@ -46,10 +46,15 @@ BINS = ("num_mel_bins", "feature_size")
 FRAMES_A_TOKEN = (1, 2, 4, 8, 16)
 needed: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 """Of models that were not content with their main input: what their forward works with."""
+_wanting: WeakSet[nn.Module] = WeakSet()
+"""Models with whose main input nothing was found to work."""
 
 
 def with_companions(module: nn.Module, batch: Batch) -> Batch:
-    """The batch with the inputs that the model's forward needs besides; as it is where none are found to help."""
+    """The batch with the inputs that the model's forward needs besides.
+
+    Where none are found to help it has those that the signature requires, if any are known, and is else as it was.
+    """
     if module in needed:
         return Batch.of_inputs(as_weights(module, needed[module]))
     read = parameters_of(module)
@@ -75,7 +80,43 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     if told is not None:
         needed[module] = told
         return with_companions(module, batch)
+    counted = {name: x for name in required for x in _counts(module, name, batch.inputs)}
+    others = [name for name in required if name not in counted]
+    known = Batch.of_inputs({**batch.inputs, **counted})
+    whole = batch  # why it fails with all that it requires says more than that something is missing
+    for inputs in islice(_trials(module, known, others, optional, named), TRIALS):
+        if counted and _works(module, Batch.of_inputs(inputs)):
+            needed[module] = inputs
+            return with_companions(module, batch)
+        if whole is batch and required and all(name in inputs for name in required):
+            whole = Batch.of_inputs(inputs)
+        if whole is not batch and not counted:
+            break
+    _wanting.add(module)
+    return whole
+
+
+def with_vectors(module: nn.Module, batch: Batch) -> Batch:
+    """The batch with random vectors in place of tokens, where no companions helped and the forward works on such."""
+    if module not in _wanting or batch.has_source or "input_ids" not in batch.inputs:
+        return batch
+    width = getattr(text_config(module), "hidden_size", None)
+    read = inspect.signature(type(module).forward).parameters
+    if "inputs_embeds" in read and isinstance(width, int):
+        x = torch.randn(*batch.ids.shape, width, generator=torch.Generator().manual_seed(2))
+        if _works(
+            module,
+            Batch.of_inputs(inputs := {"inputs_embeds": x.to(next(module.parameters()).dtype)}),
+        ):
+            needed[module] = inputs
+            return with_companions(module, batch)
     return batch
+
+
+def _counts(module: nn.Module, name: str, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    """How many of something each row has, of a parameter that nothing else is made for: one; of lengths a wave's."""
+    if next(_made(module, name, inputs), None) is None:
+        yield torch.full((PROBE_ROWS,), SAMPLES if name.endswith("lengths") else 1)
 
 
 def as_weights(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +142,8 @@ def _trials(
     given = [batch.inputs]
     if main == "pixel_values":
         given += [{**batch.inputs, main: x} for x in _made(module, main, batch.inputs)][1:]
+        cut = otherwise_cut(module, batch.inputs[main]) if main in batch.inputs else ()
+        given += [{**batch.inputs, main: x} for x in cut]
     if len(named) > 1:
         yield from _filled(module, [*required, *named], batch.inputs)
     for inputs in given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,16 @@ def random_images(module: nn.Module) -> dict[str, Tensor]:
         if told and not _fault(module, made := {"pixel_values": _normal(module, *lead, *told)}):
             return made
     return images[0]
+
+
+def otherwise_cut(module: nn.Module, pixels: Tensor) -> Iterator[Tensor]:
+    """The same pixels as a row of patches an image [row patch height·width·channel], or with a row for each frame."""
+    side = getattr(getattr(module, "config", None), "patch_size", None)
+    if pixels.ndim == 5:
+        yield pixels.flatten(0, 1)
+    elif pixels.ndim == 4 and isinstance(side, int) and min(pixels.shape[-2:]) >= side:
+        patches = pixels.unfold(2, side, side).unfold(3, side, side)  # row channel y x height width
+        yield patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
 def _trained_on(config: Any) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import permutations
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ from interp.models.grids import inputs_known
 from interp.models.images import ANY_SIDES, random_images
 from interp.models.polarity import right_way
 from interp.models.spec import module_device
-from interp.models.wants import SAMPLES, tried
+from interp.models.wants import SAMPLES, Fault, tried
 from interp.run.batch import Batch
 
 FRAMES = 72
@@ -103,6 +104,7 @@ def numbers_taken(
             if shape in (WAVES, UNKNOWN):
                 moved = _moved(shape, *channels)
                 waiting += [other for other in moved if other not in (*reasons, *waiting)]
+            waiting += [x for x in _reshaped(shape, why) if x not in (*reasons, *waiting)]
             if "conv2d" in why:
                 images = _pictures(module, _batch(module, made, others))
                 waiting += [other for other in images if other not in (*reasons, *waiting)]
@@ -340,6 +342,23 @@ def _pictures(module: nn.Module, batch: Batch) -> list[tuple[int, ...]]:
     layer = fault.inside[-1][0] if fault.inside else None
     channels = layer.in_channels if isinstance(layer, nn.Conv2d) else 0
     return [(ROWS, channels, side, side) for side in ANY_SIDES if channels]
+
+
+def _reshaped(shape: tuple[int, ...], why: str) -> list[tuple[int, ...]]:
+    """The shapes that a failure outside of layers asks for: another size on an axis, or spectrograms of one channel.
+
+    >>> _reshaped((2, 72, 71), "Expected size 64 but got size 71 for tensor number 1 in the list.")
+    [(2, 72, 64)]
+    >>> _reshaped((2, 72, 32), "Dimension out of range (expected to be in range of [-3, 2], but got 3)")
+    [(2, 1, 72, 32)]
+    """
+    if len(shape) == 3 and "in range of [-3, 2], but got 3" in why:
+        return [(shape[0], 1, *shape[1:])]
+    return [
+        (*shape[:-1], wanted)
+        for got, wanted in permutations(Fault(why).lengths, 2)
+        if shape[-1] == got
+    ]
 
 
 def _moved(shape: tuple[int, ...], got: int, wanted: int) -> list[tuple[int, ...]]:

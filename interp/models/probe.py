@@ -31,7 +31,7 @@ from interp.models.calls import (
 )
 from interp.models.chunks import in_chunks
 from interp.models.codebooks import with_codebooks
-from interp.models.companions import probe_length, random_ids, with_companions
+from interp.models.companions import probe_length, random_ids, with_companions, with_vectors
 from interp.models.discover import discover
 from interp.models.exact import exact_instead
 from interp.models.examples import give, told
@@ -283,7 +283,10 @@ def probe_batch(module: nn.Module) -> Batch:
     else:
         batch = Batch.of_inputs({kind: random_ids(module, probe_length(module)), **target})
     batch = with_companions(module, batch)
-    return with_codebooks(module, batch) if target or "input_ids" in batch.inputs else batch
+    if not target and "input_ids" not in batch.inputs:
+        return batch
+    books = with_codebooks(module, batch)
+    return with_vectors(module, batch) if books is batch else books
 
 
 def _runs(part: nn.Module) -> bool:
