@@ -17,8 +17,9 @@ its encoder or of its decoder without a source. A model type is
   transformers' attention interface nor as a softmax of rows times values (one whose config switches
   attention off is tried with it on, and the row says so);
 - refused: the probe refuses the model, with the reason;
-- not built: no tiny model could be made of its default config, or its own forward fails on plain
-  tokens or pixels, with the reason. These say nothing about the probe.
+- not built: no tiny model could be made of its default config, its own forward fails on plain
+  tokens or pixels, or it needs a library that is not installed, with the reason. These say nothing
+  about the probe.
 
 Each model has a process of its own, with a limit on time and memory.
 
@@ -60,7 +61,7 @@ from benchmarks import callers, proteins, sessions
 from benchmarks.model_types import OTHER, SENSED, UNLISTED, WHOLE, model_types, own_classes
 from benchmarks.tiny_configs import Unbuildable, attention_switches, tiny_model
 from interp.errors import InterpError, Refused
-from interp.models.calls import call_model, is_encoder_decoder, output_tensor
+from interp.models.calls import call_model, is_encoder_decoder, main_input, output_tensor
 from interp.models.find_stack import SeveralStacks
 from interp.models.kernels import in_float64
 from interp.models.layout import shown
@@ -120,7 +121,8 @@ def examine(model_type: str, kind: str, classes: list[str]) -> Row | None:
         try:
             module = _part(_tiny(model_type, name, of), of)
         except Unbuildable as error:
-            reasons.append(f"{name}: {error}")
+            needs = str(error).startswith("needs ")  # a library, whatever the class
+            reasons.append(str(error) if needs else f"{name}: {error}")
             continue
         kind = kind or _kind(type(module), module.config)
         if kind == "encoder" and is_encoder_decoder(module):  # its encoder is no model of its own
@@ -160,12 +162,14 @@ def _switched_on(row: Row, name: str, module: nn.Module) -> Row:
 def runs(module: nn.Module, kind: str = "", strict: bool = False) -> None:
     """Raise what the model's own forward raises on random inputs of its kind, or for NaN.
 
-    `strict`: and where the probe finds no such inputs.
+    `strict`: and where the probe finds no such inputs, or none of tokens for what reads tokens.
     """
     module = _part(module, kind)
     with nullcontext() if strict else suppress(Refused), torch.no_grad():
         example = _example(module)
         batch = probe_batch(module) if example is None else batch_like(module, example)
+        if strict and "inputs_embeds" in batch.inputs and main_input(module) == "input_ids":
+            raise Refused(f"{type(module).__name__} works on vectors in place of tokens alone")
         if not output_tensor(call_model(module, batch)).isfinite().all():
             raise ArithmeticError("its random weights give NaN")
 

@@ -14,6 +14,8 @@ IN_SIXTHS = 96
 """A hidden size of which a sixth is whole: boxes on a page have six numbers, with a part of it for each."""
 WIDE = 256
 """A hidden size that is more than the 64 of a tracker's memories, which are in its code."""
+MANY_CHANNELS = 512
+"""Channels that are as few as the hidden size where what failures say is heeded."""
 MOST_PATCH = 64
 """Sides of patches that are longer are an image's: each patch is an image to a model inside."""
 
@@ -48,6 +50,9 @@ class Variant:
     """The longest sliding window; another than WINDOW is tried only where the config names one."""
     gain: float = 2.0
     """About how many times as large as what it reads a convolution makes it: many that add to it overflow."""
+    told: bool = False
+    """Whether what a failure says of sizes is heeded, what a class works out is worked out anew, and many channels are
+    as few as the hidden size."""
 
 
 VARIANTS = (
@@ -72,6 +77,8 @@ VARIANTS = (
     Variant(224, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
     Variant(256, HEADS, patch=16, divided=True, parts=True, hidden=WIDE),
     Variant(224, HEADS, patch=16, divided=True, parts=True, gain=1.0),
+    Variant(64, HEADS, filled=True, told=True),
+    Variant(64, HEADS, 4, rebuilt=False, filled=True, told=True),
 )
 
 RULES: tuple[tuple[str, int | Callable[[int], int]], ...] = (

@@ -58,6 +58,8 @@ FORGOTTEN: Mapping[str, Any] = {
     "rope_theta": 10_000.0,
     "num_key_value_heads": 4,
     "dropout_rate": 0.0,
+    "initializer_range": 0.02,
+    "shared_expert_intermediate_size": 96,
 }
 """What a model asks of a config whose class does not have it."""
 
@@ -110,9 +112,12 @@ def fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     window of pixels, cut into patches of which some are merged, is two merged patches high and wide. A text
     projected to the width in which a tower of images ends still is. A spectrogram folded to a square still is one.
     Heads of which a flag says that they are rotated, and no field how much of each, are wide enough for the least.
-    A part that ended in the width of the whole still does.
+    A part that ended in the width of the whole still does. Layers that all get their keys from elsewhere still do.
     """
     _end_alike(old, new)
+    shared, layers = "num_kv_shared_layers", "num_hidden_layers"
+    if old.get(shared) and old[shared] == old.get(layers) and shared in new and layers in new:
+        return {shared: new[layers]}
     if made := _joined(old, new) or _window(old, new) or _last_stage(old, new) or _folded(old, new):
         return made
     rope = old.get("rope_parameters")

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.field_rules import (
     D_HEAD,
     HIDDEN,
+    MANY_CHANNELS,
     POSITIONS,
     RULES,
     SIZE,
@@ -44,8 +45,11 @@ from benchmarks.open_fields import (
     towered,
 )
 from benchmarks.stage_widths import declared, divided, image_sizes, of_image, return_stages, widths
+from benchmarks.told_sizes import fitted, part_told
 
 MOST_LAYERS = 8
+MOST_TOLD = 4
+"""How many fields of a default config are set at most, as its validator asks for one after the other."""
 FAST = 64.0
 """A frame or so for each token that is spoken."""
 SWITCH = re.compile(r"^(use_|add_|with_)?(self_)?(attn|attention)$")
@@ -65,38 +69,65 @@ def tiny_model(
         switched: fields of the default config that are set first.
 
     Raises:
-        Unbuildable: no variant does; the reason of the first.
+        Unbuildable: no variant does; the reason of the first that the probe refuses, else of the first.
     """
     reasons = []
     for variant in VARIANTS:
         try:
-            default = _default(model_type, **switched)
+            default = default_config(model_type, **switched)
             model_class = _class(class_name, default)
             config = _of_class(default, model_class.config_class)
             window = vars(config).get("sliding_window")
             if variant.sliding != WINDOW and not isinstance(window, int):
                 continue
+            make = partial(_checked, model_class, variant, check)
             small = shrunk(config, variant)
-            module = (
-                supplied(partial(build, model_class, gain=variant.gain), small)
-                if variant.filled
-                else build(model_class, small, variant.gain)
-            )
-            check(module)
-            return module
+            return fitted(make, small) if variant.told else make(small)
         except Exception as error:  # noqa: BLE001 - any model's own code: anything may be raised
             text = " ".join(str(error).split())
             named = "" if isinstance(error, Unbuildable) else f"{type(error).__name__}: "
-            reasons.append(f"{named}{text}"[:160])
-    raise Unbuildable(reasons[0])
+            reasons.append(needed_libraries(error) or f"{named}{text}"[:160])
+    raise Unbuildable(next((x for x in reasons if x.startswith("Refused")), reasons[0]))
 
 
-def _default(model_type: str, **switched: bool) -> PreTrainedConfig:
-    """The default config; one that names a backbone has transformers' own, which needs no other library."""
-    config = CONFIG_MAPPING[model_type](**switched)
+def needed_libraries(error: Exception) -> str:
+    """ "needs" and the libraries that are not installed, where that is why a model is not built; else ""."""
+    names = re.findall(r"requires the (\S+) library", str(error))
+    told = isinstance(error, ImportError) and names
+    return f"needs {' and '.join(dict.fromkeys(names))}" if told else ""
+
+
+def _checked(
+    model_class: type, variant: Variant, check: Callable[[nn.Module], Any], config: PreTrainedConfig
+) -> nn.Module:
+    """The model of this config, which passes `check`."""
+    made = partial(build, model_class, gain=variant.gain)
+    module = supplied(made, config) if variant.filled else made(config)
+    check(module)
+    return module
+
+
+def default_config(model_type: str, **switched: bool) -> PreTrainedConfig:
+    """The default config; one that names a backbone has transformers' own, which needs no other library.
+
+    One that its own validator refuses has parts with the values that the validator asks for.
+    """
+    of = CONFIG_MAPPING[model_type]
+    settings: dict[str, Any] = {**switched}
+    for _ in range(MOST_TOLD):
+        try:
+            config = of(**settings)
+            break
+        except Exception as error:  # whatever a config's class raises
+            if not (told := part_told(of, str(error))):
+                raise
+            for part, fields in told.items():
+                settings[part] = {**settings.get(part, {}), **fields}
+    else:
+        config = of(**settings)
     if getattr(config, "backbone_config", None) is None:
         return config
-    return CONFIG_MAPPING[model_type](use_timm_backbone=False, **switched)
+    return of(use_timm_backbone=False, **settings)
 
 
 def attention_switches(config: PreTrainedConfig) -> list[str]:
@@ -166,8 +197,9 @@ def shrunk(
         and name not in ("transformers_version", "dtype", "ignore_keys_at_rope_validation")
     }
     fields = spelt(config, fields)
-    if variant.divided:
+    if variant.divided or variant.told:
         fields = declared(config, fields)
+    if variant.divided:
         wide = widths(config, variant.parts and variant.hidden == HIDDEN) if wide is None else wide
         image = image or max(image_sizes(config), default=0)
     n_layers, picks, total = _layers(fields, variant)
@@ -326,6 +358,8 @@ def _of_layers(name: str, value: Any, total: int) -> bool:
 def _number(name: str, value: int, variant: Variant, n_layers: int, hidden: int) -> int:
     if name == "sliding_window":
         return min(value, variant.sliding)
+    if variant.told and re.search(r"channels?$", name) and value >= MANY_CHANNELS:
+        return variant.hidden
     if "group" in name and value == hidden:  # a convolution of every channel on its own
         return variant.hidden
     if variant.filled and name == "num_queries":  # a part may give each a position, and the ends

@@ -16,13 +16,23 @@ from benchmarks.architectures import runs
 from benchmarks.field_rules import HEADS, HIDDEN, VARIANTS, Variant
 from benchmarks.model_types import own_classes
 from benchmarks.open_fields import filled, fitting, of_layers, rope_of_types, spelt, supplied
-from benchmarks.tiny_configs import FAST, attention_switches, build, shrunk, tiny_model
+from benchmarks.tiny_configs import (
+    FAST,
+    attention_switches,
+    build,
+    default_config,
+    needed_libraries,
+    shrunk,
+    tiny_model,
+)
+from benchmarks.told_sizes import MOST, fitted
 
 FILLED = next(variant for variant in VARIANTS if variant.filled)
 DIVIDED = next(variant for variant in VARIANTS if variant.divided)
 SIXTHS = next(variant for variant in VARIANTS if variant.hidden != HIDDEN)
 
 PARTS = next(variant for variant in VARIANTS if variant.parts)
+TOLD = next(variant for variant in VARIANTS if variant.told)
 
 
 def default(model_type: str) -> Any:
@@ -275,7 +285,7 @@ def test_kernels_are_as_loud_as_is_asked() -> None:
     loud, calm = (build(transformers.ResNetModel, small, gain) for gain in (2.0, 1.0))
     kernels = [[x for x in each.parameters() if x.ndim > 3] for each in (loud, calm)]
     assert kernels[0] and all(a.equal(2 * b) for a, b in zip(*kernels, strict=True))
-    assert VARIANTS[-1].gain == 1.0
+    assert any(variant.gain == 1.0 for variant in VARIANTS)
 
 
 def test_the_sweep_says_what_it_was_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +345,79 @@ def test_types_that_no_auto_class_lists_are_swept_by_the_models_that_their_file_
     )
     assert "1 model types verified in full, of 1 built and 1 known" in table
     assert "\n1 that no auto class lists" in table
+
+
+def test_a_size_that_a_failure_tells_is_given_to_the_field_that_has_the_other() -> None:
+    """Llama 4's default tower folds pixels to more channels than its adapter reads; only one field mends it."""
+    small: Any = shrunk(default("llama4_vision_model"), TOLD)
+
+    def made(config: Any) -> Any:
+        module = build(transformers.Llama4VisionModel, config)
+        runs(module)
+        return module
+
+    with pytest.raises(RuntimeError, match="256 and 96"):
+        made(small)
+    module = fitted(made, small)
+    told = {n for n, x in vars(small).items() if vars(module.config)[n] != x and n[0] != "_"}
+    assert told == {"intermediate_size"} and module.config.intermediate_size == 256
+    assert small.intermediate_size == 96
+
+
+def test_a_failure_that_tells_no_sizes_or_that_no_field_mends_stays_what_it_was() -> None:
+    tried = []
+
+    def fails(config: Any) -> None:
+        tried.append(config.hidden_size)
+        raise ValueError("Expected size 64 but got size 7" if told else "so it is")
+
+    for told in (False, True):
+        tried.clear()
+        with pytest.raises(ValueError, match="size 7" if told else "so it is"):
+            fitted(fails, shrunk(default("bert"), TOLD))
+        assert 1 < len(tried) <= MOST + 1 if told else len(tried) == 1
+
+
+def test_what_a_class_works_out_and_many_channels_follow_the_hidden_size_where_failures_are_heeded() -> (
+    None
+):
+    config: Any = shrunk(default("phi4_multimodal_audio"), TOLD)
+    assert config.input_size == HIDDEN and config.nemo_final_size == HIDDEN // 8
+    assert config.nemo_conv_channels == config.ext_pw_out_channel == HIDDEN
+    assert default("phi4_multimodal_audio").nemo_final_size == 10
+
+
+def test_a_library_that_is_missing_is_the_reason_and_nothing_else() -> None:
+    said = "X requires the {} library but it was not found in your environment."
+    both = ImportError(f"{said.format('PIL')} {said.format('timm')} {said.format('timm')}")
+    assert needed_libraries(both) == "needs PIL and timm"
+    assert needed_libraries(ValueError(str(both))) == needed_libraries(ImportError("no")) == ""
+
+
+def test_a_default_that_its_own_validator_refuses_has_what_the_validator_asks_for() -> None:
+    """Gemma 4's draft model has no inputs a layer. No layer then makes a cache, for which another check refuses it."""
+    with pytest.raises(Exception, match="hidden_size_per_layer_input must be 0, got 256"):
+        default("gemma4_assistant")
+    config: Any = default_config("gemma4_assistant")
+    text = config.text_config
+    assert (text.hidden_size_per_layer_input, text.vocab_size_per_layer_input) == (0, 0)
+    small: Any = shrunk(config, Variant())
+    shared = small.text_config.num_kv_shared_layers
+    assert shared == small.text_config.num_hidden_layers > 0
+    with pytest.raises(ValueError, match="layer types producing a cache is different"):
+        build(transformers.Gemma4AssistantForCausalLM, small)
+
+
+def test_a_norm_that_is_given_another_shape_is_switched_off() -> None:
+    """OmDet-Turbo norms what timm's backbones return, with channels last; transformers' own have them first."""
+    config = default("omdet-turbo")
+    heard = []
+
+    def made(config: Any) -> bool:
+        heard.append(config.apply_layernorm_after_vision_backbone)
+        if heard[-1]:
+            raise RuntimeError("Given normalized_shape=[192], expected input with shape [*, 192]")
+        return heard[-1]
+
+    assert fitted(made, config) is False and heard == [True, False]
+    assert config.apply_layernorm_after_vision_backbone

@@ -101,7 +101,7 @@ def with_vectors(module: nn.Module, batch: Batch) -> Batch:
     if module not in _wanting or batch.has_source or "input_ids" not in batch.inputs:
         return batch
     width = getattr(text_config(module), "hidden_size", None)
-    read = inspect.signature(type(module).forward).parameters
+    read = parameters_of(module)
     if "inputs_embeds" in read and isinstance(width, int):
         x = torch.randn(*batch.ids.shape, width, generator=torch.Generator().manual_seed(2))
         if _works(
