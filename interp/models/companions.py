@@ -83,17 +83,19 @@ def with_companions(module: nn.Module, batch: Batch) -> Batch:
     counted = {name: x for name in required for x in _counts(module, name, batch.inputs)}
     others = [name for name in required if name not in counted]
     known = Batch.of_inputs({**batch.inputs, **counted})
-    whole = batch  # why it fails with all that it requires says more than that something is missing
-    for inputs in islice(_trials(module, known, others, optional, named), TRIALS):
-        if counted and _works(module, Batch.of_inputs(inputs)):
+
+    def trials() -> Iterator[dict[str, Tensor]]:
+        return islice(_trials(module, known, others, optional, named), TRIALS)
+
+    for inputs in trials() if counted else ():
+        if _works(module, Batch.of_inputs(inputs)):
             needed[module] = inputs
             return with_companions(module, batch)
-        if whole is batch and required and all(name in inputs for name in required):
-            whole = Batch.of_inputs(inputs)
-        if whole is not batch and not counted:
-            break
     _wanting.add(module)
-    return whole
+    # Why it fails with all that it requires says more than that something is missing.
+    whole = (x for x in trials() if required and all(name in x for name in required))
+    inputs = next(whole, None)
+    return batch if inputs is None else Batch.of_inputs(inputs)
 
 
 def with_vectors(module: nn.Module, batch: Batch) -> Batch:
@@ -104,10 +106,8 @@ def with_vectors(module: nn.Module, batch: Batch) -> Batch:
     read = parameters_of(module)
     if "inputs_embeds" in read and isinstance(width, int):
         x = torch.randn(*batch.ids.shape, width, generator=torch.Generator().manual_seed(2))
-        if _works(
-            module,
-            Batch.of_inputs(inputs := {"inputs_embeds": x.to(next(module.parameters()).dtype)}),
-        ):
+        inputs = as_weights(module, {"inputs_embeds": x})
+        if _works(module, Batch.of_inputs(inputs)):
             needed[module] = inputs
             return with_companions(module, batch)
     return batch
