@@ -44,25 +44,22 @@ def before_attention(seen: Recording, first: Layer, key: int | str, batch: Batch
 
 
 def rows_apart(seen: Recording, batch: Batch) -> bool:
-    """Whether what the model returns for a row is the same in a larger batch (CLIP compares texts with images).
+    """Whether what the model returns for a row is the same without the others (CLIP compares texts with images).
 
-    Nor is it another in a smaller one: a mean over rows is that of all of them twice.
+    Where no row can be taken out alone, it is asked of all of them twice.
     """
     if batch.objects:  # of which no second row can be made
         return False
-    out = seen.output
+    out, allowed = seen.output, relative_tolerance(seen.output.dtype)
+    if batch.size == len(out):
+        with suppress(BadInput):  # which entries are whose is not known
+            alone = _returned(seen, batch.rows(slice(0, 1)))
+            if alone is not None:
+                return relative_error(alone, out[:1])[0] <= allowed
     twice = _returned(seen, batch.repeat(2))
     if twice is None or twice.shape != (2 * len(out), *out.shape[1:]):
         return False
-    pairs = [(half, out) for half in twice.split(len(out))]
-    with suppress(BadInput):  # which entries are whose is not known
-        alone = _returned(seen, batch.rows(slice(0, 1)))
-        if alone is not None and batch.size == len(out):
-            if alone.shape[1:] != out.shape[1:]:
-                return False
-            pairs.append((alone, out[:1]))
-    allowed = relative_tolerance(out.dtype)
-    return all(relative_error(got, wanted)[0] <= allowed for got, wanted in pairs)
+    return all(relative_error(half, out)[0] <= allowed for half in twice.split(len(out)))
 
 
 def _returned(seen: Recording, batch: Batch) -> Tensor | None:

@@ -15,8 +15,11 @@ def room_for_positions(module: nn.Module, batch: Batch) -> int | None:
     """How many tokens' positions the smallest table has rows for, from the furthest row at which a read begins.
 
     ProphetNet reads one table three times, from its second row for the tokens and from its third for those that it
-    predicts: of n rows that is room for n - 2. None where no table is read at rows one after the other.
+    predicts: of n rows that is room for n - 2. None where no table is read at rows one after the other, or there is
+    none but that of tokens.
     """
+    if sum(isinstance(part, nn.Embedding) for part in module.modules()) < 2:
+        return None
     with _Reads(batch.ids.shape[1]) as reads:
         call_model(module, batch)
     return min(reads.rooms, default=None)
