@@ -7,7 +7,6 @@ with its square.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from circuits.heads.needle import EXTRA_STEPS, NeedleRun
 from interp.errors import BadInput, Refused
 from interp.models.attention import Watch, window
+from interp.models.calls import parameters_of
 from interp.models.model import Model
 
 TOKENS_PER_BATCH = 2048
@@ -198,7 +198,7 @@ def read_prompt(model: Model, ids: Int[Tensor, "batch pos"]) -> Any:
 
 def read_on(model: Model, ids: Int[Tensor, "batch pos"], cache: Any) -> tuple[Tensor, Any]:
     """Logits (of the last position at least) and the KV cache after `ids`."""
-    known = inspect.signature(type(model.module).forward).parameters
+    known = parameters_of(model.module)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     output = model.module(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
     if getattr(output, "past_key_values", None) is None:
